@@ -1,0 +1,29 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: env train test benchmarks lint clean
+
+env: $(STAMP)
+
+# torch is installed first and by its exact version: a range would pull gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(STAMP)
+
+train: env
+	$(BIN)/crd-fast train $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+benchmarks: env
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache
