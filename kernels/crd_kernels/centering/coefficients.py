@@ -1,0 +1,28 @@
+"""The result of centering."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Losses of the whole batch and each sample's two gradient coefficients.
+
+    `coefficients[i:j]` selects samples for a micro-batch: c1 and c2 are sliced, the losses stay those of the
+    whole.
+    """
+
+    loss: torch.Tensor  # scalar, policy_loss + kl_loss
+    policy_loss: torch.Tensor  # scalar
+    kl_loss: torch.Tensor  # scalar
+    c1: torch.Tensor  # (B,): d loss / d policy = c1 (policy - target) + c2 (policy - reference)
+    c2: torch.Tensor  # (B,)
+
+    def __len__(self):
+        return self.c1.shape[0]
+
+    def __getitem__(self, index):
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
+        return Coefficients(self.loss, self.policy_loss, self.kl_loss, self.c1[index], self.c2[index])

@@ -1,0 +1,38 @@
+"""Sums over groups given by arbitrary integer ids: ragged, in any order, deterministic, no host sync.
+
+By comparing every id with every other: O(B^2) comparisons of B scalars, in blocks of rows so that memory
+stays bounded. Sorting would need the group sizes on the host, scatter-adds would need atomics. NaN in one
+group stays in that group.
+"""
+
+import torch
+
+BLOCK = 1 << 21  # entries of the comparison matrix held at a time
+
+
+def group_sum(values, group):
+    """out_i = sum of values_j over all j with group_j == group_i. values, group: (B,)."""
+    return _over_groups(values, group, 0.0, lambda masked: masked.sum(1))
+
+
+def group_max(values, group):
+    """out_i = max of values_j over all j with group_j == group_i."""
+    return _over_groups(values, group, float("-inf"), lambda masked: masked.amax(1))
+
+
+def softmax_weights(logits, group):
+    """Weights that sum to 1 over each group: softmax of the logits, uniform for None. (B,) float64."""
+    if logits is None:
+        ones = torch.ones(group.shape, dtype=torch.float64, device=group.device)
+        return ones / group_sum(ones, group)
+    weights = (logits - group_max(logits, group)).exp()
+    return weights / group_sum(weights, group)
+
+
+def _over_groups(values, group, neutral, reduce):
+    rows = max(1, BLOCK // values.shape[0])
+    parts = [
+        reduce(torch.where(block[:, None] == group[None, :], values[None, :], neutral))
+        for block in group.split(rows)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,92 @@
+"""Argument checks. One line each: the argument, what was wanted, what came. Run before any implementation."""
+
+import math
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def tensor(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def latents(**tensors):
+    """The first is required and sets shape and device; the others match it or are None."""
+    (first, lead), *others = tensors.items()
+    tensor(first, lead)
+    if lead.dim() < 2:
+        raise ValueError(f"{first}: expected shape (batch, ...) of rank >= 2, got {tuple(lead.shape)}")
+    if lead.numel() == 0:
+        raise ValueError(
+            f"{first}: expected at least one sample and one element, got shape {tuple(lead.shape)}"
+        )
+    dtype(first, lead, FLOATS)
+    for name, value in others:
+        if value is None:
+            continue
+        tensor(name, value)
+        shape(name, value, tuple(lead.shape))
+        dtype(name, value, FLOATS)
+        device(name, value, lead.device)
+
+
+def per_sample(name, value, batch, on, dtypes=FLOATS):
+    """A vector with one entry per sample, shape (batch,), on the device `on`."""
+    tensor(name, value)
+    shape(name, value, (batch,))
+    dtype(name, value, dtypes)
+    device(name, value, on)
+
+
+def shape(name, value, wanted):
+    if tuple(value.shape) != wanted:
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
+
+
+def dtype(name, value, wanted):
+    if value.dtype not in wanted:
+        names = ", ".join(str(d).removeprefix("torch.") for d in wanted)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def device(name, value, wanted):
+    if value.device != wanted:
+        raise ValueError(f"{name}: expected device {wanted}, got {value.device}")
+
+
+def choice(name, value, wanted):
+    if value not in wanted:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, wanted))}, got {value!r}")
+
+
+def number(name, value, *, above=None, at_least=None, at_most=None, infinite=False):
+    """A real number inside the bounds given; `infinite` admits inf."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if math.isnan(value) or (math.isinf(value) and not infinite):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name}: expected a number > {above}, got {value}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name}: expected a number >= {at_least}, got {value}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{name}: expected a number <= {at_most}, got {value}")
+
+
+def guidance(ref_cond, ref_uncond, guidance_scale):
+    """Returns the ref_uncond that is read: None without guidance."""
+    number("guidance_scale", guidance_scale)
+    if ref_cond is None:
+        if ref_uncond is not None:
+            raise ValueError("ref_cond: expected a tensor because ref_uncond is given, got None")
+        return None
+    if guidance_scale <= 1:
+        return None
+    if ref_uncond is None:
+        raise ValueError(
+            f"ref_uncond: expected a tensor because guidance_scale is {guidance_scale}, got None"
+        )
+    return ref_uncond

@@ -1,0 +1,6 @@
+"""The two passes over the latents: per-sample statistics, and the velocity gradient."""
+
+from .api import measure, velocity_grad
+from .stats import Stats
+
+__all__ = ["Stats", "measure", "velocity_grad"]

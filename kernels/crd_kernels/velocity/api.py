@@ -1,0 +1,103 @@
+"""measure and velocity_grad: the two passes over the latents, for trainers that work in micro-batches."""
+
+import torch
+
+from .. import checks, dispatch
+from . import ops
+from .stats import Stats
+
+
+@torch.no_grad()
+def measure(
+    policy,  # (B, ...)
+    old,  # (B, ...)
+    ref_cond,  # (B, ...) or None
+    x0,  # (B, ...)
+    noise,  # (B, ...)
+    *,
+    ref_uncond=None,  # (B, ...)
+    guidance_scale=1.0,
+    adaptive_weighting=True,
+    impl="auto",
+):
+    """Per-sample statistics of velocity predictions: one read of each input, no gradient.
+
+    With target = noise - x0, s(v) = max(mean|v - target|, 1e-5) (1 without `adaptive_weighting`) and
+    reference = ref_uncond + guidance_scale (ref_cond - ref_uncond), or ref_cond where guidance_scale <= 1:
+
+        implicit_reward = -(mean((policy - target)^2) / s(policy) - mean((old - target)^2) / s(old))
+        kl              = mean((policy - reference)^2)
+
+    and the other means listed in `Stats`. The implicit reward is exactly 0 where policy equals old.
+    A sample's statistics do not depend on the other samples, so micro-batches can be measured one by one and
+    joined with `Stats.cat`.
+
+    Latents have any rank >= 2, one shape, and bf16, fp16, fp32 or fp64 in any mix; strided views are not
+    copied. `ref_cond=None` means no reference: kl and old_kl are 0 and the anchor's coefficient will be.
+    Computed in fp32, or fp64 when an input is fp64.
+
+    Raises TypeError or ValueError naming the argument. NaN goes through.
+    Source: Centered Reward Distillation, arXiv 2603.14128; adaptive weighting as in DiffusionNFT, 2509.16117.
+    """
+    checks.latents(policy=policy, old=old, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
+    _required(old=old, x0=x0, noise=noise)
+    ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
+    impl = dispatch.choose(impl, policy.device)
+    table = ops.measure_op(
+        policy, old, ref_cond, ref_uncond, x0, noise, float(guidance_scale), bool(adaptive_weighting), impl
+    )
+    return Stats(*table.unbind(0), n=policy.shape[1:].numel())
+
+
+@torch.no_grad()
+def velocity_grad(
+    policy,  # (B, ...)
+    ref_cond,  # (B, ...) or None
+    x0,  # (B, ...)
+    noise,  # (B, ...)
+    coefficients,  # of these B samples
+    *,
+    ref_uncond=None,  # (B, ...)
+    guidance_scale=1.0,
+    impl="auto",
+):
+    """d loss / d policy = c1 (policy - target) + c2 (policy - reference), (B, ...) in policy's dtype.
+
+    `coefficients` comes from `center`, sliced to the samples given: any object with tensors `c1` and `c2` of
+    shape (B,). target and reference are those of `measure`; with `ref_cond=None` the second term is absent.
+    Hand the result to `policy.backward(...)`.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    checks.latents(policy=policy, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
+    _required(x0=x0, noise=noise)
+    ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
+    checks.per_sample("c1", coefficients.c1, policy.shape[0], policy.device)
+    checks.per_sample("c2", coefficients.c2, policy.shape[0], policy.device)
+    impl = dispatch.choose(impl, policy.device)
+    return ops.velocity_grad_op(
+        policy, ref_cond, ref_uncond, x0, noise, coefficients.c1, coefficients.c2, float(guidance_scale), impl
+    )
+
+
+def attach_gradient(
+    coefficients, policy, ref_cond, x0, noise, *, ref_uncond=None, guidance_scale=1.0, impl="auto"
+):
+    """`coefficients.loss` with the gradient c1 (policy - target) + c2 (policy - reference) towards policy.
+
+    What makes a loss out of a measured batch: the gradient pass runs in the backward, on the inputs that are
+    alive anyway. Any loss whose gradient has this form can use it.
+    """
+    if not (policy.requires_grad and torch.is_grad_enabled()):
+        return coefficients.loss
+    ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
+    impl = dispatch.choose(impl, policy.device)
+    inputs = [None if t is None else t.detach() for t in (ref_cond, ref_uncond, x0, noise)]
+    return ops.attach_gradient_op(
+        coefficients.loss, policy, *inputs, coefficients.c1, coefficients.c2, float(guidance_scale), impl
+    )
+
+
+def _required(**tensors):
+    for name, value in tensors.items():
+        checks.tensor(name, value)

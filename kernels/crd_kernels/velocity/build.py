@@ -1,0 +1,98 @@
+"""Compiles velocity.cpp once per machine with the system's C++ compiler and loads it through ctypes.
+
+No header of torch is needed, so the compiler runs for about a second. The library is kept in
+$CRD_KERNELS_CACHE, or the user's cache directory, under a name that covers the source, the compiler and the
+processor. Without a compiler `library()` is None and the ops run tile by tile (tiles.py).
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("velocity.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+
+
+def cache_directory():
+    if chosen := os.environ.get("CRD_KERNELS_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crd_kernels"
+
+
+def compiler():
+    """Path of $CXX or of the first C++ compiler found; None when there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@functools.cache
+def library():
+    """The loaded library, or None where it cannot be built."""
+    try:
+        return _declare(ctypes.CDLL(str(_build())))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"crd_kernels: the C++ kernels could not be built, the cpu ops run tile by tile: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _build():
+    cxx = compiler()
+    if cxx is None:
+        raise OSError("no C++ compiler found ($CXX, c++, g++, clang++)")
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\n".join([SOURCE.read_text(), cxx, version, _processor(), *FLAGS])
+    name = f"velocity-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    folder = cache_directory()
+    if not (folder / name).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(cxx, folder / name)
+        except PermissionError:
+            folder = Path(tempfile.mkdtemp(prefix="crd_kernels-"))
+            _compile(cxx, folder / name)
+    return folder / name
+
+
+def _compile(cxx, target):
+    """Tries the best flags first: not every compiler has OpenMP or knows `native`."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / "library.so"
+        choices = [("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()]
+        for extra in choices:
+            command = [cxx, *FLAGS, *extra, str(SOURCE), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                os.replace(built, target)  # atomic: another process may be building the same
+                return
+        result.check_returncode()
+
+
+def _processor():
+    """What -march=native depends on, so that a home shared by two machines serves both."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kinds = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
+
+
+def _declare(lib):
+    pointer, word, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    lib.crd_chunk.restype = word
+    lib.crd_measure.argtypes = [pointer, real, word, pointer, word]
+    lib.crd_gradient.argtypes = [pointer, real, word, pointer, pointer, word]
+    lib.crd_measure.restype = lib.crd_gradient.restype = None
+    return lib

@@ -1,0 +1,106 @@
+"""The passes as registered operators, so that torch.compile, FakeTensor and autograd know them.
+
+Arguments arrive checked (api.py) and `impl` is never "auto".
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .stats import ROWS, compute_dtype
+
+
+def _implementation(impl):
+    return importlib.import_module(f".{impl}", __package__)
+
+
+@custom_op("crd_kernels::measure", mutates_args=())
+def measure_op(
+    policy: Tensor,
+    old: Tensor,
+    ref_cond: Tensor | None,
+    ref_uncond: Tensor | None,
+    x0: Tensor,
+    noise: Tensor,
+    guidance_scale: float,
+    adaptive_weighting: bool,
+    impl: str,
+) -> Tensor:
+    """The (ROWS, B) table of statistics."""
+    run = _implementation(impl).measure
+    return run(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting)
+
+
+@measure_op.register_fake
+def _(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting, impl):
+    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
+    return policy.new_empty((ROWS, policy.shape[0]), dtype=dtype)
+
+
+@custom_op("crd_kernels::velocity_grad", mutates_args=())
+def velocity_grad_op(
+    policy: Tensor,
+    ref_cond: Tensor | None,
+    ref_uncond: Tensor | None,
+    x0: Tensor,
+    noise: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    guidance_scale: float,
+    impl: str,
+) -> Tensor:
+    """c1 (policy - target) + c2 (policy - reference), in policy's dtype."""
+    run = _implementation(impl).velocity_grad
+    return run(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale)
+
+
+@velocity_grad_op.register_fake
+def _(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale, impl):
+    return torch.empty_like(policy)
+
+
+@custom_op("crd_kernels::attach_gradient", mutates_args=())
+def attach_gradient_op(
+    loss: Tensor,
+    policy: Tensor,
+    ref_cond: Tensor | None,
+    ref_uncond: Tensor | None,
+    x0: Tensor,
+    noise: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    guidance_scale: float,
+    impl: str,
+) -> Tensor:
+    """A copy of `loss` whose gradient with respect to `policy` is the velocity gradient.
+
+    The backward runs the gradient pass with c1 and c2 scaled by the incoming gradient: no stored gradient, no
+    second pass to scale it, no look at the scale's value on the host.
+    """
+    return loss.clone()
+
+
+@attach_gradient_op.register_fake
+def _(loss, policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale, impl):
+    return torch.empty_like(loss)
+
+
+def _save(ctx, inputs, output):
+    _, *tensors, guidance_scale, impl = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = guidance_scale, impl
+
+
+def _backward(ctx, grad):
+    policy, ref_cond, ref_uncond, x0, noise, c1, c2 = ctx.saved_tensors
+    gradient = None
+    if ctx.needs_input_grad[1]:
+        gradient = velocity_grad_op(
+            policy, ref_cond, ref_uncond, x0, noise, c1 * grad, c2 * grad, *ctx.settings
+        )
+    return None, gradient, *[None] * 8
+
+
+attach_gradient_op.register_autograd(_backward, setup_context=_save)

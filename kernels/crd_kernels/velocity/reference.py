@@ -1,0 +1,65 @@
+"""The two passes as their definition: plain torch, full-size temporaries, nothing clever."""
+
+import torch
+
+from .stats import SCALE_FLOOR, compute_dtype
+
+
+def guided(ref_cond, ref_uncond, guidance_scale, dtype):
+    """ref_uncond + w (ref_cond - ref_uncond), or ref_cond where ref_uncond is None."""
+    if ref_uncond is None:
+        return ref_cond.to(dtype)
+    return ref_uncond.to(dtype) + guidance_scale * (ref_cond.to(dtype) - ref_uncond.to(dtype))
+
+
+def per_sample_mean(x):
+    """Contiguous, so that equal values are summed in equal order whatever the layout they came in."""
+    return x.flatten(1).contiguous().mean(1)
+
+
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting):
+    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
+    policy, old = policy.to(dtype), old.to(dtype)
+    target = noise.to(dtype) - x0.to(dtype)
+
+    policy_error = per_sample_mean((policy - target) ** 2)
+    old_error = per_sample_mean((old - target) ** 2)
+    if adaptive_weighting:
+        policy_scale = per_sample_mean((policy - target).abs()).clamp(min=SCALE_FLOOR)
+        old_scale = per_sample_mean((old - target).abs()).clamp(min=SCALE_FLOOR)
+    else:
+        policy_scale = old_scale = torch.ones_like(policy_error)
+    implicit_reward = old_error / old_scale - policy_error / policy_scale
+
+    if ref_cond is None:
+        kl = old_kl = torch.zeros_like(policy_error)
+    else:
+        reference = guided(ref_cond, ref_uncond, guidance_scale, dtype)
+        kl = per_sample_mean((policy - reference) ** 2)
+        old_kl = per_sample_mean((old - reference) ** 2)
+    old_deviation = per_sample_mean((policy - old) ** 2)
+    anchored = torch.full_like(kl, float(ref_cond is not None))
+    return torch.stack(
+        [
+            implicit_reward,
+            policy_scale,
+            old_scale,
+            policy_error,
+            old_error,
+            kl,
+            old_kl,
+            old_deviation,
+            anchored,
+        ]
+    )
+
+
+def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale):
+    dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
+    column = (-1, *[1] * (policy.dim() - 1))
+    target = noise.to(dtype) - x0.to(dtype)
+    gradient = c1.to(dtype).view(column) * (policy.to(dtype) - target)
+    if ref_cond is not None:
+        reference = guided(ref_cond, ref_uncond, guidance_scale, dtype)
+        gradient = gradient + c2.to(dtype).view(column) * (policy.to(dtype) - reference)
+    return gradient.to(policy.dtype)

@@ -1,0 +1,96 @@
+"""Bad input: one line that names the argument, what was wanted and what came, from every implementation."""
+
+import math
+
+import pytest
+import torch
+from crd_kernels import crd_loss, measure, velocity_grad
+from kernel_oracle import make
+
+TENSORS = ("policy", "old", "ref_cond", "x0", "noise", "advantage", "group")
+WIDE = torch.zeros(8, 4, 6, 6)
+
+BAD = [
+    ({"old": torch.zeros(7, 4, 6, 5)}, ValueError, "old: expected shape (7, 4, 6, 6), got (7, 4, 6, 5)"),
+    ({"ref_cond": WIDE}, ValueError, "ref_cond: expected shape (7, 4, 6, 6), got (8, 4, 6, 6)"),
+    ({"ref_uncond": WIDE}, ValueError, "ref_uncond: expected shape (7, 4, 6, 6), got (8, 4, 6, 6)"),
+    ({"x0": WIDE}, ValueError, "x0: expected shape (7, 4, 6, 6), got (8, 4, 6, 6)"),
+    ({"noise": WIDE}, ValueError, "noise: expected shape (7, 4, 6, 6), got (8, 4, 6, 6)"),
+    ({"policy": torch.zeros(7)}, ValueError, "policy: expected shape (batch, ...) of rank >= 2, got (7,)"),
+    ({"policy": torch.zeros(0, 4)}, ValueError, "policy: expected at least one sample"),
+    ({"policy": torch.zeros(7, 0)}, ValueError, "policy: expected at least one sample and one element"),
+    ({"policy": torch.zeros(7, 4, 6, 6, dtype=torch.int64)}, TypeError, "policy: expected dtype"),
+    ({"old": torch.zeros(7, 4, 6, 6, dtype=torch.bool)}, TypeError, "old: expected dtype"),
+    ({"old": [1.0]}, TypeError, "old: expected a tensor, got list"),
+    ({"old": None}, TypeError, "old: expected a tensor, got NoneType"),
+    ({"noise": None}, TypeError, "noise: expected a tensor, got NoneType"),
+    ({"x0": torch.zeros(7, 4, 6, 6, device="meta")}, ValueError, "x0: expected device cpu, got meta"),
+    ({"advantage": torch.zeros(8)}, ValueError, "advantage: expected shape (7,), got (8,)"),
+    ({"advantage": torch.zeros(7, 1)}, ValueError, "advantage: expected shape (7,), got (7, 1)"),
+    ({"advantage": torch.zeros(7, dtype=torch.int64)}, TypeError, "advantage: expected dtype"),
+    ({"advantage": [0.0] * 7}, TypeError, "advantage: expected a tensor, got list"),
+    ({"group": torch.zeros(5, dtype=torch.int64)}, ValueError, "group: expected shape (7,), got (5,)"),
+    ({"group": torch.zeros(7)}, TypeError, "group: expected dtype"),
+    ({"guidance_scale": 4.5, "ref_uncond": None}, ValueError, "ref_uncond: expected a tensor because"),
+    ({"guidance_scale": math.nan}, ValueError, "guidance_scale: expected a finite number, got nan"),
+    ({"guidance_scale": "4"}, TypeError, "guidance_scale: expected a number, got str"),
+    ({"ref_cond": None}, ValueError, "ref_cond: expected a tensor because ref_uncond is given"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0, got 0.0"),
+    ({"temperature": -1.0}, ValueError, "temperature: expected a number > 0, got -1.0"),
+    ({"beta": 0.0}, ValueError, "beta: expected a number > 0, got 0.0"),
+    ({"kl_min": 0.2}, ValueError, "kl_min: expected a number <= kl_beta = 0.1, got 0.2"),
+    ({"kl_min": -0.1}, ValueError, "kl_min: expected a number >= 0, got -0.1"),
+    ({"advantage_clip": 0.0}, ValueError, "advantage_clip: expected a number > 0, got 0.0"),
+    ({"loss_type": "l1"}, ValueError, "loss_type: expected one of 'mse', 'bce', got 'l1'"),
+    ({"centering": "rank"}, ValueError, "centering: expected one of 'prompt', 'batch', got 'rank'"),
+    ({"kl_weight": torch.zeros(3)}, ValueError, "kl_weight: expected shape (7,), got (3,)"),
+    ({"denominator": 0}, ValueError, "denominator: expected a number > 0, got 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD, ids=[f"{next(iter(b[0]))}-{i}" for i, b in enumerate(BAD)]
+)
+def test_message(impl, change, error, message):
+    keywords = make(dtype=torch.float32) | {"impl": impl} | change
+    args = [keywords.pop(name) for name in TENSORS]
+    with pytest.raises(error) as caught:
+        crd_loss(*args, **keywords)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_steps_check_too(impl):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"x0: expected shape \(2, 3\), got \(2, 4\)"):
+        measure(x, x, x, torch.zeros(2, 4), x, impl=impl)
+
+    class Coefficients:
+        c1, c2 = torch.zeros(2), torch.zeros(3)
+
+    with pytest.raises(ValueError, match=r"c2: expected shape \(2,\), got \(3,\)"):
+        velocity_grad(x, x, x, x, Coefficients, impl=impl)
+
+
+def test_unknown_implementation():
+    x = torch.zeros(2, 3)
+    with pytest.raises(
+        ValueError, match="impl: expected one of 'auto', 'triton', 'cpu', 'reference', got 'cuda'"
+    ):
+        measure(x, x, x, x, x, impl="cuda")
+
+
+def test_triton_refuses_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="impl: expected tensors on a GPU for 'triton', got cpu"):
+        measure(x, x, x, x, x, impl="triton")
+
+
+def test_triton_refuses_without_triton(monkeypatch):
+    from crd_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"impl: .* 'triton' without triton installed"):
+        measure(x, x, x, x, x, impl="triton")
