@@ -2,6 +2,7 @@
 
 from .centering import Coefficients, center
 from .crd import CRDLoss, CRDOutput, crd_loss
+from .noise import interpolate
 from .velocity import Stats, measure, velocity_grad
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "Stats",
     "center",
     "crd_loss",
+    "interpolate",
     "measure",
     "velocity_grad",
 ]

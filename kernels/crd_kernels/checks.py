@@ -90,3 +90,19 @@ def guidance(ref_cond, ref_uncond, guidance_scale):
             f"ref_uncond: expected a tensor because guidance_scale is {guidance_scale}, got None"
         )
     return ref_uncond
+
+
+def given(**tensors):
+    """Refuses None where `latents` lets it pass."""
+    for name, value in tensors.items():
+        tensor(name, value)
+
+
+def noise_or_seed(noise, seed, like):
+    """Exactly one of them, the seed with one integer per sample of `like`."""
+    if seed is None:
+        tensor("noise", noise)
+    elif noise is not None:
+        raise ValueError(f"seed: expected None because noise is given, got {type(seed).__name__}")
+    else:
+        per_sample("seed", seed, like.shape[0], like.device, (torch.int64,))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def impl(request, monkeypatch):
     """Every implementation that runs on this machine; "tiles" is cpu without a C++ compiler."""
     if request.param == "tiles":
-        from crd_kernels.velocity import build
+        from crd_kernels.native import build
 
         monkeypatch.setattr(build, "library", lambda: None)
         return "cpu"

@@ -73,7 +73,7 @@ def test_without_a_compiler_it_says_so_and_works(tmp_path):
 
 
 def test_compiles_once(tmp_path, monkeypatch):
-    from crd_kernels.velocity import build
+    from crd_kernels.native import build
 
     if build.compiler() is None:
         pytest.skip("no C++ compiler")

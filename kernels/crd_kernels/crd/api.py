@@ -28,10 +28,11 @@ def crd_loss(
     old,  # (B, ...)
     ref_cond,  # (B, ...) or None
     x0,  # (B, ...)
-    noise,  # (B, ...)
+    noise,  # (B, ...) or None
     advantage,  # (B,) float
     group,  # (B,) int
     *,
+    seed=None,  # (B,) int64
     ref_uncond=None,  # (B, ...)
     guidance_scale=1.0,
     beta=1.0,
@@ -71,6 +72,7 @@ def crd_loss(
             ref_cond,
             x0,
             noise,
+            seed=seed,
             ref_uncond=ref_uncond,
             guidance_scale=guidance_scale,
             adaptive_weighting=adaptive_weighting,
@@ -98,6 +100,7 @@ def crd_loss(
             ref_cond,
             x0,
             noise,
+            seed=seed,
             ref_uncond=ref_uncond,
             guidance_scale=guidance_scale,
             impl=impl,

@@ -13,8 +13,9 @@ def measure(
     old,  # (B, ...)
     ref_cond,  # (B, ...) or None
     x0,  # (B, ...)
-    noise,  # (B, ...)
+    noise,  # (B, ...) or None
     *,
+    seed=None,  # (B,) int64
     ref_uncond=None,  # (B, ...)
     guidance_scale=1.0,
     adaptive_weighting=True,
@@ -33,18 +34,29 @@ def measure(
     joined with `Stats.cat`.
 
     Latents have any rank >= 2, one shape, and bf16, fp16, fp32 or fp64 in any mix; strided views are not
-    copied. `ref_cond=None` means no reference: kl and old_kl are 0 and the anchor's coefficient will be.
-    Computed in fp32, or fp64 when an input is fp64.
+    copied. `noise=None` with one `seed` per sample makes the noise inside the pass, the same numbers as
+    `interpolate` made x_sigma from. `ref_cond=None` means no reference: kl and old_kl are 0, and the
+    anchor's coefficient will be. Computed in fp32, or fp64 when an input is fp64.
 
     Raises TypeError or ValueError naming the argument. NaN goes through.
     Source: Centered Reward Distillation, arXiv 2603.14128; adaptive weighting as in DiffusionNFT, 2509.16117.
     """
     checks.latents(policy=policy, old=old, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
-    _required(old=old, x0=x0, noise=noise)
+    checks.given(old=old, x0=x0)
+    checks.noise_or_seed(noise, seed, policy)
     ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
     impl = dispatch.choose(impl, policy.device)
     table = ops.measure_op(
-        policy, old, ref_cond, ref_uncond, x0, noise, float(guidance_scale), bool(adaptive_weighting), impl
+        policy,
+        old,
+        ref_cond,
+        ref_uncond,
+        x0,
+        noise,
+        seed,
+        float(guidance_scale),
+        bool(adaptive_weighting),
+        impl,
     )
     return Stats(*table.unbind(0), n=policy.shape[1:].numel())
 
@@ -54,9 +66,10 @@ def velocity_grad(
     policy,  # (B, ...)
     ref_cond,  # (B, ...) or None
     x0,  # (B, ...)
-    noise,  # (B, ...)
+    noise,  # (B, ...) or None
     coefficients,  # of these B samples
     *,
+    seed=None,  # (B,) int64
     ref_uncond=None,  # (B, ...)
     guidance_scale=1.0,
     impl="auto",
@@ -70,18 +83,28 @@ def velocity_grad(
     Raises TypeError or ValueError naming the argument.
     """
     checks.latents(policy=policy, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
-    _required(x0=x0, noise=noise)
+    checks.given(x0=x0)
+    checks.noise_or_seed(noise, seed, policy)
     ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
     checks.per_sample("c1", coefficients.c1, policy.shape[0], policy.device)
     checks.per_sample("c2", coefficients.c2, policy.shape[0], policy.device)
     impl = dispatch.choose(impl, policy.device)
     return ops.velocity_grad_op(
-        policy, ref_cond, ref_uncond, x0, noise, coefficients.c1, coefficients.c2, float(guidance_scale), impl
+        policy,
+        ref_cond,
+        ref_uncond,
+        x0,
+        noise,
+        seed,
+        coefficients.c1,
+        coefficients.c2,
+        float(guidance_scale),
+        impl,
     )
 
 
 def attach_gradient(
-    coefficients, policy, ref_cond, x0, noise, *, ref_uncond=None, guidance_scale=1.0, impl="auto"
+    coefficients, policy, ref_cond, x0, noise, *, seed=None, ref_uncond=None, guidance_scale=1.0, impl="auto"
 ):
     """`coefficients.loss` with the gradient c1 (policy - target) + c2 (policy - reference) towards policy.
 
@@ -92,12 +115,7 @@ def attach_gradient(
         return coefficients.loss
     ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
     impl = dispatch.choose(impl, policy.device)
-    inputs = [None if t is None else t.detach() for t in (ref_cond, ref_uncond, x0, noise)]
+    inputs = [None if t is None else t.detach() for t in (ref_cond, ref_uncond, x0, noise, seed)]
     return ops.attach_gradient_op(
         coefficients.loss, policy, *inputs, coefficients.c1, coefficients.c2, float(guidance_scale), impl
     )
-
-
-def _required(**tensors):
-    for name, value in tensors.items():
-        checks.tensor(name, value)

@@ -23,18 +23,19 @@ def measure_op(
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
     guidance_scale: float,
     adaptive_weighting: bool,
     impl: str,
 ) -> Tensor:
     """The (ROWS, B) table of statistics."""
     run = _implementation(impl).measure
-    return run(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting)
+    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting)
 
 
 @measure_op.register_fake
-def _(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting, impl):
+def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, impl):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     return policy.new_empty((ROWS, policy.shape[0]), dtype=dtype)
 
@@ -45,7 +46,8 @@ def velocity_grad_op(
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
     c1: Tensor,
     c2: Tensor,
     guidance_scale: float,
@@ -53,11 +55,11 @@ def velocity_grad_op(
 ) -> Tensor:
     """c1 (policy - target) + c2 (policy - reference), in policy's dtype."""
     run = _implementation(impl).velocity_grad
-    return run(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale)
+    return run(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale)
 
 
 @velocity_grad_op.register_fake
-def _(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale, impl):
+def _(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale, impl):
     return torch.empty_like(policy)
 
 
@@ -68,7 +70,8 @@ def attach_gradient_op(
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
     c1: Tensor,
     c2: Tensor,
     guidance_scale: float,
@@ -83,7 +86,7 @@ def attach_gradient_op(
 
 
 @attach_gradient_op.register_fake
-def _(loss, policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale, impl):
+def _(loss, policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale, impl):
     return torch.empty_like(loss)
 
 
@@ -94,13 +97,13 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    policy, ref_cond, ref_uncond, x0, noise, c1, c2 = ctx.saved_tensors
+    policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2 = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[1]:
         gradient = velocity_grad_op(
-            policy, ref_cond, ref_uncond, x0, noise, c1 * grad, c2 * grad, *ctx.settings
+            policy, ref_cond, ref_uncond, x0, noise, seed, c1 * grad, c2 * grad, *ctx.settings
         )
-    return None, gradient, *[None] * 8
+    return None, gradient, *[None] * 9
 
 
 attach_gradient_op.register_autograd(_backward, setup_context=_save)

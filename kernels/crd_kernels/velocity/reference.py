@@ -2,6 +2,7 @@
 
 import torch
 
+from ..noise.reference import normal
 from .stats import SCALE_FLOOR, compute_dtype
 
 
@@ -17,8 +18,9 @@ def per_sample_mean(x):
     return x.flatten(1).contiguous().mean(1)
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adaptive_weighting):
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
+    noise = normal(seed, x0.shape) if noise is None else noise
     policy, old = policy.to(dtype), old.to(dtype)
     target = noise.to(dtype) - x0.to(dtype)
 
@@ -54,8 +56,9 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale, adapti
     )
 
 
-def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale):
+def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale):
     dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
+    noise = normal(seed, x0.shape) if noise is None else noise
     column = (-1, *[1] * (policy.dim() - 1))
     target = noise.to(dtype) - x0.to(dtype)
     gradient = c1.to(dtype).view(column) * (policy.to(dtype) - target)

@@ -7,6 +7,7 @@ import itertools
 
 import torch
 
+from ..noise.reference import normal_range
 from .stats import compute_dtype
 
 TILE = 32768
@@ -26,13 +27,13 @@ def tiles(shape):
     return [(*index, slice(at, at + step)) for index in outer for at in range(0, shape[dim], step)]
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale):
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale):
     """Returns the sums of velocity.cpp, (7, B) float64."""
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     sums = torch.zeros(policy.shape[0], 7, dtype=torch.float64)
-    for b, index in itertools.product(range(policy.shape[0]), tiles(policy.shape[1:])):
-        at = (b, *index)
-        target = _load(noise, at, dtype) - _load(x0, at, dtype)
+    for at, begin in _tiles_of(policy):
+        b = at[0]
+        target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
         p, o = _load(policy, at, dtype), _load(old, at, dtype)
         sums[b, 0] += (p - target).square_().sum()
         sums[b, 1] += (p - target).abs_().sum()
@@ -46,18 +47,35 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, guidance_scale):
     return sums.T
 
 
-def velocity_grad(gradient, policy, ref_cond, ref_uncond, x0, noise, c1, c2, guidance_scale):
+def velocity_grad(gradient, policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale):
     """Writes c1 (policy - target) + c2 (policy - reference) into `gradient`."""
     dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
-    for b, index in itertools.product(range(policy.shape[0]), tiles(policy.shape[1:])):
-        at = (b, *index)
+    for at, begin in _tiles_of(policy):
+        b = at[0]
         p = _load(policy, at, dtype)
-        target = _load(noise, at, dtype) - _load(x0, at, dtype)
+        target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
         total = (p - target).mul_(c1[b].to(dtype))
         if ref_cond is not None:
             reference = _reference(ref_cond, ref_uncond, at, guidance_scale, dtype)
             total += (p - reference).mul_(c2[b].to(dtype))
         gradient[at] = total
+
+
+def _tiles_of(latents):
+    """Pairs (index of a tile, number of the sample's elements before it)."""
+    for b in range(latents.shape[0]):
+        begin = 0
+        for index in tiles(latents.shape[1:]):
+            at = (b, *index)
+            yield at, begin
+            begin += latents[at].numel()
+
+
+def _noise(noise, seed, x0, at, begin, dtype):
+    if noise is not None:
+        return _load(noise, at, dtype)
+    shape = x0[at].shape
+    return normal_range(seed[at[0]], begin, begin + shape.numel()).view(shape).to(dtype)
 
 
 def _load(x, at, dtype):

@@ -1,8 +1,8 @@
-"""Compiles velocity.cpp once per machine with the system's C++ compiler and loads it through ctypes.
+"""Compiles the package's C++ once per machine with the system's compiler and loads it through ctypes.
 
-No header of torch is needed, so the compiler runs for about a second. The library is kept in
+No header of torch is needed, so the compiler runs for a few seconds only. The library is kept in
 $CRD_KERNELS_CACHE, or the user's cache directory, under a name that covers the source, the compiler and the
-processor. Without a compiler `library()` is None and the ops run tile by tile (tiles.py).
+processor. Without a compiler `library()` is None and the ops run tile by tile (velocity/tiles.py).
 """
 
 import ctypes
@@ -16,8 +16,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("velocity.cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+PACKAGE = Path(__file__).parents[1]
+SOURCES = [PACKAGE / "velocity" / "velocity.cpp", PACKAGE / "noise" / "interpolate.cpp"]
+HEADERS = [PACKAGE / "native" / "latents.h", PACKAGE / "native" / "philox.h"]
+# The two -fno flags let square roots and selections vectorise; results and NaN stay IEEE's.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
 def cache_directory():
@@ -52,8 +55,9 @@ def _build():
     if cxx is None:
         raise OSError("no C++ compiler found ($CXX, c++, g++, clang++)")
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\n".join([SOURCE.read_text(), cxx, version, _processor(), *FLAGS])
-    name = f"velocity-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    text = [path.read_text() for path in SOURCES + HEADERS]
+    key = "\n".join([*text, cxx, version, _processor(), *FLAGS])
+    name = f"crd_kernels-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     folder = cache_directory()
     if not (folder / name).exists():
         try:
@@ -71,7 +75,7 @@ def _compile(cxx, target):
         built = Path(folder) / "library.so"
         choices = [("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()]
         for extra in choices:
-            command = [cxx, *FLAGS, *extra, str(SOURCE), "-o", str(built)]
+            command = [cxx, *FLAGS, *extra, f"-I{PACKAGE / 'native'}", *map(str, SOURCES), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
                 os.replace(built, target)  # atomic: another process may be building the same
@@ -94,5 +98,6 @@ def _declare(lib):
     lib.crd_chunk.restype = word
     lib.crd_measure.argtypes = [pointer, real, word, pointer, word]
     lib.crd_gradient.argtypes = [pointer, real, word, pointer, pointer, word]
-    lib.crd_measure.restype = lib.crd_gradient.restype = None
+    lib.crd_interpolate.argtypes = [pointer, pointer, word, word]
+    lib.crd_measure.restype = lib.crd_gradient.restype = lib.crd_interpolate.restype = None
     return lib

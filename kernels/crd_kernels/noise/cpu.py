@@ -1,0 +1,23 @@
+"""Interpolation on the CPU: C++ where a compiler is found (interpolate.cpp), sample by sample otherwise."""
+
+import torch
+
+from ..native import build
+from ..native.problem import Problem
+from . import reference
+
+
+def interpolate(x0, sigma, noise, seed, dtype):
+    out = torch.empty(x0.shape, dtype=dtype)
+    lib = build.library()
+    if lib is None:
+        for b in range(x0.shape[0]):
+            one = slice(b, b + 1)
+            parts = [None if t is None else t[one] for t in (noise, seed)]
+            out[one] = reference.interpolate(x0[one], sigma[one], *parts, dtype)
+        return out
+    problem = Problem(seed, x0=x0, noise=noise, out=out)
+    sigma = sigma.double().contiguous()
+    double = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
+    lib.crd_interpolate(problem.words, sigma.data_ptr(), double, problem.threads(lib))
+    return out
