@@ -1,0 +1,3 @@
+from crd_fast.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""The command line: crd-fast train, eval, sample, report, doctor."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from crd_fast.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune a flow model with a black-box reward (Centered Reward Distillation) on one GPU, or none.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe file, or the name of one that ships: builtin, builtin-full, builtin-long.",
+            metavar="[RECIPE]",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: runs/NAME-DATE-TIME. Never overwritten.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder from its newest checkpoint.")
+    ] = None,
+    max_iterations: Annotated[int | None, typer.Option(min=1, help="Same as --set train.iterations=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same as --set train.seed=S.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a model with a reward.
+
+    With no arguments it trains the small model that ships with the package on the CPU, in minutes.
+
+    Each iteration: the *sampler* generates K images for each of P prompts, the rewards score them, and the
+    policy is updated by the centered regression of the log-ratio on the reward. The folder of the run holds
+    `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
+
+    Ctrl-C finishes the iteration, writes a checkpoint and stops; `--resume` goes on as if it had not
+    stopped.
+    """
+    from crd_fast.config import build_recipe, load_recipe, read_yaml
+
+    overrides = list(set_ or [])
+    if max_iterations is not None:
+        overrides.append(f"train.iterations={max_iterations}")
+    if seed is not None:
+        overrides.append(f"train.seed={seed}")
+    if resume is not None:
+        if recipe is not None or output is not None or any(not o.startswith("train.iterations=") for o in overrides):
+            raise UserError("--resume: goes on with the run's own recipe and folder; only --max-iterations can change")
+        config_file = resume / "config.yaml"
+        if not config_file.exists():
+            raise UserError(f"--resume {resume}: expected the folder of a run, found no config.yaml in it")
+        loaded = build_recipe(read_yaml(config_file), overrides, str(config_file))
+        output = resume
+    else:
+        loaded = load_recipe(recipe or "builtin", overrides)
+        name = Path(recipe or "builtin").stem
+        output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    if print_config:
+        print(loaded.to_yaml(), end="")
+        return
+    _run_training(loaded, output, resume is not None)
+
+
+def _run_training(recipe, output: Path, resume: bool) -> None:
+    from crd_fast.runlog import refuse_existing
+
+    if not resume:
+        refuse_existing(output)
+    with console.status("loading torch, the model and the prompts"):
+        from crd_fast.progress import Bars, before_and_after
+        from crd_fast.report import write_report
+        from crd_fast.runlog import read_metrics
+        from crd_fast.trainer import Trainer
+
+        trainer = Trainer(recipe, output, resume)
+    console.print(f"run folder: {escape(str(output))}", highlight=False)
+    if trainer.iteration:
+        console.print(f"resuming after iteration {trainer.iteration}", highlight=False)
+    with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
+        trainer.progress = bars
+        finished = trainer.run()
+    table = before_and_after(read_metrics(output))
+    if table is not None:
+        console.print(table)
+    console.print(f"report: {escape(str(write_report(output)))}", highlight=False)
+    if not finished:
+        console.print(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        raise typer.Exit(130)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")],
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images per prompt. Default: the recipe's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. Default: the recipe's.")] = None,
+) -> None:
+    """Score a checkpoint on prompts it was not trained on.
+
+    Prints every reward's mean and what the rewards report, for GenEval the share of correct images by
+    category.
+    """
+    from rich.table import Table
+
+    from crd_fast.inference import evaluate_checkpoint
+
+    with console.status("evaluating"):
+        metrics = evaluate_checkpoint(
+            source, prompts=prompts, samples_per_prompt=samples, guidance_scale=guidance_scale, steps=steps
+        )
+    table = Table(title=escape(f"{source}: {metrics.pop('eval/images')} images"))
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval/"), f"{value:.3f}")
+    console.print(table)
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable: a row of the grid each.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write. Never overwritten.")] = Path("grid.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's evaluation.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw pictures with a checkpoint's trained weights, or with the built-in model."""
+    from crd_fast.inference import sample_grid
+
+    if out.exists():
+        raise UserError(f"--out {out}: already exists; choose another name")
+    with console.status("sampling"):
+        sample_grid(
+            source, prompt, out, samples=samples, guidance_scale=guidance_scale, steps=steps, seed=seed
+        )
+    console.print(f"wrote {escape(str(out))}", highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+    """Write report.html: curves, before and after, every setting, in one file that needs no network."""
+    from crd_fast.report import write_report
+
+    console.print(f"report: {escape(str(write_report(run)))}", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what will be used, what is missing and how to get it."""
+    from crd_fast.doctor import render
+
+    raise typer.Exit(render(console))
+
+
+def main() -> None:
+    """Entry point: a UserError is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The recipe: what a run does, as YAML, checked by a schema.
+
+Unknown keys are errors that name the nearest known key. See `crd_fast/recipes/` for examples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from rapidfuzz import process
+
+from crd_fast.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Field(gt=0)
+NonNegative = Field(ge=0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class ModelConfig(Section):
+    path: str = "builtin"
+    method: Literal["lora", "full"] = "lora"
+    lora_rank: int = Field(32, ge=1)
+    lora_alpha: float = Field(64, gt=0)
+    lora_targets: Literal["default"] | list[str] = "default"
+    quantization: Literal["none", "int8", "nf4"] = "none"
+
+
+class RolloutConfig(Section):
+    prompts: str = "builtin"
+    prompts_per_iteration: int = Field(48, ge=1)
+    samples_per_prompt: int = Field(24, ge=2)
+    steps: int = Field(10, ge=1)
+    guidance_scale: float = Field(1.0, ge=0)
+    resolution: int = Field(512, ge=8)
+    micro_batch: Literal["auto"] | int = "auto"
+
+
+class AdvantageConfig(Section):
+    std: Literal["global", "group"] = "global"
+    aggregate: Literal["sum", "gdpo"] = "sum"
+    clip: float = Field(5.0, gt=0)
+
+
+class LossConfig(Section):
+    beta: float = Field(1.0, gt=0)
+    kl_beta: float = Field(0.1, ge=0)
+    kl_min: float = Field(1.0e-4, ge=0)
+    guidance_scale: float = Field(4.5, ge=0)
+    adaptive_weighting: bool = True
+    reward_adaptive_kl: bool = True
+    anchor_fraction: float = Field(1.0, gt=0, le=1)
+    type: Literal["mse", "bce"] = "mse"
+    temperature: float = Field(math.inf, gt=0)
+    centering: Literal["prompt", "batch"] = "prompt"
+    impl: Literal["auto", "triton", "cpu", "reference"] = "auto"
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.reward_adaptive_kl and self.kl_min > self.kl_beta:
+            raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
+        return self
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the KL anchor has any weight; if not, the reference is never computed."""
+        return self.kl_beta > 0
+
+
+class Schedule(Section):
+    """d(step) = min(start + slope * (step - begin), end) from `begin` on, `start` before."""
+
+    begin: int
+    start: float
+    slope: float
+    end: float
+
+    def __call__(self, step: int) -> float:
+        if step < self.begin:
+            return self.start
+        return min(self.start + self.slope * (step - self.begin), self.end)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From `begin/start/slope/end`."""
+        parts = str(text).split("/")
+        try:
+            begin, start, slope, end = int(parts[0]), *map(float, parts[1:])
+        except (ValueError, IndexError):
+            raise ValueError(f"expected begin/start/slope/end like 0/0.25/0.005/0.999, got {text!r}") from None
+        if begin < 0 or not 0 <= start <= 1 or not 0 <= end <= 1:
+            raise ValueError(f"expected begin >= 0 and decays between 0 and 1, got {text!r}")
+        return cls(begin=begin, start=start, slope=slope, end=end)
+
+
+class SnapshotsConfig(Section):
+    old: str = "0/0.25/0.005/0.999"
+    sampler: str = "75/0/0.0075/0.999"
+
+    @field_validator("old", "sampler")
+    @classmethod
+    def _parses(cls, text: str) -> str:
+        Schedule.parse(text)
+        return text
+
+
+class TrainConfig(Section):
+    iterations: int = Field(400, ge=1)
+    steps_per_iteration: int = Field(2, ge=1)
+    timesteps: Literal["all"] | int = "all"
+    timestep_range: float = Field(0.99, gt=0, le=1)
+    micro_batch: Literal["auto"] | int = "auto"
+    checkpointing: bool = True
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    learning_rate: float = Field(3.0e-4, gt=0)
+    weight_decay: float = Field(1.0e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = Field(42, ge=0)
+
+
+class EvaluateConfig(Section):
+    every: int = Field(20, ge=0)
+    prompts: str = "builtin-heldout"
+    samples_per_prompt: int = Field(1, ge=1)
+    steps: int = Field(40, ge=1)
+    guidance_scale: float = Field(1.0, ge=0)
+    max_prompts: int | None = Field(None, ge=1)
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=1)
+    keep: int = Field(3, ge=1)
+
+
+class Recipe(Section):
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: dict[str, float] = {"geneval": 1.0}
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("rewards")
+    @classmethod
+    def _some_reward(cls, rewards: dict[str, float]) -> dict[str, float]:
+        if not rewards:
+            raise ValueError("expected at least one reward")
+        for name, weight in rewards.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"{name}: expected a finite weight, got {weight}")
+        return rewards
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for section in ("rollout", "train"):
+            micro_batch = getattr(self, section).micro_batch
+            if micro_batch != "auto" and micro_batch < 1:
+                raise ValueError(f"{section}.micro_batch: expected auto or at least 1, got {micro_batch}")
+        count = self.train.timesteps
+        if count != "all" and not 1 <= count <= len(self.training_steps()):
+            raise ValueError(
+                f"train.timesteps: expected all or 1 to {len(self.training_steps())} (the rollout's steps in "
+                f"the training range), got {count}"
+            )
+        if self.train.steps_per_iteration > self.rollout.prompts_per_iteration:
+            raise ValueError(
+                f"train.steps_per_iteration: expected at most rollout.prompts_per_iteration "
+                f"({self.rollout.prompts_per_iteration}), got {self.train.steps_per_iteration}"
+            )
+        return self
+
+    def training_steps(self) -> list[int]:
+        """Indices of the rollout's steps that lie in the first `timestep_range` of the denoising."""
+        return [i for i in range(self.rollout.steps) if i < self.train.timestep_range * self.rollout.steps]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe from a file, or from the name of one that ships, with `section.key=value` overrides.
+
+    Raises UserError, one line, for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    return build_recipe(_read(source), overrides, str(source))
+
+
+def build_recipe(values: dict, overrides: list[str] | tuple[str, ...] = (), source: str = "recipe") -> Recipe:
+    """Checks plain values (and overrides on top) against the schema; UserError names the first mistake."""
+    values = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_mistake(error)}") from None
+
+
+def _read(source: str | Path) -> dict:
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        path = RECIPES / f"{source}.yaml"
+        if not path.exists():
+            near = _nearest(str(source), recipe_names())
+            raise UserError(f"recipe: no file or recipe called {str(source)!r}{near}; recipes: {recipe_names()}")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file that holds a mapping, without pydantic's checks."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections with keys, got {type(values).__name__}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also takes 3e-4 for a number, as people write it."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not separator or not dot or not name:
+        raise UserError(f"--set: expected section.key=value, got {override!r}")
+    if section not in Recipe.model_fields:
+        raise UserError(f"--set {override}: unknown section {section!r}{_nearest(section, Recipe.model_fields)}")
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise UserError(f"{section}: expected a mapping, got {values[section]!r}")
+    try:
+        values[section][name] = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _first_mistake(error: ValidationError) -> str:
+    mistake = error.errors()[0]
+    # union members ("auto" or a number) appear in the location; they are no keys
+    path = [str(part) for part in mistake["loc"] if part not in ("int", "list[str]") and "literal" not in str(part)]
+    where = ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        known = Recipe.model_fields
+        if len(path) > 1:
+            known = Recipe.model_fields[path[0]].annotation.model_fields
+        return f"unknown key {where!r}{_nearest(path[-1], known)}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{where}: {message}" if where and where not in message.split(":")[0] else message
+    expected = [m["msg"] for m in error.errors() if m["loc"][: len(path)] == mistake["loc"][: len(path)]]
+    wanted = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in expected))
+    return f"{where}: expected {wanted}, got {mistake['input']!r}"
+
+
+def _nearest(word: str, known) -> str:
+    match = process.extractOne(word, list(known), score_cutoff=50)
+    return f", did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -1,0 +1,81 @@
+"""Evaluation: the same prompts and seeds every time, scored by the rewards and what they report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from crd_fast.config import Recipe
+from crd_fast.prompts import PromptSource
+from crd_fast.rewards import Rewards
+from crd_fast.rollout import generate, seed_table
+
+EVALUATION_SEED = 20_260_314
+GRID_COLUMNS, GRID_TILES = 8, 24
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Images (N, height, width, 3) in [0, 1] as a saved picture holds them."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+class Evaluation:
+    """The held-out prompts of a recipe, encoded once."""
+
+    def __init__(self, model, recipe: Recipe, rewards: Rewards, micro_batch: int):
+        config = recipe.evaluate
+        self.model, self.recipe, self.rewards, self.micro_batch = model, recipe, rewards, micro_batch
+        entries = PromptSource(config.prompts).all(config.max_prompts)
+        self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
+        self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
+        self.empty = model.encode_prompts([""])
+        self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
+        self.seeds = seed_table(EVALUATION_SEED, count=len(self.metadata))
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    def run(self, advance=lambda count: None) -> tuple[dict[str, float], np.ndarray]:
+        """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights."""
+        config = self.recipe.evaluate
+        latents = generate(
+            self.model,
+            self.embeddings,
+            self.prompt_index,
+            self.seeds,
+            resolution=self.recipe.rollout.resolution,
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            empty=self.empty,
+            micro_batch=self.micro_batch,
+            precision=self.recipe.train.precision,
+            advance=advance,
+        )
+        images = to_uint8(self.model.decode(latents))
+        metrics = self.rewards.report(images, self.metadata)
+        return {f"eval/{name}": value for name, value in metrics.items()}, images
+
+    def save_grid(self, images: np.ndarray, folder: Path, name: str) -> np.ndarray:
+        """The first tiles as one picture, and what was asked for beside it. Returns the picture."""
+        folder.mkdir(exist_ok=True)
+        count = min(GRID_TILES, len(images))
+        grid = tile(images[:count])
+        Image.fromarray(grid).save(folder / f"{name}.png")
+        prompts = [entry["prompt"] for entry in self.metadata[:count]]
+        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
+        return grid
+
+
+def tile(images: np.ndarray, columns: int = GRID_COLUMNS) -> np.ndarray:
+    """N pictures side by side in rows of `columns`, the last row filled up with black."""
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    padded = np.zeros((rows * columns, height, width, channels), dtype=images.dtype)
+    padded[:count] = images
+    grid = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)

@@ -1,0 +1,77 @@
+"""Using trained weights: evaluation of a checkpoint, and pictures for given prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from crd_fast import checkpoint
+from crd_fast.config import Recipe, build_recipe, load_recipe
+from crd_fast.errors import UserError
+from crd_fast.evaluate import Evaluation, tile, to_uint8
+from crd_fast.models import load_model
+from crd_fast.rewards import Rewards
+from crd_fast.rollout import generate, seed_table
+from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
+
+
+def load_source(source: str):
+    """The model with the policy's weights active, and the recipe that made it.
+
+    source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
+    """
+    if source == "builtin":
+        recipe = load_recipe("builtin")
+        return load_model(recipe.model, recipe.train), recipe
+    if not Path(source).exists():
+        raise UserError(f"{source}: no such folder (expected a run, a checkpoint, or builtin)")
+    folder = checkpoint.find(Path(source))
+    state = checkpoint.read_state(folder)
+    recipe = build_recipe(state["recipe"], source=str(folder))
+    model = load_model(recipe.model, recipe.train)
+    check_same_model(state, model, folder)
+    checkpoint.load(folder, make_weights(model, recipe))
+    return model, recipe
+
+
+def evaluate_checkpoint(source: str, prompts: str | None = None, **overrides) -> dict[str, float]:
+    """Metrics named `eval/...`. `overrides`: keys of the recipe's section `evaluate`; None keeps the recipe's."""
+    model, recipe = load_source(source)
+    changed = {key: value for key, value in {"prompts": prompts, **overrides}.items() if value is not None}
+    values = recipe.model_dump()
+    values["evaluate"] |= changed
+    recipe = build_recipe(values)
+    evaluation = Evaluation(model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch))
+    metrics, _ = evaluation.run()
+    return metrics
+
+
+def sample_grid(
+    source: str,
+    prompts: list[str],
+    out: Path,
+    *,
+    samples: int,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes a PNG: a row of `samples` pictures for each prompt."""
+    model, recipe = load_source(source)
+    config = recipe.evaluate
+    latents = generate(
+        model,
+        model.encode_prompts(prompts),
+        torch.arange(len(prompts)).repeat_interleave(samples),
+        seed_table(seed, count=len(prompts) * samples),
+        resolution=recipe.rollout.resolution,
+        steps=config.steps if steps is None else steps,
+        guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
+        empty=model.encode_prompts([""]),
+        micro_batch=resolve_micro_batch(recipe.rollout.micro_batch),
+        precision=recipe.train.precision,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tile(to_uint8(model.decode(latents)), columns=samples)).save(out)

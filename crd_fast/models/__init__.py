@@ -1,0 +1,19 @@
+"""Flow models, as the trainer sees them. `BuiltinModel` shows the interface."""
+
+from __future__ import annotations
+
+from crd_fast.config import ModelConfig, TrainConfig
+from crd_fast.errors import UserError
+from crd_fast.models.builtin import BuiltinModel
+
+
+def load_model(config: ModelConfig, train: TrainConfig):
+    """The model that `model.path` names. Raises UserError if it is none that is supported."""
+    if config.path != "builtin":
+        raise UserError(f"model.path: expected builtin, got {config.path!r}")
+    if config.quantization != "none":
+        raise UserError(f"model.quantization: expected none for the built-in model, got {config.quantization}")
+    model = BuiltinModel.load()
+    if train.checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    return model

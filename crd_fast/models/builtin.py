@@ -1,0 +1,171 @@
+"""The built-in model: a small MM-DiT in pixel space for the synthetic world of `crd_fast.world`.
+
+The transformer is diffusers' SD3 class, the text encoder transformers' T5 encoder over whole words. The
+weights ship with the package; `tools/pretrain_builtin.py` made them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import T5Config, T5EncoderModel
+
+from crd_fast import world
+from crd_fast.errors import UserError
+
+BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
+MAX_TOKENS = 12
+WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
+SHIFT = 2.0  # of the sigma schedule: layouts are decided at high noise
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def make_tokenizer() -> Tokenizer:
+    """Whole words of the world's prompts; the empty prompt is the end token alone."""
+    words = {"and", "a", "an"}
+    for held_out in (False, True):
+        for entries in world.prompts(held_out).values():
+            words.update(word for entry in entries for word in entry["prompt"].split())
+    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=MAX_TOKENS)
+    return tokenizer
+
+
+def make_text_encoder(vocabulary_size: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=vocabulary_size,
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=world.RESOLUTION,
+        patch_size=PATCH,
+        in_channels=3,
+        out_channels=3,
+        num_layers=LAYERS,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=world.RESOLUTION // PATCH,
+        qk_norm="rms_norm",
+    )
+
+
+def encode(tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Token states (P, 12, 128) and their mean over the real tokens (P, 128)."""
+    encodings = tokenizer.encode_batch([f"{prompt} {END}".strip() for prompt in prompts])
+    for prompt, encoding in zip(prompts, encodings):
+        if len(encoding.ids) > MAX_TOKENS:
+            raise UserError(f"prompt: at most {MAX_TOKENS - 1} words for the built-in model, got {prompt!r}")
+        unknown = [word for word, token in zip(prompt.split(), encoding.tokens) if token == UNKNOWN]
+        if unknown:
+            raise UserError(f"prompt: the built-in model does not know the word {unknown[0]!r} in {prompt!r}")
+    ids = torch.tensor([encoding.ids for encoding in encodings])
+    mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+    states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    return {"states": states, "pooled": states.sum(1) / mask.sum(1, keepdim=True)}
+
+
+class BuiltinModel:
+    """A flow model as the trainer sees it: prompts to embeddings, velocities, latents to images.
+
+    transformer: the network that is trained. Latents are pixels in [-1, 1], (B, 3, 32, 32) float32.
+    """
+
+    name = "builtin"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def __init__(self, transformer: SD3Transformer2DModel, text_encoder: T5EncoderModel, tokenizer: Tokenizer):
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        return (3, world.RESOLUTION, world.RESOLUTION)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of P prompts, each tensor with a first axis of P."""
+        return encode(self.tokenizer, self.text_encoder, prompts)
+
+    def sigmas(self, steps: int) -> torch.Tensor:
+        """The scheduler's own noise levels: (steps + 1,), falling from 1 to 0, evenly spaced before the shift."""
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
+        return self.scheduler.sigmas.clone()
+
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]) -> torch.Tensor:
+        """d x / d sigma. x: (B, 3, 32, 32); sigma: (B,); embeddings with a first axis of B."""
+        return self.transformer(
+            hidden_states=x,
+            timestep=sigma * 1000,
+            encoder_hidden_states=embeddings["states"],
+            pooled_projections=embeddings["pooled"],
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 32, 32, 3), float32 in [0, 1]."""
+        return ((latents.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Writes transformer, text encoder and tokenizer as safetensors and JSON."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("transformer", "text_encoder"):
+            state = getattr(self, name).state_dict()
+            if name == "text_encoder":
+                state.pop("encoder.embed_tokens.weight", None)  # the same tensor as `shared`
+            state = {key: value.to(dtype).contiguous() for key, value in state.items()}
+            save_file(state, folder / f"{name}.safetensors")
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    @classmethod
+    def load(cls, folder: Path = BUILTIN_FOLDER) -> BuiltinModel:
+        """Loads the weights that ship with the package, in float32.
+
+        Raises UserError if a file is missing or damaged.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            states = {name: load_file(folder / f"{name}.safetensors") for name in ("transformer", "text_encoder")}
+        except Exception as error:  # safetensors and tokenizers raise types of their own
+            raise UserError(f"{folder}: the built-in model cannot be read: {error}") from error
+        model = cls(make_transformer(), make_text_encoder(tokenizer.get_vocab_size()), tokenizer)
+        model.transformer.load_state_dict(_float(states["transformer"]))
+        model.text_encoder.load_state_dict(_float(states["text_encoder"]), strict=False)
+        model.text_encoder.encoder.embed_tokens = model.text_encoder.shared
+        for module in (model.transformer, model.text_encoder):
+            module.requires_grad_(False).eval()
+        return model
+
+
+def _float(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.float() for key, value in state.items()}

@@ -1,0 +1,89 @@
+"""What a person sees while a run goes: bars for the phases, reward and KL so far, the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Quiet:
+    """Shows nothing; the interface of every progress display."""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A part of an iteration with `total` steps; yields `advance(n)`."""
+        yield lambda count: None
+
+    def iteration_done(self, record: dict) -> None:
+        """The iteration's metrics are known."""
+
+
+class Bars(Quiet):
+    """Rich progress bars; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, iterations: int, done: int = 0):
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._run = self._bars.add_task("iterations", total=iterations, completed=done, note="")
+        self._phase = self._bars.add_task("", total=None, note="", visible=False)
+        self._iterations = iterations
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self._bars.reset(self._phase, total=total, description=name, visible=True)
+        yield lambda count: self._bars.advance(self._phase, count)
+        self._bars.update(self._phase, visible=False)
+
+    def iteration_done(self, record: dict) -> None:
+        note = f"reward {record['reward_mean']:.3f}  KL {record['kl']:.4f}"
+        self._bars.update(self._run, completed=record["iteration"], note=note)
+        seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
+        evaluated = ""
+        if "eval/overall" in record:
+            evaluated = f"  held-out {record['eval/overall']:.3f} clean {record['eval/clean']:.3f}"
+        elif "eval/reward_mean" in record:
+            evaluated = f"  held-out reward {record['eval/reward_mean']:.3f}"
+        if evaluated or not self.console.is_terminal:
+            self.console.print(
+                f"iteration {record['iteration']:>4}/{self._iterations}  {note}  {seconds:.1f} s{evaluated}",
+                highlight=False,
+            )
+
+
+def before_and_after(records: list[dict]) -> Table | None:
+    """The first and the last evaluation of a run side by side; None if there are not two."""
+    evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
+    if len(evaluated) < 2:
+        return None
+    first, last = evaluated[0], evaluated[-1]
+    table = Table(title=f"Held-out prompts, {first.get('eval/images', '?')} images")
+    table.add_column("", style="bold")
+    for title in (f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"):
+        table.add_column(title, justify="right")
+    names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
+    for name in sorted(names, key=lambda name: ("reward" in name, name in ("overall", "clean"))):
+        before, after = first[f"eval/{name}"], last.get(f"eval/{name}", float("nan"))
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table

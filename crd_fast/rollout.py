@@ -1,0 +1,86 @@
+"""Generating latents: Euler steps of the flow's ODE from seeded noise, in micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+def seeded_noise(seeds: torch.Tensor, shape: tuple[int, ...], device="cpu") -> torch.Tensor:
+    """N(0, 1), float32, (len(seeds), *shape). Each sample depends on its own seed alone, not on its batch."""
+    noise = torch.empty(len(seeds), *shape)
+    generator = torch.Generator()
+    for row, seed in zip(noise, seeds.tolist()):
+        torch.randn(shape, generator=generator.manual_seed(seed), out=row)
+    return noise.to(device)
+
+
+def seed_table(seed: int, *keys: int, count: int) -> torch.Tensor:
+    """`count` well-mixed seeds, int64, that are a function of `seed` and `keys`."""
+    words = np.random.SeedSequence((seed, *keys)).generate_state(count, np.uint64)
+    return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
+
+
+def autocast(device_type: str, precision: str):
+    """The context of one forward. A context of its own each time: autocast caches the weights it has cast,
+    and a context that outlives an optimizer step goes on with the old ones."""
+    if precision == "bf16":
+        return torch.autocast(device_type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def guided_velocity(model, x, sigma, embeddings, empty, guidance_scale: float) -> torch.Tensor:
+    """uncond + w (cond - uncond), or cond alone where w <= 1. Both branches in one doubled batch."""
+    if guidance_scale <= 1:
+        return model.velocity(x, sigma, embeddings)
+    conditional, unconditional = doubled_velocity(model, x, sigma, embeddings, empty)
+    return torch.lerp(unconditional.float(), conditional.float(), guidance_scale)
+
+
+def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, torch.Tensor]:
+    """The conditional and the unconditional velocity: views of one doubled batch.
+
+    empty: embeddings of the empty prompt, first axis 1.
+    """
+    both = {key: torch.cat([value, empty[key].expand_as(value)]) for key, value in embeddings.items()}
+    return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    embeddings: dict[str, torch.Tensor],  # P prompts
+    prompt_index: torch.Tensor,  # (N,) which prompt each sample has
+    seeds: torch.Tensor,  # (N,) int64
+    *,
+    resolution: int,
+    steps: int,
+    guidance_scale: float,
+    empty: dict[str, torch.Tensor],
+    micro_batch: int,
+    precision: str,
+    device: str = "cpu",
+    advance: Callable[[int], None] = lambda count: None,
+) -> torch.Tensor:
+    """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
+
+    `advance(n)` is called after each micro-batch of n samples.
+    """
+    shape = model.latent_shape(resolution)
+    sigmas = model.sigmas(steps).to(device)
+    latents = torch.empty(len(seeds), *shape, device=device)
+    for start in range(0, len(seeds), micro_batch):
+        chunk = slice(start, start + micro_batch)
+        x = seeded_noise(seeds[chunk], shape, device)
+        index = prompt_index[chunk].to(device)
+        chosen = {key: value[index] for key, value in embeddings.items()}
+        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+            with autocast(x.device.type, precision):
+                velocity = guided_velocity(model, x, sigma.expand(len(x)), chosen, empty, guidance_scale)
+            x = x + (next_sigma - sigma) * velocity.float()
+        latents[chunk] = x
+        advance(len(x))
+    return latents

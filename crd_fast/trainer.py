@@ -1,0 +1,296 @@
+"""Centered Reward Distillation, the loop.
+
+Every random choice is a function of the seed and the iteration, so that a resumed run makes the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crd_fast import checkpoint
+from crd_fast.advantage import advantages, combine
+from crd_fast.config import Recipe, Schedule
+from crd_fast.errors import UserError
+from crd_fast.evaluate import Evaluation, to_uint8
+from crd_fast.models import load_model
+from crd_fast.progress import Quiet
+from crd_fast.prompts import PromptSource
+from crd_fast.rewards import Rewards
+from crd_fast.rollout import generate, seed_table
+from crd_fast.runlog import RunLog, peak_rss_bytes
+from crd_fast.update import Pairs, Updater
+from crd_fast.weights import SNAPSHOTS, FullWeights, LoraWeights
+
+AUTO_MICRO_BATCH = 96
+ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
+
+
+class Trainer:
+    """One run in one output folder. `resume` goes on from the folder's newest checkpoint."""
+
+    def __init__(self, recipe: Recipe, output: Path, resume: bool = False, progress=None):
+        self.recipe, self.output = recipe, output
+        self.progress = progress or Quiet()
+        self.rewards = Rewards(recipe.rewards)
+        self.prompts = PromptSource(recipe.rollout.prompts)
+        self.model = load_model(recipe.model, recipe.train)
+        self.weights = make_weights(self.model, recipe)
+        self.optimizer = make_optimizer(recipe, self.weights.trained())
+        self.updater = Updater(
+            self.model,
+            self.weights,
+            recipe.loss,
+            advantage_clip=recipe.advantage.clip,
+            precision=recipe.train.precision,
+            micro_batch=resolve_micro_batch(recipe.train.micro_batch),
+        )
+        self.evaluation = Evaluation(
+            self.model, recipe, self.rewards, resolve_micro_batch(recipe.rollout.micro_batch)
+        )
+        self.empty = self.model.encode_prompts([""])
+        self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
+        self.iteration = self.step = 0
+        saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
+        if saved:
+            check_same_model(checkpoint.read_state(saved[-1]), self.model, saved[-1])
+            state = checkpoint.load(saved[-1], self.weights, self.optimizer)
+            self.iteration, self.step = state["iteration"], state["step"]
+        # a run that was stopped before its first checkpoint starts over, in the same folder
+        self.log = RunLog(output, recipe, after=(self.iteration if saved else -1) if resume else None)
+
+    def run(self) -> bool:
+        """Trains to the recipe's last iteration. False if Ctrl-C ended it earlier."""
+        with interrupts() as stop_requested:
+            return self._run(stop_requested)
+
+    def _run(self, stop_requested) -> bool:
+        if self.iteration == 0 and self.recipe.evaluate.every:
+            self._log_evaluation({"iteration": 0, "step": 0})
+        while self.iteration < self.recipe.train.iterations and not stop_requested():
+            record = self._iterate()
+            if self._due(self.recipe.evaluate.every):
+                self._log_evaluation(record)
+            else:
+                self.log.write(record)
+            if self._due(self.recipe.checkpoint.every) or stop_requested():
+                self.save()
+            self.progress.iteration_done(record)
+        self.log.close()
+        return self.iteration >= self.recipe.train.iterations
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
+
+    def _iterate(self) -> dict:
+        """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
+        clock = [time.perf_counter()]
+        metadata, embeddings, latents_N = self._rollout()
+        clock.append(time.perf_counter())
+        reward_PK = self._reward(latents_N, metadata)
+        clock.append(time.perf_counter())
+        advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
+        updates = self._update(latents_N, advantage_PK, embeddings)
+        decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
+        for name, decay in decays.items():
+            self.weights.blend(name, decay)
+        clock.append(time.perf_counter())
+
+        self.iteration += 1
+        seconds = dict(zip(("seconds_rollout", "seconds_reward", "seconds_update"), np.diff(clock).tolist()))
+        return {
+            "iteration": self.iteration,
+            "step": self.step,
+            "reward_mean": float(reward_PK.mean()),
+            "reward_std": float(reward_PK.std()),
+            **updates,
+            "old_decay": decays["old"],
+            "sampler_decay": decays["sampler"],
+            **seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def _rollout(self) -> tuple[list[dict], dict[str, torch.Tensor], torch.Tensor]:
+        """K samples of each of P prompts by the sampler: metadata (P), embeddings (P), latents (P * K)."""
+        config = self.recipe.rollout
+        count, samples = config.prompts_per_iteration, config.samples_per_prompt
+        metadata = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
+        embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
+        with self.weights.use("sampler"), self.progress.phase("rollout", count * samples) as advance:
+            latents_N = generate(
+                self.model,
+                embeddings,
+                torch.arange(count).repeat_interleave(samples),
+                self._seeds(ROLLOUT, count * samples),
+                resolution=config.resolution,
+                steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                empty=self.empty,
+                micro_batch=resolve_micro_batch(config.micro_batch),
+                precision=self.recipe.train.precision,
+                advance=advance,
+            )
+        return metadata, embeddings, latents_N
+
+    def _reward(self, latents_N: torch.Tensor, metadata: list[dict]) -> np.ndarray:
+        """Rewards, combined by weight: (P, K)."""
+        samples = self.recipe.rollout.samples_per_prompt
+        metadata_N = [entry for entry in metadata for _ in range(samples)]
+        with self.progress.phase("rewards", len(metadata_N)) as advance:
+            scores = self.rewards.score(to_uint8(self.model.decode(latents_N)), metadata_N)
+            advance(len(metadata_N))
+        scores = {name: values.reshape(len(metadata), samples) for name, values in scores.items()}
+        return combine(scores, self.recipe.rewards, self.recipe.advantage.aggregate)
+
+    def _update(self, latents_N, advantage_PK, embeddings) -> dict[str, float]:
+        """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
+        config = self.recipe.train
+        shares = np.array_split(np.arange(len(advantage_PK)), config.steps_per_iteration)
+        pairs_by_step = [self._pairs(prompts, advantage_PK) for prompts in shares]
+        collected = []
+        with self.progress.phase("update", sum(map(len, pairs_by_step))) as advance:
+            for pairs in pairs_by_step:
+                metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty, advance)
+                norm = torch.nn.utils.clip_grad_norm_(self.weights.trained(), config.max_grad_norm)
+                metrics["grad_norm"] = float(norm)
+                self._check_finite(metrics)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                collected.append(metrics)
+        return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+
+    def _pairs(self, prompts: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
+        """All (sample, timestep) pairs of some prompts; a group is a prompt at a timestep."""
+        samples = advantage_PK.shape[1]
+        sigmas = self.model.sigmas(self.recipe.rollout.steps)
+        candidates = self.recipe.training_steps()
+        wanted = self.recipe.train.timesteps
+        count = len(candidates) if wanted == "all" else wanted
+        offsets = self._generator(TIMESTEPS).random(len(advantage_PK))
+        chosen = [candidates[i] for p in prompts for i in draw_timesteps(len(candidates), count, offsets[p])]
+
+        group = torch.arange(len(chosen)).repeat_interleave(samples)
+        prompt = torch.from_numpy(prompts).repeat_interleave(count * samples)
+        sample = prompt * samples + torch.arange(samples).repeat(len(chosen))
+        seeds = self._seeds(NOISE, advantage_PK.size * self.recipe.rollout.steps)
+        timestep = torch.tensor(chosen).repeat_interleave(samples)
+        fraction = self.recipe.loss.anchor_fraction
+        anchored = self._generator(ANCHOR, int(prompts[0])).random(len(sample)) < fraction
+        return Pairs(
+            sample=sample,
+            prompt=prompt,
+            sigma=sigmas[timestep],
+            seed=seeds[sample * self.recipe.rollout.steps + timestep],
+            group=group,
+            advantage=torch.from_numpy(advantage_PK).float().flatten()[sample],
+            anchor=torch.from_numpy(anchored).float() / fraction,
+        )
+
+    def _log_evaluation(self, record: dict) -> None:
+        started = time.perf_counter()
+        with self.progress.phase("evaluation", len(self.evaluation)) as advance:
+            metrics, images = self.evaluation.run(advance)
+        record |= metrics | {"seconds_eval": time.perf_counter() - started}
+        grid = self.evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
+        self.log.write(record, grid)
+
+    def save(self) -> None:
+        """Writes a checkpoint of this iteration."""
+        checkpoint.save(
+            self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
+            self.weights,
+            self.optimizer,
+            {
+                "iteration": self.iteration,
+                "step": self.step,
+                "model": describe(self.model),
+                "recipe": self.recipe.model_dump(),
+            },
+            keep=self.recipe.checkpoint.keep,
+        )
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"iteration {self.iteration + 1}: {name}: expected a finite number, got {value}; "
+                    f"checkpoints up to the last one are intact in {self.output / 'checkpoints'}"
+                )
+
+    def _generator(self, stream: int, *keys: int) -> np.random.Generator:
+        return np.random.default_rng((self.recipe.train.seed, self.iteration, stream, *keys))
+
+    def _seeds(self, stream: int, count: int) -> torch.Tensor:
+        return seed_table(self.recipe.train.seed, self.iteration, stream, count=count)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Within this context the first Ctrl-C is only noted, for the loop to end in good order; the second acts."""
+    noted = []
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
+    """`count` of `candidates` indices: one from each of `count` equal strata, no repeats.
+
+    Systematic sampling: with `offset` uniform in [0, 1) every index is drawn with the same probability.
+    """
+    return [int((i + offset) * candidates / count) for i in range(count)]
+
+
+def make_weights(model, recipe: Recipe):
+    """The policy and its snapshots, as adapters or as whole copies."""
+    config = recipe.model
+    if config.method == "full":
+        return FullWeights(model.transformer)
+    targets = model.lora_targets if config.lora_targets == "default" else config.lora_targets
+    return LoraWeights(model.transformer, config.lora_rank, config.lora_alpha, list(targets), recipe.train.seed)
+
+
+def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    config = recipe.train
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def resolve_micro_batch(micro_batch: int | str) -> int:
+    return AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch
+
+
+def describe(model) -> dict:
+    """What a checkpoint must match."""
+    shapes = sum(parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name)
+    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": shapes}
+
+
+def check_same_model(state: dict, model, source: Path) -> None:
+    """Raises UserError if a checkpoint's state is not this model's."""
+    if state.get("model") != describe(model):
+        raise UserError(f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}")

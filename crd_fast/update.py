@@ -1,0 +1,221 @@
+"""One optimizer step of CRD: measure, center, update, exact for a group of any size at any micro-batch.
+
+The gradient of a sample depends on the rest of its group through scalars alone. So a group that does not
+fit is measured without gradient in micro-batches, centered as B scalars, and then run again with gradient in
+micro-batches. Where it fits, measuring and updating share one policy forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import crd_kernels
+from crd_fast.config import LossConfig
+from crd_fast.rollout import autocast, doubled_velocity, seeded_noise
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(sample, timestep) pairs, B of them; pairs with one `group` id share a prompt and a timestep."""
+
+    sample: torch.Tensor  # (B,) int64, row of the iteration's latents
+    prompt: torch.Tensor  # (B,) int64, row of the prompt embeddings
+    sigma: torch.Tensor  # (B,) float32
+    seed: torch.Tensor  # (B,) int64, of the noise
+    group: torch.Tensor  # (B,) int64
+    advantage: torch.Tensor  # (B,) float32, raw A_i
+    anchor: torch.Tensor  # (B,) float32, weight of the KL anchor: 0, or 1 / anchor_fraction
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, index) -> Pairs:
+        return Pairs(**{name: value[index] for name, value in vars(self).items()})
+
+    def to(self, device) -> Pairs:
+        return Pairs(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass
+class _Chunk:
+    """One micro-batch: what its forwards need and, once they have run, the frozen predictions."""
+
+    pairs: Pairs
+    x0: torch.Tensor
+    noise: torch.Tensor
+    x: torch.Tensor
+    embeddings: dict[str, torch.Tensor]
+    old: torch.Tensor | None = None
+    ref_cond: torch.Tensor | None = None
+    ref_uncond: torch.Tensor | None = None
+
+
+class Updater:
+    """Accumulates the gradient of one optimizer step over all its pairs.
+
+    model: predicts velocities with whatever weights are active; weights: switches between them.
+    """
+
+    def __init__(
+        self, model, weights, loss: LossConfig, *, advantage_clip: float, precision: str, micro_batch: int
+    ):
+        self.model, self.weights, self.loss = model, weights, loss
+        self.advantage_clip, self.precision, self.micro_batch = advantage_clip, precision, micro_batch
+
+    def accumulate(
+        self,
+        pairs: Pairs,
+        latents: torch.Tensor,  # (N, ...) clean latents of the iteration
+        embeddings: dict[str, torch.Tensor],  # P prompts
+        empty: dict[str, torch.Tensor],  # the empty prompt, first axis 1
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, float]:
+        """Adds d loss / d parameters of the policy to `.grad`. Returns the step's losses and statistics.
+
+        `advance(n)` is called after each n pairs.
+        """
+        self._latents, self._embeddings, self._empty = latents, embeddings, empty
+        totals: dict[str, torch.Tensor] = {}
+        for unit in self._units(pairs):
+            chunks = [self._prepare(unit[i : i + self.micro_batch]) for i in range(0, len(unit), self.micro_batch)]
+            measured = self._update(unit, chunks, len(pairs), advance)
+            for name, value in measured.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: float(value) for name, value in totals.items()}
+
+    def _units(self, pairs: Pairs) -> Iterator[Pairs]:
+        """Runs of whole groups that are centered together: as many as fit a micro-batch, at least one."""
+        if self.loss.centering == "batch":
+            yield pairs
+            return
+        _, sizes = torch.unique_consecutive(pairs.group, return_counts=True)
+        start = stop = 0
+        for size in sizes.tolist():
+            if stop > start and stop + size - start > self.micro_batch:
+                yield pairs[start:stop]
+                start = stop
+            stop += size
+        yield pairs[start:stop]
+
+    def _update(self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance) -> dict[str, torch.Tensor]:
+        if len(chunks) == 1:
+            chunk = chunks[0]
+            self._frozen(chunk)
+            policy = self._policy(chunk)
+            stats = self._measure(chunk, policy.detach())
+            coefficients = self._center(stats, unit, denominator)
+            self._backward(chunk, policy, coefficients)
+            advance(len(unit))
+        else:
+            parts = []
+            for chunk in chunks:
+                self._frozen(chunk)
+                with torch.no_grad():
+                    parts.append(self._measure(chunk, self._policy(chunk)))
+                chunk.old = None
+            stats = crd_kernels.Stats.cat(parts)
+            coefficients = self._center(stats, unit, denominator)
+            start = 0
+            for chunk in chunks:
+                stop = start + len(chunk.pairs)
+                self._backward(chunk, self._policy(chunk), coefficients[start:stop])
+                advance(stop - start)
+                start = stop
+        anchor = unit.anchor.double()
+        means = {
+            "implicit_reward_mean": stats.implicit_reward.double(),
+            "implicit_reward_abs": stats.implicit_reward.double().abs(),
+            "kl": stats.kl.double() * anchor,
+            "old_kl": stats.old_kl.double() * anchor,
+            "old_deviation": stats.old_deviation.double(),
+        }
+        return {name: value.sum() / denominator for name, value in means.items()} | {
+            "policy_loss": coefficients.policy_loss.double(),
+            "kl_loss": coefficients.kl_loss.double(),
+        }
+
+    def _prepare(self, pairs: Pairs) -> _Chunk:
+        pairs = pairs.to(self._latents.device)
+        x0 = self._latents[pairs.sample]
+        noise = seeded_noise(pairs.seed, x0.shape[1:], x0.device)
+        x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
+        embeddings = {key: value[pairs.prompt] for key, value in self._embeddings.items()}
+        return _Chunk(pairs, x0, noise, x, embeddings)
+
+    @torch.no_grad()
+    def _frozen(self, chunk: _Chunk) -> None:
+        """Predictions of old and of the reference; the latter only for the pairs that are anchored."""
+        with self.weights.use("old"), self._autocast(chunk):
+            chunk.old = self.model.velocity(chunk.x, chunk.pairs.sigma, chunk.embeddings)
+        anchored = chunk.pairs.anchor > 0
+        if not self.loss.anchored or not anchored.any():
+            return
+        # every pair needs some reference; where the anchor has no weight any finite one will do
+        chunk.ref_cond = chunk.old if anchored.all() else chunk.old.clone()
+        x, sigma = chunk.x[anchored], chunk.pairs.sigma[anchored]
+        embeddings = {key: value[anchored] for key, value in chunk.embeddings.items()}
+        with self.weights.use("reference"), self._autocast(chunk):
+            if self.loss.guidance_scale <= 1:
+                ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
+            else:
+                ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
+        if anchored.all():
+            chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
+            return
+        chunk.ref_cond[anchored] = ref_cond
+        if ref_uncond is not None:
+            chunk.ref_uncond = chunk.old.clone()
+            chunk.ref_uncond[anchored] = ref_uncond
+
+    def _policy(self, chunk: _Chunk) -> torch.Tensor:
+        with self._autocast(chunk):
+            return self.model.velocity(chunk.x, chunk.pairs.sigma, chunk.embeddings)
+
+    def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
+        return crd_kernels.measure(
+            policy,
+            chunk.old,
+            chunk.ref_cond,
+            chunk.x0,
+            chunk.noise,
+            ref_uncond=chunk.ref_uncond,
+            guidance_scale=self.loss.guidance_scale,
+            adaptive_weighting=self.loss.adaptive_weighting,
+            impl=self.loss.impl,
+        )
+
+    def _center(self, stats: crd_kernels.Stats, unit: Pairs, denominator: int) -> crd_kernels.Coefficients:
+        return crd_kernels.center(
+            stats,
+            unit.advantage,
+            unit.group,
+            beta=self.loss.beta,
+            kl_beta=self.loss.kl_beta,
+            kl_min=min(self.loss.kl_min, self.loss.kl_beta),
+            reward_adaptive_kl=self.loss.reward_adaptive_kl,
+            loss_type=self.loss.type,
+            temperature=self.loss.temperature,
+            centering=self.loss.centering,
+            advantage_clip=self.advantage_clip,
+            kl_weight=unit.anchor,
+            denominator=denominator,
+        )
+
+    def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
+        gradient = crd_kernels.velocity_grad(
+            policy.detach(),
+            chunk.ref_cond,
+            chunk.x0,
+            chunk.noise,
+            coefficients,
+            ref_uncond=chunk.ref_uncond,
+            guidance_scale=self.loss.guidance_scale,
+            impl=self.loss.impl,
+        )
+        policy.backward(gradient)
+
+    def _autocast(self, chunk: _Chunk):
+        return autocast(chunk.x.device.type, self.precision)

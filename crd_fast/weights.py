@@ -1,0 +1,172 @@
+"""The four sets of weights of one network: policy, old, sampler, reference.
+
+`policy` is trained; `old` and `sampler` are snapshots blended towards it; `reference` is the pretrained
+network. With LoRA they are three adapters on one base, and no adapter. With full fine-tuning they are
+three more copies of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.loaders import SD3LoraLoaderMixin
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from crd_fast.errors import UserError
+
+SNAPSHOTS = ("old", "sampler")
+
+
+class LoraWeights:
+    """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
+
+    Raises UserError if a target matches no linear layer.
+    """
+
+    def __init__(self, network: torch.nn.Module, rank: int, alpha: float, targets: list[str], seed: int):
+        self.network = network
+        network.requires_grad_(False)
+        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+        names = [name for name, _ in network.named_modules()]
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in names):
+                raise UserError(f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in ("policy", *SNAPSHOTS):
+                network.add_adapter(self.config, adapter_name=name)
+        self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
+        for name, parameters in self._parameters.items():
+            for key, parameter in parameters.items():
+                parameter.data = parameter.data.float()
+                parameter.data.copy_(self._parameters["policy"][key])
+                parameter.requires_grad_(name == "policy")
+        self._activate("policy")
+
+    def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
+        marker = f".{name}."
+        return {
+            key.replace(marker, "."): parameter
+            for key, parameter in self.network.named_parameters()
+            if marker in key and "lora_" in key
+        }
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return list(self._parameters["policy"].values())
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Within this context the network has the weights of `name`, afterwards those of the policy."""
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate("policy")
+
+    def _activate(self, name: str) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = name == "reference"
+            if name != "reference":
+                layer._active_adapter = [name]
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * policy."""
+        _blend(self._parameters[name].values(), self.trained(), decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that changes during training, by `set/parameter`."""
+        return _joined(self._parameters)
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        _load(self._parameters, state)
+
+    def save_policy(self, folder: Path) -> None:
+        """The trained adapter, in the file formats of peft and of diffusers."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.network, adapter_name="policy")
+        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        self.config.save_pretrained(folder)
+        save_file({f"base_model.model.{key}": value for key, value in state.items()}, folder / "adapter_model.safetensors")
+        SD3LoraLoaderMixin.save_lora_weights(
+            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=self.config.to_dict()
+        )
+
+
+class FullWeights:
+    """All weights of the network are trained; the snapshots and the reference are copies that are swapped in."""
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        network.requires_grad_(True)
+        policy = dict(network.named_parameters())
+        self._sets = {"policy": policy}
+        for name in (*SNAPSHOTS, "reference"):
+            self._sets[name] = {key: parameter.detach().clone() for key, parameter in policy.items()}
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return list(self._sets["policy"].values())
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Within this context the network has the weights of `name`, afterwards those of the policy."""
+        if name == "policy":
+            yield
+            return
+        policy = [parameter.data for parameter in self.trained()]
+        for parameter, value in zip(self.trained(), self._sets[name].values()):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trained(), policy):
+                parameter.data = value
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * policy."""
+        _blend(self._sets[name].values(), self.trained(), decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that changes during training, by `set/parameter`."""
+        return _joined({name: self._sets[name] for name in ("policy", *SNAPSHOTS)})
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        _load({name: self._sets[name] for name in ("policy", *SNAPSHOTS)}, state)
+
+    def save_policy(self, folder: Path) -> None:
+        """The trained network, as diffusers saves and loads it."""
+        self.network.save_pretrained(folder / "transformer")
+
+
+def _blend(snapshot, policy, decay: float) -> None:
+    if decay == 0.0:  # an exact copy, also where lerp would round
+        torch._foreach_copy_(list(snapshot), list(policy))
+    else:
+        torch._foreach_lerp_(list(snapshot), list(policy), 1.0 - decay)
+
+
+def _joined(sets: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value.detach() for name, values in sets.items() for key, value in values.items()}
+
+
+@torch.no_grad()
+def _load(sets: dict[str, dict[str, torch.Tensor]], state: dict[str, torch.Tensor]) -> None:
+    own = _joined(sets)
+    if own.keys() != state.keys():
+        missing = sorted(own.keys() ^ state.keys())[0]
+        raise UserError(f"checkpoint: made with another model or other LoRA targets ({missing} does not match)")
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise UserError(
+                f"checkpoint: {key}: expected shape {tuple(value.shape)}, got {tuple(state[key].shape)}"
+            )
+    for key, value in own.items():
+        value.copy_(state[key])
