@@ -1,0 +1,213 @@
+"""The doctor: what it says about machines that lack something, each faked in the smallest way."""
+
+import io
+import subprocess
+import sys
+import types
+from collections import namedtuple
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from crd_fast import doctor
+from crd_fast.doctor import Check
+
+
+def rendered(monkeypatch, found):
+    """Exit code and text of `render` when `checks` finds `found`."""
+    monkeypatch.setattr(doctor, "checks", lambda: found)
+    console = Console(width=200, record=True, file=io.StringIO())
+    return doctor.render(console), console.export_text()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder of installed packages: `site("name", "1.0", "source of __init__.py")`."""
+    folder = tmp_path / "site"
+
+    def install(name, version, source):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(source)
+        information = folder / f"{name}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    monkeypatch.syspath_prepend(folder)
+    return install
+
+
+def test_this_machine():
+    """Whatever is installed here, the tests run: the packages are found, each check says something."""
+    found = {check.name: check for check in doctor.checks()}
+    assert {"python", "CPU", "memory", "torch", "triton", "C++ compiler", "bitsandbytes", "disk"} <= set(
+        found
+    )
+    assert all(check.found and check.status in doctor.MARKS for check in found.values())
+    assert all(check.note for check in found.values() if check.status != "ok")
+    for name in ("python", "torch", "diffusers", "transformers", "peft", "current folder"):
+        assert found[name].status == "ok", found[name]
+    assert found["torch"].found == torch.__version__
+
+
+def test_what_will_be_used_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", sys.executable)
+    used = doctor.choices()
+    assert used["device"].startswith("CPU") and used["loss"] == "cpu (compiled C++)"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert doctor.choices()["loss"] == "cpu (tiles of torch operations: no C++ compiler)"
+
+
+def test_without_torch_it_says_how_to_get_it():
+    """In a process of its own, in which torch cannot be imported at all."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from rich.console import Console; from crd_fast.doctor import render\n"
+        "raise SystemExit(render(Console(width=300)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "Training cannot run here yet. Missing: torch" in result.stdout
+    assert "-m pip install torch" in result.stdout
+
+
+def test_exit_code_and_words(monkeypatch):
+    monkeypatch.setattr(doctor, "choices", lambda: {"loss": "cpu"})
+    fine, weak = Check("torch", "ok", "2.13"), Check("disk", "warning", "2 GiB free", "[brackets] stay")
+    code, text = rendered(monkeypatch, [fine, weak])
+    assert code == 0 and "Training can run here" in text and "loss      cpu" in text and "[brackets]" in text
+    code, text = rendered(monkeypatch, [fine, Check("peft", "missing", "not installed", "pip install peft")])
+    assert code == 2 and "Missing: peft." in text and "will use" not in text
+
+
+def test_broken_optional_package_is_a_warning(site, monkeypatch):
+    site("flash_attn", "2.8.3", "raise RuntimeError('undefined\\nsymbol')")
+    check = doctor._flash_attention()
+    assert check.status == "warning" and check.found == "2.8.3, broken"
+    assert "RuntimeError: undefined symbol" in check.note and "pip install --force-reinstall" in check.note
+
+
+def test_broken_bitsandbytes_is_a_warning_and_changes_the_choice(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check = doctor._bitsandbytes()
+    assert check.status == "warning" and check.found.endswith("broken") and "bitsandbytes>=" in check.note
+    assert doctor.choices()["optimizer"] == "adamw; adamw8bit needs bitsandbytes"
+
+
+def test_old_and_absent_packages(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.17.1")
+    assert doctor._package("peft") == Check(
+        "peft", "missing", "0.17.1", doctor.pip_install("-U", "peft>=0.18")
+    )
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.18")
+    assert doctor._package("peft").status == "ok"
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor._package("peft").note == doctor.pip_install("peft>=0.18")
+
+
+def test_command_names_this_interpreter(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert doctor.pip_install("peft>=0.18") == ".venv/bin/python -m pip install 'peft>=0.18'"
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "found"),
+    [
+        (None, "ok", "MB of weights"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            "missing",
+            "transformer.safetensors is damaged",
+        ),
+        (lambda path: path.write_bytes(b""), "missing", "transformer.safetensors is damaged"),
+        (lambda path: path.unlink(), "missing", "no transformer.safetensors"),
+    ],
+    ids=["whole", "truncated", "empty", "absent"],
+)
+def test_builtin_weights(tmp_path, monkeypatch, damage, status, found):
+    monkeypatch.setattr(doctor, "BUILTIN", tmp_path)
+    for name in doctor.BUILTIN_FILES[:2]:
+        save_file({"a": torch.zeros(3), "b": torch.zeros(2, 5, dtype=torch.bfloat16)}, tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    if damage:
+        damage(tmp_path / "transformer.safetensors")
+    check = doctor._builtin()
+    assert check.status == status and found in check.found
+    assert check.note.startswith("git checkout -- ") == (status == "missing")
+
+
+def test_library_kernels(site, tmp_path, monkeypatch):
+    """A folder `kernels` hides the installed library if it is a package, and not if it has no __init__.py."""
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    site("kernels", "0.12.0", "")
+    here = tmp_path / "here"
+    (here / "kernels").mkdir(parents=True)
+    monkeypatch.syspath_prepend(here)
+    assert doctor._kernels_library() == Check("library `kernels`", "ok", "0.12.0")
+    (here / "kernels" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(here)  # forgets what the import system had cached
+    check = doctor._kernels_library()
+    assert check.status == "warning" and str(here) in check.found
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
+    check = doctor._compiler()
+    assert check.status == "warning" and check.note.endswith("sudo dnf install gcc-c++")
+
+
+def refuse(*arguments, **options):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_folder_that_cannot_be_written_to(monkeypatch):
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    check = doctor._write_access()
+    assert check.status == "missing" and "Permission denied" in check.found and "--output" in check.note
+
+
+@pytest.mark.parametrize(("free", "status"), [(0.1, "missing"), (2.0, "warning"), (50.0, "ok")])
+def test_disk(monkeypatch, free, status):
+    usage = namedtuple("Usage", "free")(free * 2**30)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert doctor._disk().status == status
+
+
+def fake_torch(hip=None, **properties):
+    values = {
+        "name": "Example GPU",
+        "total_memory": 24 * 2**30,
+        "major": 8,
+        "minor": 9,
+        "gcnArchName": "gfx942",
+    }
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda index: types.SimpleNamespace(**values | properties),
+    )
+    return types.SimpleNamespace(
+        cuda=cuda, version=types.SimpleNamespace(hip=hip, cuda=None if hip else "13.0")
+    )
+
+
+def test_gpus(monkeypatch):
+    monkeypatch.setattr(doctor, "attempt", lambda module: (fake_torch(), ""))
+    found = [check.found for check in doctor._gpus()]
+    assert found == ["Example GPU, 24.0 GiB, CUDA 13.0, compute capability 8.9"] * 2
+    monkeypatch.setattr(doctor, "attempt", lambda module: (fake_torch(hip="7.1"), ""))
+    assert doctor._gpus()[1] == Check("GPU 1", "ok", "Example GPU, 24.0 GiB, ROCm 7.1, gfx942")
+
+
+def test_gpu_that_torch_cannot_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None
+    )
+    (check,) = doctor._gpus()
+    assert check.status == "warning" and check.note == doctor.pip_install("--force-reinstall", "torch")
