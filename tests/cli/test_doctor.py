@@ -122,10 +122,15 @@ def test_command_names_this_interpreter(monkeypatch, tmp_path):
             "missing",
             "transformer.safetensors is damaged",
         ),
+        (
+            lambda path: path.write_bytes(path.read_bytes() + b"0"),
+            "missing",
+            "transformer.safetensors is damaged",
+        ),
         (lambda path: path.write_bytes(b""), "missing", "transformer.safetensors is damaged"),
         (lambda path: path.unlink(), "missing", "no transformer.safetensors"),
     ],
-    ids=["whole", "truncated", "empty", "absent"],
+    ids=["whole", "truncated", "too long", "empty", "absent"],
 )
 def test_builtin_weights(tmp_path, monkeypatch, damage, status, found):
     monkeypatch.setattr(doctor, "BUILTIN", tmp_path)
