@@ -1,6 +1,5 @@
 """Which implementation runs. One asked for by name runs or the call is refused: nothing falls back."""
 
-import functools
 import importlib.util
 import os
 
@@ -9,9 +8,14 @@ from . import checks
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 
 
-@functools.cache
+try:
+    _TRITON = importlib.util.find_spec("triton") is not None
+except ValueError:  # an entry of None in sys.modules
+    _TRITON = False
+
+
 def has_triton():
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def interpreting():

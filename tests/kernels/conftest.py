@@ -1,4 +1,9 @@
-"""Shared by the kernel tests: the oracle beside them, and which implementations can run here."""
+"""Shared by the kernel tests: the oracle beside them, and which implementations can run here.
+
+Every test that takes `impl` runs for each of them. "triton" needs a GPU (the test's tensors are then made
+there) or Triton's interpreter, which must be chosen before triton is imported: test_interpreter.py starts
+pytest anew for that.
+"""
 
 import os
 import sys
@@ -9,16 +14,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from kernel_oracle import INTERPRETING
 
-@pytest.fixture(params=["reference", "cpu", "tiles"])
+GPU = torch.cuda.is_available()
+IMPLEMENTATIONS = ["reference", "cpu", "tiles"]
+if GPU or INTERPRETING:
+    IMPLEMENTATIONS.append(pytest.param("triton", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request, monkeypatch):
     """Every implementation that runs on this machine; "tiles" is cpu without a C++ compiler."""
+    if request.param == "triton" and not INTERPRETING:
+        torch.set_default_device("cuda")
     if request.param == "tiles":
         from crd_kernels.native import build
 
         monkeypatch.setattr(build, "library", lambda: None)
-        return "cpu"
-    return request.param
+    yield "cpu" if request.param == "tiles" else request.param
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +51,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan():
+    """torch.empty comes filled with NaN, and ops without a deterministic implementation are refused."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,16 +1,19 @@
 """An oracle for the CRD loss, written apart from the package: float64, one sample at a time, autograd."""
 
 import math
+import os
 
 import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # about a thousand times slower than a GPU
 
 
 def make(batch=7, shape=(4, 6, 6), groups=(5, -2, 5, 9, -2, 5, 9), dtype=torch.float64, seed=0, spread=0.3):
     """Inputs of one loss call as a dict. The predictions scatter around the target like real ones."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=random, dtype=torch.float64)
+        return torch.randn(*size, generator=random, dtype=torch.float64, device="cpu")
 
     x0, noise = normal(batch, *shape), normal(batch, *shape)
     old = noise - x0 + normal(batch, *shape)
@@ -25,7 +28,8 @@ def make(batch=7, shape=(4, 6, 6), groups=(5, -2, 5, 9, -2, 5, 9), dtype=torch.f
     inputs = {name: value.to(dtype) for name, value in inputs.items()}
     inputs["advantage"] = 3 * normal(batch)
     inputs["group"] = torch.tensor([groups[i % len(groups)] for i in range(batch)])
-    return inputs
+    device = torch.get_default_device()
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def reference_of(inputs, guidance_scale):
