@@ -1,10 +1,11 @@
 """What every Triton launch shares: operands as (pointer, strides), the block, and the device."""
 
 import contextlib
+import functools
 
 import torch
 
-from . import layout
+from . import dispatch, layout
 
 BLOCK = 2048  # elements of one program; eight a thread are one 128-bit load of bf16
 
@@ -20,8 +21,17 @@ def options(elements):
     Without contraction of a * b + c the interpreter and every GPU round alike; the passes wait for memory
     anyway.
     """
-    warp = 64 if torch.version.hip else 32
-    return {"num_warps": max(1, elements // (8 * warp)), "enable_fp_fusion": False}
+    return {"num_warps": max(1, elements // (8 * warp_size())), "enable_fp_fusion": False}
+
+
+@functools.cache
+def warp_size():
+    """Threads of one warp on the GPU at hand: 32, or 64 on AMD's data center GPUs."""
+    if dispatch.interpreting():
+        return 32
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().warp_size
 
 
 def operands(tensors):
