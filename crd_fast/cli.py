@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -183,6 +184,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: a UserError is one line and exit code 2, never a traceback."""
+    # bitsandbytes reports at import that an optional download for 4-bit layers on the CPU is not there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

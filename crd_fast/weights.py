@@ -7,6 +7,7 @@ three more copies of the weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,10 @@ class LoraWeights:
                 raise UserError(f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in ("policy", *SNAPSHOTS):
-                network.add_adapter(self.config, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # three adapters are meant
+                for name in ("policy", *SNAPSHOTS):
+                    network.add_adapter(self.config, adapter_name=name)
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
         self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
         for name, parameters in self._parameters.items():

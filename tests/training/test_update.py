@@ -1,0 +1,176 @@
+"""One optimizer step: exact at every micro-batch, against autograd, with no forward too many."""
+
+import pytest
+import torch
+
+from crd_fast.config import LossConfig
+from crd_fast.rollout import seed_table, seeded_noise
+from crd_fast.trainer import draw_timesteps
+from crd_fast.update import Pairs, Updater
+from crd_fast.weights import FullWeights
+
+PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
+SHAPE = (3, 4, 4)
+
+
+class TinyModel:
+    """A velocity model of a few hundred parameters that counts the samples it is run on."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.transformer = torch.nn.Sequential(torch.nn.Linear(48 + 1 + 5, 32), torch.nn.Tanh(), torch.nn.Linear(32, 48))
+        self.transformer.double()
+        self.samples_run = {True: 0, False: 0}  # with and without gradient
+
+    def velocity(self, x, sigma, embeddings):
+        self.samples_run[torch.is_grad_enabled()] += len(x)
+        inputs = torch.cat([x.flatten(1).double(), sigma[:, None].double(), embeddings["states"].double()], dim=1)
+        return self.transformer(inputs).view_as(x)
+
+
+@pytest.fixture
+def setting():
+    model = TinyModel()
+    weights = FullWeights(model.transformer)
+    with torch.no_grad():  # four different sets of weights
+        for parameter in weights.trained():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        weights.blend("old", 0.4)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(PROMPTS * SAMPLES, *SHAPE, generator=generator)
+    embeddings = {"states": torch.randn(PROMPTS, 5, generator=generator)}
+    empty = {"states": torch.zeros(1, 5)}
+    groups = PROMPTS * TIMESTEPS
+    sample = torch.cat([torch.arange(SAMPLES) + p * SAMPLES for p in range(PROMPTS) for _ in range(TIMESTEPS)])
+    pairs = Pairs(
+        sample=sample,
+        prompt=sample // SAMPLES,
+        sigma=torch.tensor([0.9, 0.4]).repeat(PROMPTS).repeat_interleave(SAMPLES),
+        seed=seed_table(3, count=groups * SAMPLES),
+        group=torch.arange(groups).repeat_interleave(SAMPLES),
+        advantage=3 * torch.randn(PROMPTS * SAMPLES, generator=generator)[sample],
+        anchor=torch.ones(groups * SAMPLES),
+    )
+    return model, weights, pairs, latents, embeddings, empty
+
+
+def gradients(setting, micro_batch, pairs=None, **loss):
+    model, weights, all_pairs, latents, embeddings, empty = setting
+    config = LossConfig(**{"beta": 5.0, "kl_beta": 0.1, "guidance_scale": 4.5, "impl": "reference"} | loss)
+    updater = Updater(model, weights, config, advantage_clip=5.0, precision="fp32", micro_batch=micro_batch)
+    model.transformer.zero_grad(set_to_none=True)
+    model.samples_run = {True: 0, False: 0}
+    metrics = updater.accumulate(all_pairs if pairs is None else pairs, latents, embeddings, empty)
+    return metrics, torch.cat([p.grad.flatten() for p in weights.trained()])
+
+
+def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0):
+    """DESIGN's formulas for all pairs at once, written out, differentiated by autograd."""
+    model, weights, pairs, latents, embeddings, empty = setting
+    x0 = latents[pairs.sample].double()
+    noise = seeded_noise(pairs.seed, SHAPE).double()
+    sigma = pairs.sigma.view(-1, 1, 1, 1)
+    x = torch.lerp(latents[pairs.sample], noise.float(), sigma)
+    conditional = {"states": embeddings["states"][pairs.prompt]}
+    unconditional = {"states": empty["states"].expand(len(pairs), -1)}
+    with torch.no_grad():
+        with weights.use("old"):
+            old = model.velocity(x, pairs.sigma, conditional).double()
+        with weights.use("reference"):
+            cond = model.velocity(x, pairs.sigma, conditional).double()
+            uncond = model.velocity(x, pairs.sigma, unconditional).double()
+    policy = model.velocity(x, pairs.sigma, conditional).double()
+    reference = uncond + guidance * (cond - uncond)
+    target = noise - x0
+
+    def mean(value):
+        return value.flatten(1).mean(1)
+
+    def scale(velocity):
+        return mean((velocity - target).abs()).clamp(min=1e-5).detach()
+
+    r = -(mean((policy - target) ** 2) / scale(policy) - mean((old - target) ** 2) / scale(old))
+    a = (pairs.advantage.double().clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
+    delta = []
+    for group in pairs.group.unique():
+        member = pairs.group == group
+        delta.append(beta * (r[member] - r[member].mean().detach()) - (a[member] - a[member].mean()))
+    policy_loss = clip / beta * torch.cat(delta).square().mean()
+    k = kl_min + a * (kl_beta - kl_min)
+    loss = policy_loss + (k * mean((policy - reference) ** 2)).mean()
+    model.transformer.zero_grad(set_to_none=True)
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in weights.trained()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, SAMPLES, 2 * SAMPLES, 100])
+def test_gradient_is_that_of_the_whole_loss_at_any_micro_batch(setting, micro_batch):
+    loss, expected = autograd_oracle(setting)
+    metrics, gradient = gradients(setting, micro_batch)
+    assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_policy_gradient_at_micro_batch_one_is_not_zero(setting):
+    _, gradient = gradients(setting, 1, kl_beta=0.0, kl_min=0.0)
+    assert gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), 0.5])
+@pytest.mark.parametrize("centering", ["prompt", "batch"])
+@pytest.mark.parametrize("type", ["mse", "bce"])
+def test_micro_batch_does_not_matter_for_any_loss(setting, temperature, centering, type):
+    settings = {"temperature": temperature, "centering": centering, "type": type}
+    _, whole = gradients(setting, 100, **settings)
+    metrics, split = gradients(setting, 5, **settings)
+    torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-10)
+
+
+def test_forwards_per_pair(setting):
+    model, _, pairs, *_ = setting
+    gradients(setting, SAMPLES)
+    assert model.samples_run == {True: len(pairs), False: 3 * len(pairs)}  # old, two for the guided reference
+    gradients(setting, SAMPLES - 1)
+    assert model.samples_run == {True: len(pairs), False: 4 * len(pairs)}  # and the policy to be measured
+    gradients(setting, SAMPLES, guidance_scale=1.0)
+    assert model.samples_run == {True: len(pairs), False: 2 * len(pairs)}
+
+
+def test_no_reference_forward_where_the_anchor_has_no_weight(setting):
+    model, _, pairs, *_ = setting
+    metrics, _ = gradients(setting, SAMPLES, kl_beta=0.0, kl_min=0.0)
+    assert model.samples_run == {True: len(pairs), False: len(pairs)}
+    assert metrics["kl"] == metrics["kl_loss"] == 0
+
+
+def test_anchor_fraction_saves_forwards_and_keeps_the_expected_gradient(setting):
+    model, _, pairs, *_ = setting
+    _, full = gradients(setting, 7)
+    halves = []
+    for mask in (torch.arange(len(pairs)) % 2, (torch.arange(len(pairs)) + 1) % 2):
+        half = Pairs(**vars(pairs) | {"anchor": mask.float() * 2})
+        halves.append(gradients(setting, 7, half)[1])
+        assert model.samples_run[False] == 2 * len(pairs)  # old, and half of two references
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, full, rtol=1e-6, atol=1e-10)
+
+
+def test_equal_policy_and_old_have_no_implicit_reward(setting):
+    setting[1].blend("old", 0.0)
+    metrics, _ = gradients(setting, SAMPLES)
+    assert metrics["implicit_reward_abs"] == 0 and metrics["old_deviation"] == 0
+
+
+def test_timesteps_are_stratified_without_repeats_and_equally_often():
+    counts = torch.zeros(10)
+    for offset in torch.linspace(0, 1, 1001)[:-1].tolist():
+        drawn = draw_timesteps(10, 3, offset)
+        assert len(set(drawn)) == 3
+        counts[drawn] += 1
+    assert counts.min() >= 290 and counts.max() <= 310
+    assert draw_timesteps(10, 10, 0.7) == list(range(10))
+
+
+def test_noise_depends_on_its_own_seed_alone():
+    seeds = seed_table(1, 2, count=5)
+    assert torch.equal(seeded_noise(seeds, SHAPE)[3:], seeded_noise(seeds[3:], SHAPE))
+    assert not torch.equal(seed_table(1, 2, count=5), seed_table(1, 3, count=5))
