@@ -76,9 +76,9 @@ class Case:
         noise, seed = (x, None) if self.noise == "given" else (None, torch.zeros(2, dtype=torch.int64))
         scale = torch.zeros(2)
         if self.op == "measure":
-            velocity_kernels.measure(x, x, cond, uncond, x, noise, seed, 4.5, True)
+            velocity_kernels.measure(x, x, cond, uncond, x, noise, seed, 4.5, True, 0.0)
         elif self.op == "velocity_grad":
-            velocity_kernels.velocity_grad(x, cond, uncond, x, noise, seed, scale, scale, 4.5)
+            velocity_kernels.velocity_grad(x, None, cond, uncond, x, noise, seed, scale, scale, None, 4.5)
         else:
             noise_kernels.interpolate(x, scale, noise, seed, x.dtype)
 

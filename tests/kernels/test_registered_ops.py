@@ -18,12 +18,14 @@ def test_opcheck(impl, dtype):
     )
     c1, c2 = torch.randn(2, 3)
     loss = torch.tensor(1.5)
-    torch.library.opcheck(ops.measure_op, (policy, old, cond, uncond, x0, noise, None, 4.5, True, impl))
-    torch.library.opcheck(ops.measure_op, (policy, old, None, None, x0, noise, None, 1.0, False, impl))
-    torch.library.opcheck(ops.velocity_grad_op, (policy, cond, uncond, x0, noise, None, c1, c2, 4.5, impl))
+    torch.library.opcheck(ops.measure_op, (policy, old, cond, uncond, x0, noise, None, 4.5, True, 0.0, impl))
+    torch.library.opcheck(ops.measure_op, (policy, old, None, None, x0, noise, None, 1.0, False, 0.5, impl))
+    torch.library.opcheck(
+        ops.velocity_grad_op, (policy, old, cond, uncond, x0, noise, None, c1, c2, c1, 4.5, impl)
+    )
     torch.library.opcheck(
         ops.attach_gradient_op,
-        (loss, policy.clone().requires_grad_(), cond, None, x0, noise, None, c1, c2, 1.0, impl),
+        (loss, policy.clone().requires_grad_(), None, cond, None, x0, noise, None, c1, c2, None, 1.0, impl),
     )
 
 

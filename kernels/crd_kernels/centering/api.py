@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from .coefficients import Coefficients
+from .distributed import gather
 from .groups import group_sum, softmax_weights
 
 
@@ -28,6 +29,7 @@ def center(
     advantage_clip=5.0,
     kl_weight=None,  # (B,) float
     denominator=None,
+    process_group=None,
 ):
     """Losses and gradient coefficients of centered reward distillation.
 
@@ -49,6 +51,11 @@ def center(
     kl_weight multiplies k_i (an anchor evaluated for a random fraction f: mask / f). denominator replaces B
     in the means: with the B of the whole step, centering some of its groups at a time adds up to the whole.
 
+    process_group: a torch.distributed group over whose ranks the groups may spread. Every rank passes its own
+    samples, as many as it has, and gets its own coefficients. The means are then over all ranks' samples,
+    times the number of ranks, so that averaging the ranks' gradients (and losses), as data parallel wrappers
+    do, gives those of one process with all samples. Batch sizes are exchanged through the host.
+
     Raises TypeError or ValueError naming the argument. NaN in a sample reaches the losses.
     Source: arXiv 2603.14128.
     """
@@ -65,18 +72,22 @@ def center(
     if denominator is not None:
         checks.number("denominator", denominator, above=0)
 
-    samples = len(stats) if denominator is None else denominator
     reward = stats.implicit_reward.double()
     a = advantage.double().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
     a = a.clamp(0, 1)
     ids = torch.zeros_like(group) if centering == "batch" else group
+    samples, mine, all_reward, all_a = len(stats), slice(None), reward, a
+    if process_group is not None:
+        (all_reward, all_a, ids), mine, ranks = gather(process_group, reward, a, ids.long())
+        samples = all_reward.shape[0] / ranks
+    samples = samples if denominator is None else denominator
 
-    directions = [None] if temperature == float("inf") else [a / temperature, -a / temperature]
+    directions = [None] if temperature == float("inf") else [all_a / temperature, -all_a / temperature]
     policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
     for logits in directions:
         p = softmax_weights(logits, ids)
-        r_centered = reward - group_sum(p * reward, ids)
-        a_centered = a - group_sum(p * a, ids)
+        r_centered = reward - group_sum(p * all_reward, ids)[mine]
+        a_centered = a - group_sum(p * all_a, ids)[mine]
         loss, derivative = _terms(r_centered, a_centered, beta, loss_type)
         share = advantage_clip / beta / samples / len(directions)
         policy_loss = policy_loss + share * loss.sum()

@@ -46,6 +46,7 @@ def crd_loss(
     advantage_clip=5.0,
     kl_weight=None,  # (B,) float
     denominator=None,
+    process_group=None,
     impl="auto",
 ):
     """The loss of centered reward distillation and its gradient, over whole groups. Returns a `CRDOutput`.
@@ -92,10 +93,13 @@ def crd_loss(
             advantage_clip=advantage_clip,
             kl_weight=kl_weight,
             denominator=denominator,
+            process_group=process_group,
         )
     return CRDOutput(
         loss=attach_gradient(
-            coefficients,
+            coefficients.loss,
+            coefficients.c1,
+            coefficients.c2,
             policy,
             ref_cond,
             x0,

@@ -1,6 +1,6 @@
 """The two passes over the latents: per-sample statistics, and the velocity gradient."""
 
-from .api import measure, velocity_grad
+from .api import implicit_reward, measure, velocity_grad
 from .stats import Stats
 
-__all__ = ["Stats", "measure", "velocity_grad"]
+__all__ = ["Stats", "implicit_reward", "measure", "velocity_grad"]

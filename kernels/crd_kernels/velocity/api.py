@@ -56,6 +56,7 @@ def measure(
         seed,
         float(guidance_scale),
         bool(adaptive_weighting),
+        0.0,
         impl,
     )
     return Stats(*table.unbind(0), n=policy.shape[1:].numel())
@@ -91,6 +92,7 @@ def velocity_grad(
     impl = dispatch.choose(impl, policy.device)
     return ops.velocity_grad_op(
         policy,
+        None,
         ref_cond,
         ref_uncond,
         x0,
@@ -98,24 +100,61 @@ def velocity_grad(
         seed,
         coefficients.c1,
         coefficients.c2,
+        None,
         float(guidance_scale),
         impl,
     )
 
 
 def attach_gradient(
-    coefficients, policy, ref_cond, x0, noise, *, seed=None, ref_uncond=None, guidance_scale=1.0, impl="auto"
+    loss,  # scalar, or (B,)
+    c1,  # (B,)
+    c2,  # (B,)
+    policy,  # (B, ...)
+    ref_cond,  # (B, ...) or None
+    x0,  # (B, ...)
+    noise,  # (B, ...) or None
+    *,
+    c3=None,  # (B,) with old
+    old=None,  # (B, ...)
+    seed=None,  # (B,) int64
+    ref_uncond=None,  # (B, ...)
+    guidance_scale=1.0,
+    impl="auto",
 ):
-    """`coefficients.loss` with the gradient c1 (policy - target) + c2 (policy - reference) towards policy.
+    """`loss` with the gradient c1 (policy - target) + c2 (policy - reference) + c3 (policy - old) of policy.
 
     What makes a loss out of a measured batch: the gradient pass runs in the backward, on the inputs that are
-    alive anyway. Any loss whose gradient has this form can use it.
+    alive anyway. Every loss of this package is such a combination. Arguments are those of a call to `measure`
+    that went through.
     """
     if not (policy.requires_grad and torch.is_grad_enabled()):
-        return coefficients.loss
+        return loss
     ref_uncond = checks.guidance(ref_cond, ref_uncond, guidance_scale)
     impl = dispatch.choose(impl, policy.device)
-    inputs = [None if t is None else t.detach() for t in (ref_cond, ref_uncond, x0, noise, seed)]
-    return ops.attach_gradient_op(
-        coefficients.loss, policy, *inputs, coefficients.c1, coefficients.c2, float(guidance_scale), impl
+    old = None if c3 is None else old
+    inputs = [None if t is None else t.detach() for t in (old, ref_cond, ref_uncond, x0, noise, seed)]
+    return ops.attach_gradient_op(loss, policy, *inputs, c1, c2, c3, float(guidance_scale), impl)
+
+
+def implicit_reward(
+    policy,  # (B, ...)
+    old,  # (B, ...)
+    x0,  # (B, ...)
+    noise,  # (B, ...) or None
+    *,
+    seed=None,  # (B,) int64
+    adaptive_weighting=True,
+    impl="auto",
+):
+    """r = -(mean((policy - target)^2) / s(policy) - mean((old - target)^2) / s(old)), (B,), differentiable.
+
+    For trainers that center and weigh the rewards themselves: `measure` has the formula in full; the gradient
+    flows to policy alone and not through s. Raises TypeError or ValueError naming the argument.
+    """
+    keywords = {"seed": seed, "impl": impl}
+    stats = measure(policy, old, None, x0, noise, adaptive_weighting=adaptive_weighting, **keywords)
+    c1 = -2 / stats.n / stats.policy_scale
+    return attach_gradient(
+        stats.implicit_reward, c1, torch.zeros_like(c1), policy, None, x0, noise, **keywords
     )

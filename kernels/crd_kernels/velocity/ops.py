@@ -27,15 +27,16 @@ def measure_op(
     seed: Tensor | None,
     guidance_scale: float,
     adaptive_weighting: bool,
+    mix: float,
     impl: str,
 ) -> Tensor:
     """The (ROWS, B) table of statistics."""
     run = _implementation(impl).measure
-    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting)
+    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix)
 
 
 @measure_op.register_fake
-def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, impl):
+def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix, impl):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     return policy.new_empty((ROWS, policy.shape[0]), dtype=dtype)
 
@@ -43,6 +44,7 @@ def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adapti
 @custom_op("crd_kernels::velocity_grad", mutates_args=())
 def velocity_grad_op(
     policy: Tensor,
+    old: Tensor | None,
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
@@ -50,16 +52,17 @@ def velocity_grad_op(
     seed: Tensor | None,
     c1: Tensor,
     c2: Tensor,
+    c3: Tensor | None,
     guidance_scale: float,
     impl: str,
 ) -> Tensor:
-    """c1 (policy - target) + c2 (policy - reference), in policy's dtype."""
+    """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), in policy's dtype."""
     run = _implementation(impl).velocity_grad
-    return run(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale)
+    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale)
 
 
 @velocity_grad_op.register_fake
-def _(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale, impl):
+def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
     return torch.empty_like(policy)
 
 
@@ -67,6 +70,7 @@ def _(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale, imp
 def attach_gradient_op(
     loss: Tensor,
     policy: Tensor,
+    old: Tensor | None,
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
@@ -74,19 +78,21 @@ def attach_gradient_op(
     seed: Tensor | None,
     c1: Tensor,
     c2: Tensor,
+    c3: Tensor | None,
     guidance_scale: float,
     impl: str,
 ) -> Tensor:
     """A copy of `loss` whose gradient with respect to `policy` is the velocity gradient.
 
-    The backward runs the gradient pass with c1 and c2 scaled by the incoming gradient: no stored gradient, no
-    second pass to scale it, no look at the scale's value on the host.
+    loss is a scalar, or (B,) where each entry depends on its own sample alone. The backward runs the gradient
+    pass with c1, c2 and c3 scaled by the incoming gradient: no stored gradient, no second pass to scale it,
+    no look at the scale's value on the host.
     """
     return loss.clone()
 
 
 @attach_gradient_op.register_fake
-def _(loss, policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale, impl):
+def _(loss, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
     return torch.empty_like(loss)
 
 
@@ -97,13 +103,23 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2 = ctx.saved_tensors
+    policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3 = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[1]:
         gradient = velocity_grad_op(
-            policy, ref_cond, ref_uncond, x0, noise, seed, c1 * grad, c2 * grad, *ctx.settings
+            policy,
+            old,
+            ref_cond,
+            ref_uncond,
+            x0,
+            noise,
+            seed,
+            c1 * grad,
+            c2 * grad,
+            None if c3 is None else c3 * grad,
+            *ctx.settings,
         )
-    return None, gradient, *[None] * 9
+    return None, gradient, *[None] * 11
 
 
 attach_gradient_op.register_autograd(_backward, setup_context=_save)

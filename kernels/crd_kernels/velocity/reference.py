@@ -18,17 +18,20 @@ def per_sample_mean(x):
     return x.flatten(1).contiguous().mean(1)
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting):
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     noise = normal(seed, x0.shape) if noise is None else noise
     policy, old = policy.to(dtype), old.to(dtype)
     target = noise.to(dtype) - x0.to(dtype)
 
-    policy_error = per_sample_mean((policy - target) ** 2)
-    old_error = per_sample_mean((old - target) ** 2)
+    first, second = policy, old
+    if mix:
+        first, second = (1 - mix) * old + mix * policy, (1 + mix) * old - mix * policy
+    policy_error = per_sample_mean((first - target) ** 2)
+    old_error = per_sample_mean((second - target) ** 2)
     if adaptive_weighting:
-        policy_scale = per_sample_mean((policy - target).abs()).clamp(min=SCALE_FLOOR)
-        old_scale = per_sample_mean((old - target).abs()).clamp(min=SCALE_FLOOR)
+        policy_scale = per_sample_mean((first - target).abs()).clamp(min=SCALE_FLOOR)
+        old_scale = per_sample_mean((second - target).abs()).clamp(min=SCALE_FLOOR)
     else:
         policy_scale = old_scale = torch.ones_like(policy_error)
     implicit_reward = old_error / old_scale - policy_error / policy_scale
@@ -56,8 +59,8 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, 
     )
 
 
-def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale):
-    dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
+def velocity_grad(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
+    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     noise = normal(seed, x0.shape) if noise is None else noise
     column = (-1, *[1] * (policy.dim() - 1))
     target = noise.to(dtype) - x0.to(dtype)
@@ -65,4 +68,6 @@ def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidanc
     if ref_cond is not None:
         reference = guided(ref_cond, ref_uncond, guidance_scale, dtype)
         gradient = gradient + c2.to(dtype).view(column) * (policy.to(dtype) - reference)
+    if c3 is not None:
+        gradient = gradient + c3.to(dtype).view(column) * (policy.to(dtype) - old.to(dtype))
     return gradient.to(policy.dtype)

@@ -27,7 +27,7 @@ def tiles(shape):
     return [(*index, slice(at, at + step)) for index in outer for at in range(0, shape[dim], step)]
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale):
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, mix):
     """Returns the sums of velocity.cpp, (7, B) float64."""
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     sums = torch.zeros(policy.shape[0], 7, dtype=torch.float64)
@@ -35,10 +35,11 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale):
         b = at[0]
         target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
         p, o = _load(policy, at, dtype), _load(old, at, dtype)
-        sums[b, 0] += (p - target).square_().sum()
-        sums[b, 1] += (p - target).abs_().sum()
-        sums[b, 2] += (o - target).square_().sum()
-        sums[b, 3] += (o - target).abs_().sum()
+        first, second = ((1 - mix) * o + mix * p, (1 + mix) * o - mix * p) if mix else (p, o)
+        sums[b, 0] += (first - target).square_().sum()
+        sums[b, 1] += (first - target).abs_().sum()
+        sums[b, 2] += (second - target).square_().sum()
+        sums[b, 3] += (second - target).abs_().sum()
         if ref_cond is not None:
             reference = _reference(ref_cond, ref_uncond, at, guidance_scale, dtype)
             sums[b, 4] += (p - reference).square_().sum()
@@ -47,9 +48,9 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale):
     return sums.T
 
 
-def velocity_grad(gradient, policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale):
-    """Writes c1 (policy - target) + c2 (policy - reference) into `gradient`."""
-    dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
+def velocity_grad(gradient, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
+    """Writes c1 (policy - target) + c2 (policy - reference) + c3 (policy - old) into `gradient`."""
+    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     for at, begin in _tiles_of(policy):
         b = at[0]
         p = _load(policy, at, dtype)
@@ -58,6 +59,8 @@ def velocity_grad(gradient, policy, ref_cond, ref_uncond, x0, noise, seed, c1, c
         if ref_cond is not None:
             reference = _reference(ref_cond, ref_uncond, at, guidance_scale, dtype)
             total += (p - reference).mul_(c2[b].to(dtype))
+        if c3 is not None:
+            total += (p - _load(old, at, dtype)).mul_(c3[b].to(dtype))
         gradient[at] = total
 
 

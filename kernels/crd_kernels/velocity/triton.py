@@ -21,6 +21,7 @@ SLOTS = 8  # partial sums of a block: seven and an empty one
 #   0 (policy - target)^2     1 |policy - target|      2 (old - target)^2     3 |old - target|
 #   4 (policy - reference)^2  5 (old - reference)^2    6 (policy - old)^2
 #
+# where with a mix m sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy,
 # and stores the seven sums in its own slots of partial, (B, 8, chunks). No atomics; what a sample adds up to
 # does not depend on the batch it came in. Every input is read once.
 @triton.jit
@@ -43,6 +44,8 @@ def measure_kernel(
     numel,
     chunks,
     guidance_scale: tl.float64,
+    mix: tl.float64,
+    MIX: tl.constexpr,  # whether mix is not 0
     WIDE: tl.constexpr,  # offsets inside a sample need 64 bits
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,6 +65,9 @@ def measure_kernel(
 
     # Every load comes before the reduction's barriers, so that all are in flight together.
     policy_error, old_error, moved = p - target, o - target, p - o
+    if MIX:
+        m = tl.full((1,), mix, ACC)
+        policy_error, old_error = (1 - m) * o + m * p - target, (1 + m) * o - m * p - target
     policy_drift, old_drift = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     if ref_cond is not None:
         reference = load_latent(ref_cond, ref_cond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
@@ -142,13 +148,15 @@ def mean_of(slots, numel, chunks, BLOCK: tl.constexpr):
     return tl.sum(total) / numel
 
 
-# d loss / d policy = c1 (policy - target) + c2 (policy - reference)
+# d loss / d policy = c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)
 #
-# target and reference as above. Every input is read once, the gradient is written once.
+# target and reference as above; the last term only with c3. Every input is read once, the result is written
+# once.
 @triton.jit
 def gradient_kernel(
     gradient,
     policy,
+    old,  # or None
     ref_cond,  # or None
     ref_uncond,  # or None
     x0,
@@ -156,8 +164,10 @@ def gradient_kernel(
     seed,  # (B,) int64 when noise is None
     c1,  # (B,)
     c2,  # (B,)
+    c3,  # (B,), or None with old
     gradient_strides,
     policy_strides,
+    old_strides,
     ref_cond_strides,
     ref_uncond_strides,
     x0_strides,
@@ -188,10 +198,13 @@ def gradient_kernel(
             uncond = load_latent(ref_uncond, ref_uncond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
             reference = uncond + tl.full((1,), guidance_scale, ACC) * (reference - uncond)
         result += tl.load(c2 + sample).to(ACC) * (p - reference)
+    if c3 is not None:
+        o = load_latent(old, old_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+        result += tl.load(c3 + sample).to(ACC) * (p - o)
     store_latent(gradient, gradient_strides, sizes, sample, begin, lane, mask, result, WIDE)
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting):
+def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix):
     latents = [policy, old, ref_cond, ref_uncond, x0, noise]
     dtype = compute_dtype(*latents)
     batch, numel, elements = policy.shape[0], policy.shape[1:].numel(), launch.block(dtype)
@@ -209,6 +222,8 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, 
             numel,
             chunks,
             guidance_scale,
+            mix,
+            MIX=mix != 0,
             WIDE=wide,
             ACC=tl.float64 if dtype == torch.float64 else tl.float32,
             BLOCK=elements,
@@ -230,12 +245,12 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, 
     return table
 
 
-def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidance_scale):
-    dtype = compute_dtype(policy, ref_cond, ref_uncond, x0, noise)
+def velocity_grad(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
+    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     batch, numel, elements = policy.shape[0], policy.shape[1:].numel(), launch.block(dtype)
     chunks = triton.cdiv(numel, elements)
     gradient = torch.empty_like(policy)
-    latents = [gradient, policy, ref_cond, ref_uncond, x0, noise]
+    latents = [gradient, policy, old, ref_cond, ref_uncond, x0, noise]
     latents, strides, sizes, wide = launch.operands(latents)
     with launch.on(policy.device):
         gradient_kernel[(batch * chunks,)](
@@ -243,6 +258,7 @@ def velocity_grad(policy, ref_cond, ref_uncond, x0, noise, seed, c1, c2, guidanc
             None if seed is None else seed.contiguous(),
             c1.contiguous(),
             c2.contiguous(),
+            None if c3 is None else c3.contiguous(),
             *strides,
             sizes,
             numel,

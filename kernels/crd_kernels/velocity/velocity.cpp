@@ -5,7 +5,8 @@
 //   measure:    sums over the elements of each sample of
 //               (policy - target)^2, |policy - target|, (old - target)^2, |old - target|,
 //               (policy - reference)^2, (old - reference)^2, (policy - old)^2
-//   gradient:   c1 (policy - target) + c2 (policy - reference)
+//               where with a mix m the first four are of (1 - m) old + m policy and (1 + m) old - m policy
+//   gradient:   c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)
 //
 // A tile of every operand is converted to the compute type (float, or double when an operand is double)
 // in a buffer that stays in the L1 cache (latents.h), so that any mix of dtypes and strides runs through one
@@ -26,14 +27,16 @@ constexpr int SUMS = 7;
 
 enum Reference { NONE, CONDITIONAL, GUIDED };
 
-template <class T, Reference R>
-void measure_tile(const Tiles<T>& t, int64_t count, T w, double* sums) {
+template <class T, Reference R, bool MIX>
+void measure_tile(const Tiles<T>& t, int64_t count, T w, T mix, double* sums) {
   T policy_square = 0, policy_abs = 0, old_square = 0, old_abs = 0, kl = 0, old_kl = 0, deviation = 0;
 #pragma omp simd reduction(+ : policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation)
   for (int64_t i = 0; i < count; ++i) {
     T target = t.noise[i] - t.x0[i];
-    T policy_error = t.policy[i] - target;
-    T old_error = t.old[i] - target;
+    T first = MIX ? (1 - mix) * t.old[i] + mix * t.policy[i] : t.policy[i];
+    T second = MIX ? (1 + mix) * t.old[i] - mix * t.policy[i] : t.old[i];
+    T policy_error = first - target;
+    T old_error = second - target;
     policy_square += policy_error * policy_error;
     policy_abs += std::fabs(policy_error);
     old_square += old_error * old_error;
@@ -54,7 +57,7 @@ void measure_tile(const Tiles<T>& t, int64_t count, T w, double* sums) {
 }
 
 template <class T, Reference R>
-void gradient_tile(Tiles<T>& t, int64_t count, T w, T c1, T c2) {
+void gradient_tile(Tiles<T>& t, int64_t count, T w, T c1, T c2, T c3, bool with_old) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     T target = t.noise[i] - t.x0[i];
@@ -66,61 +69,67 @@ void gradient_tile(Tiles<T>& t, int64_t count, T w, T c1, T c2) {
     }
     t.out[i] = gradient;
   }
+  if (!with_old) return;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) t.out[i] += c3 * (t.policy[i] - t.old[i]);
 }
 
-template <class T, Reference R>
-void measure(const Problem& p, double w, double* partial, int threads) {
+template <class T, Reference R, bool MIX>
+void measure(const Problem& p, double w, double mix, double* partial, int threads) {
   for_each_chunk(p, threads, [&](int64_t item, int64_t b, int64_t begin, int64_t end) {
     Tiles<T> tiles;
     double sums[SUMS] = {};
     for (int64_t at = begin; at < end; at += TILE) {
       const int64_t count = end - at < TILE ? end - at : TILE;
       load_all(p, b, at, count, tiles);
-      measure_tile<T, R>(tiles, count, T(w), sums);
+      measure_tile<T, R, MIX>(tiles, count, T(w), T(mix), sums);
     }
     for (int k = 0; k < SUMS; ++k) partial[item * SUMS + k] = sums[k];
   });
 }
 
 template <class T, Reference R>
-void gradient(const Problem& p, double w, const double* c1, const double* c2, int threads) {
+void gradient(const Problem& p, double w, const double* c1, const double* c2, const double* c3, int threads) {
   for_each_chunk(p, threads, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     Tiles<T> tiles;
     for (int64_t at = begin; at < end; at += TILE) {
       const int64_t count = end - at < TILE ? end - at : TILE;
       load_all(p, b, at, count, tiles);
-      gradient_tile<T, R>(tiles, count, T(w), T(c1[b]), T(c2[b]));
+      gradient_tile<T, R>(tiles, count, T(w), T(c1[b]), T(c2[b]), c3 ? T(c3[b]) : T(0), c3 != nullptr);
       store(p.out, p.sizes, b, at, count, tiles.out);
     }
   });
 }
 
-template <class T>
-void measure_any(const Problem& p, double w, double* partial, int threads) {
-  if (!p.ref_cond.data) return measure<T, NONE>(p, w, partial, threads);
-  if (!p.ref_uncond.data) return measure<T, CONDITIONAL>(p, w, partial, threads);
-  return measure<T, GUIDED>(p, w, partial, threads);
+template <class T, bool MIX>
+void measure_any(const Problem& p, double w, double mix, double* partial, int threads) {
+  if (!p.ref_cond.data) return measure<T, NONE, MIX>(p, w, mix, partial, threads);
+  if (!p.ref_uncond.data) return measure<T, CONDITIONAL, MIX>(p, w, mix, partial, threads);
+  return measure<T, GUIDED, MIX>(p, w, mix, partial, threads);
 }
 
 template <class T>
-void gradient_any(const Problem& p, double w, const double* c1, const double* c2, int threads) {
-  if (!p.ref_cond.data) return gradient<T, NONE>(p, w, c1, c2, threads);
-  if (!p.ref_uncond.data) return gradient<T, CONDITIONAL>(p, w, c1, c2, threads);
-  return gradient<T, GUIDED>(p, w, c1, c2, threads);
+void gradient_any(const Problem& p, double w, const double* c1, const double* c2, const double* c3, int threads) {
+  if (!p.ref_cond.data) return gradient<T, NONE>(p, w, c1, c2, c3, threads);
+  if (!p.ref_uncond.data) return gradient<T, CONDITIONAL>(p, w, c1, c2, c3, threads);
+  return gradient<T, GUIDED>(p, w, c1, c2, c3, threads);
 }
 
 }  // namespace
 
 extern "C" int64_t crd_chunk() { return CHUNK; }
 
-// partial: (batch, ceil(numel / CHUNK), 7) double, written in full.
-extern "C" void crd_measure(const Problem* p, double w, int64_t use_double, double* partial, int64_t threads) {
-  use_double ? measure_any<double>(*p, w, partial, int(threads)) : measure_any<float>(*p, w, partial, int(threads));
+// partial: (batch, ceil(numel / CHUNK), 7) double, written in full. mix 0: policy and old as they are.
+extern "C" void crd_measure(const Problem* p, double w, double mix, int64_t use_double, double* partial,
+                            int64_t threads) {
+  auto run = use_double ? (mix != 0 ? measure_any<double, true> : measure_any<double, false>)
+                        : (mix != 0 ? measure_any<float, true> : measure_any<float, false>);
+  run(*p, w, mix, partial, int(threads));
 }
 
-// c1, c2: (batch,) double.
+// c1, c2: (batch,) double; c3 the same, or null, which leaves `old` unread.
 extern "C" void crd_gradient(const Problem* p, double w, int64_t use_double, const double* c1, const double* c2,
-                             int64_t threads) {
-  use_double ? gradient_any<double>(*p, w, c1, c2, int(threads))
-             : gradient_any<float>(*p, w, c1, c2, int(threads));
+                             const double* c3, int64_t threads) {
+  auto run = use_double ? gradient_any<double> : gradient_any<float>;
+  run(*p, w, c1, c2, c3, int(threads));
 }

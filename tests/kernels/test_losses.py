@@ -1,0 +1,169 @@
+"""The losses beside CRD against their eager definitions in float64, value and gradient."""
+
+import math
+
+import pytest
+import torch
+from crd_kernels import awm_loss, diffusion_dpo_loss, flow_matching_loss, implicit_reward, nft_loss
+from crd_kernels.losses import reference
+from kernel_oracle import INTERPRETING, make, relative_error
+
+
+def case(name, dtype=torch.float64, shape=(3, 5, 7)):
+    """Fused loss, its definition, positional tensors, keywords."""
+    x = make(batch=6, shape=shape, dtype=dtype)
+    sigma = torch.tensor([0.01, 0.1, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
+    guidance = {"ref_uncond": x["ref_uncond"], "guidance_scale": 4.5}
+    policy, old, cond, x0, noise, advantage = (
+        x[k] for k in ("policy", "old", "ref_cond", "x0", "noise", "advantage")
+    )
+    nft = (nft_loss, reference.nft_loss, [policy, old, cond, x0, noise, advantage, sigma])
+    awm = (awm_loss, reference.awm_loss, [policy, cond, x0, noise, advantage])
+    return {
+        "flow_matching": (flow_matching_loss, reference.flow_matching_loss, [policy, x0, noise], {}),
+        "flow_matching_weighted": (
+            flow_matching_loss,
+            reference.flow_matching_loss,
+            [policy, x0, noise],
+            {"weight": advantage},
+        ),
+        "awm": (*awm, {"kl_beta": 0.2, "advantage_clip": 2.0, **guidance}),
+        "awm_without_reference": (*awm[:2], [policy, None, x0, noise, advantage], {}),
+        "nft": (*nft, {"kl_beta": 0.3, **guidance}),
+        "nft_small_beta": (*nft, {"beta": 0.1, "advantage_clip": 2.0}),
+        "nft_plain": (*nft, {"beta": 2.0, "adaptive_weighting": False}),
+        "dpo": (diffusion_dpo_loss, reference.diffusion_dpo_loss, [policy, old, x0, noise], {"beta": 7.0}),
+    }[name]
+
+
+NAMES = [
+    "flow_matching",
+    "flow_matching_weighted",
+    "awm",
+    "awm_without_reference",
+    "nft",
+    "nft_small_beta",
+    "nft_plain",
+    "dpo",
+]
+
+
+def both(name, impl, dtype, shape=(3, 5, 7)):
+    fused, definition, tensors, keywords = case(name, dtype, shape)
+    policy = tensors[0].clone().requires_grad_()
+    out = fused(policy, *tensors[1:], impl=impl, **keywords)
+    out.loss.backward()
+    wide = [None if t is None else t.double() for t in tensors]
+    keywords = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    exact = wide[0].detach().requires_grad_()
+    wanted = definition(exact, *wide[1:], **keywords)
+    wanted.backward()
+    return out, policy.grad, wanted, exact.grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64(impl, name):
+    out, gradient, wanted, exact = both(name, impl, torch.float64)
+    assert relative_error(out.loss, wanted) < 1e-11
+    assert relative_error(gradient, exact) < 1e-10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_inputs(impl, name, dtype):
+    out, gradient, wanted, exact = both(name, impl, dtype, shape=(500,))
+    assert relative_error(out.loss, wanted) < 2e-5
+    assert relative_error(gradient, exact) < max(2e-5, torch.finfo(dtype).eps)
+    assert not out.error.requires_grad and gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "awm", "nft", "nft_small_beta", "dpo"])
+def test_error_is_that_of_the_policy(impl, name):
+    tensors = case(name)[2]
+    out = both(name, impl, torch.float64)[0]
+    x0, noise = (tensors[1], tensors[2]) if name == "flow_matching" else tensors[-4:-2]
+    if name == "awm":
+        x0, noise = tensors[2], tensors[3]
+    if name == "dpo":
+        x0, noise = tensors[2], tensors[3]
+    if name.startswith("nft"):
+        x0, noise = tensors[3], tensors[4]
+    wanted = (tensors[0] - (noise - x0)).pow(2).flatten(1).mean(1)
+    assert relative_error(out.error, wanted) < 1e-11
+
+
+def test_equal_policy_and_old_leave_nft_the_flow_matching_gradient_of_its_advantage(impl):
+    """At policy == old both branches are the policy: the gradient is that of (2 a - 1) weighted matching."""
+    x = make(batch=4)
+    policy = x["old"].clone().requires_grad_()
+    sigma = torch.ones(4, dtype=torch.float64)
+    out = nft_loss(policy, x["old"], None, x["x0"], x["noise"], x["advantage"], sigma, impl=impl)
+    out.loss.backward()
+    target = x["noise"] - x["x0"]
+    scale = (x["old"] - target).abs().flatten(1).mean(1)
+    weight = 5 * 2 * (x["advantage"].clamp(-5, 5) / 10) / scale
+    again = x["old"].clone().requires_grad_()
+    flow_matching_loss(again, x["x0"], x["noise"], weight=weight, impl=impl).loss.backward()
+    assert relative_error(policy.grad, again.grad) < 1e-11
+
+
+def test_implicit_reward_is_differentiable_per_sample(impl):
+    x = make()
+    policy = x["policy"].clone().requires_grad_()
+    reward = implicit_reward(policy, x["old"], x["x0"], x["noise"], impl=impl)
+    weight = torch.randn(7, dtype=torch.float64)
+    (weight * reward).sum().backward()
+    exact = x["policy"].clone().requires_grad_()
+    target, mean = x["noise"] - x["x0"], lambda v: v.flatten(1).mean(1)
+    scale = mean((exact - target).detach().abs())
+    wanted = (
+        mean((x["old"] - target) ** 2) / mean((x["old"] - target).abs()) - mean((exact - target) ** 2) / scale
+    )
+    (weight * wanted).sum().backward()
+    assert relative_error(reward, wanted) < 1e-11
+    assert relative_error(policy.grad, exact.grad) < 1e-11
+
+
+@pytest.mark.skipif(INTERPRETING, reason="a seed takes the same way through every loss")
+@pytest.mark.parametrize("name", ["flow_matching", "awm", "nft", "dpo"])
+def test_noise_by_seed(impl, name):
+    from crd_kernels.noise.reference import normal
+
+    fused, _, tensors, keywords = case(name, torch.float32)
+    where = {"flow_matching": 2, "awm": 3, "nft": 4, "dpo": 3}[name]
+    seed = torch.arange(6)
+    tensors[where] = normal(seed, tensors[0].shape)
+    given = fused(*tensors, impl=impl, **keywords).loss
+    tensors[where] = None
+    assert relative_error(fused(*tensors, seed=seed, impl=impl, **keywords).loss, given) < 1e-5
+
+
+def test_nan_reaches_every_loss(impl):
+    for name in ("flow_matching", "awm", "nft", "dpo"):
+        fused, _, tensors, keywords = case(name)
+        tensors[0] = tensors[0].clone()
+        tensors[0].view(-1)[5] = math.nan
+        assert fused(*tensors, impl=impl, **keywords).loss.isnan()
+
+
+def test_bad_input(impl):
+    x = torch.zeros(3, 4)
+    v = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"policy: expected an even number of samples \(pairs\), got 3"):
+        diffusion_dpo_loss(x, x, x, x, impl=impl)
+    with pytest.raises(ValueError, match=r"reference: expected shape \(4, 4\), got \(3, 4\)"):
+        diffusion_dpo_loss(torch.zeros(4, 4), x, torch.zeros(4, 4), torch.zeros(4, 4), impl=impl)
+    with pytest.raises(ValueError, match=r"sigma: expected shape \(3,\), got \(2,\)"):
+        nft_loss(x, x, None, x, x, v, torch.zeros(2), impl=impl)
+    with pytest.raises(ValueError, match=r"beta: expected a number > 0, got 0"):
+        nft_loss(x, x, None, x, x, v, v, beta=0, impl=impl)
+    with pytest.raises(TypeError, match=r"old: expected a tensor, got NoneType"):
+        nft_loss(x, None, None, x, x, v, v, impl=impl)
+    with pytest.raises(ValueError, match=r"advantage: expected shape \(3,\), got \(4,\)"):
+        awm_loss(x, None, x, x, torch.zeros(4), impl=impl)
+    with pytest.raises(TypeError, match=r"x0: expected a tensor, got NoneType"):
+        flow_matching_loss(x, None, x, impl=impl)
+    with pytest.raises(
+        ValueError, match=r"ref_uncond: expected a tensor because guidance_scale is 2.0, got None"
+    ):
+        awm_loss(x, x, x, x, v, guidance_scale=2.0, impl=impl)

@@ -1,0 +1,57 @@
+"""Groups that spread over ranks: two gloo processes against one process with all samples."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kernel_oracle import make, relative_error
+
+NAMES = ("policy", "old", "ref_cond", "x0", "noise", "advantage", "group")
+SETTINGS = [
+    {},
+    {"temperature": 0.5, "loss_type": "bce"},
+    {"centering": "batch"},
+    {"kl_beta": 0.3, "reward_adaptive_kl": False},
+]
+
+
+def loss_of(inputs, rows, **settings):
+    from crd_kernels import crd_loss
+
+    policy = inputs["policy"][rows].clone().requires_grad_()
+    out = crd_loss(policy, *(inputs[name][rows] for name in NAMES[1:]), impl="cpu", **settings)
+    out.loss.backward()
+    return out.loss.detach(), policy.grad
+
+
+def rank_main(rank, split, file, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    inputs = make(batch=7, groups=(0, 0, 3, 0, 3, 8, 3))
+    rows = slice(0, split) if rank == 0 else slice(split, 7)
+    group = dist.group.WORLD
+    torch.save([loss_of(inputs, rows, process_group=group, **s) for s in SETTINGS], f"{results}{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("split", [3, 6])
+def test_two_ranks_average_to_one_process(tmp_path, split):
+    arguments = (split, tmp_path / "store", str(tmp_path / "rank"))
+    multiprocessing.spawn(rank_main, arguments, nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    inputs = make(batch=7, groups=(0, 0, 3, 0, 3, 8, 3))
+    for index, settings in enumerate(SETTINGS):
+        loss, gradient = loss_of(inputs, slice(None), **settings)
+        (first_loss, first), (second_loss, second) = (rank[index] for rank in ranks)
+        assert relative_error((first_loss + second_loss) / 2, loss) < 1e-12
+        assert relative_error(torch.cat([first, second]) / 2, gradient) < 1e-12
+        alone, _ = loss_of(inputs, slice(0, split), **settings)
+        assert math.isfinite(alone) and not torch.isclose(alone, first_loss, rtol=1e-6, atol=0)
