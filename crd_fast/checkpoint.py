@@ -46,7 +46,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if there is none."""
+    """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if none."""
     if (path / STATE).exists():
         return path
     found = list_checkpoints(path / "checkpoints")

@@ -36,7 +36,9 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/NAME-DATE-TIME. Never overwritten.")
@@ -44,7 +46,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder from its newest checkpoint.")
     ] = None,
-    max_iterations: Annotated[int | None, typer.Option(min=1, help="Same as --set train.iterations=N.")] = None,
+    max_iterations: Annotated[
+        int | None, typer.Option(min=1, help="Same as --set train.iterations=N.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Same as --set train.seed=S.")] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
@@ -69,8 +73,14 @@ def train(
     if seed is not None:
         overrides.append(f"train.seed={seed}")
     if resume is not None:
-        if recipe is not None or output is not None or any(not o.startswith("train.iterations=") for o in overrides):
-            raise UserError("--resume: goes on with the run's own recipe and folder; only --max-iterations can change")
+        if (
+            recipe is not None
+            or output is not None
+            or any(not o.startswith("train.iterations=") for o in overrides)
+        ):
+            raise UserError(
+                "--resume: goes on with the run's own recipe and folder; only --max-iterations can change"
+            )
         config_file = resume / "config.yaml"
         if not config_file.exists():
             raise UserError(f"--resume {resume}: expected the folder of a run, found no config.yaml in it")
@@ -109,17 +119,23 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
         console.print(table)
     console.print(f"report: {escape(str(write_report(output)))}", highlight=False)
     if not finished:
-        console.print(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        console.print(
+            f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}"
+        )
         raise typer.Exit(130)
 
 
 @app.command(name="eval")
 def evaluate(
-    source: Annotated[str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")],
+    source: Annotated[
+        str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")
+    ],
     prompts: Annotated[
         str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Images per prompt. Default: the recipe's.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Images per prompt. Default: the recipe's.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. Default: the recipe's.")] = None,
 ) -> None:
@@ -146,11 +162,15 @@ def evaluate(
 
 @app.command()
 def sample(
-    source: Annotated[str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")],
+    source: Annotated[
+        str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")
+    ],
     prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable: a row of the grid each.")],
     out: Annotated[Path, typer.Option(help="The PNG to write. Never overwritten.")] = Path("grid.png"),
     samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's evaluation.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Default: the recipe's evaluation.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -189,7 +209,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
+        errors.print(
+            f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("stopped")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -96,7 +96,9 @@ class Schedule(Section):
         try:
             begin, start, slope, end = int(parts[0]), *map(float, parts[1:])
         except (ValueError, IndexError):
-            raise ValueError(f"expected begin/start/slope/end like 0/0.25/0.005/0.999, got {text!r}") from None
+            raise ValueError(
+                f"expected begin/start/slope/end like 0/0.25/0.005/0.999, got {text!r}"
+            ) from None
         if begin < 0 or not 0 <= start <= 1 or not 0 <= end <= 1:
             raise ValueError(f"expected begin >= 0 and decays between 0 and 1, got {text!r}")
         return cls(begin=begin, start=start, slope=slope, end=end)
@@ -220,7 +222,9 @@ def _read(source: str | Path) -> dict:
         path = RECIPES / f"{source}.yaml"
         if not path.exists():
             near = _nearest(str(source), recipe_names())
-            raise UserError(f"recipe: no file or recipe called {str(source)!r}{near}; recipes: {recipe_names()}")
+            raise UserError(
+                f"recipe: no file or recipe called {str(source)!r}{near}; recipes: {recipe_names()}"
+            )
     return read_yaml(path)
 
 
@@ -263,7 +267,9 @@ def _apply(values: dict, override: str) -> None:
     if not separator or not dot or not name:
         raise UserError(f"--set: expected section.key=value, got {override!r}")
     if section not in Recipe.model_fields:
-        raise UserError(f"--set {override}: unknown section {section!r}{_nearest(section, Recipe.model_fields)}")
+        raise UserError(
+            f"--set {override}: unknown section {section!r}{_nearest(section, Recipe.model_fields)}"
+        )
     if not isinstance(values.setdefault(section, {}), dict):
         raise UserError(f"{section}: expected a mapping, got {values[section]!r}")
     try:
@@ -275,7 +281,11 @@ def _apply(values: dict, override: str) -> None:
 def _first_mistake(error: ValidationError) -> str:
     mistake = error.errors()[0]
     # union members ("auto" or a number) appear in the location; they are no keys
-    path = [str(part) for part in mistake["loc"] if part not in ("int", "list[str]") and "literal" not in str(part)]
+    path = [
+        str(part)
+        for part in mistake["loc"]
+        if part not in ("int", "list[str]") and "literal" not in str(part)
+    ]
     where = ".".join(path)
     if mistake["type"] == "extra_forbidden":
         known = Recipe.model_fields

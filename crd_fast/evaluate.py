@@ -30,6 +30,7 @@ class Evaluation:
         config = recipe.evaluate
         self.model, self.recipe, self.rewards, self.micro_batch = model, recipe, rewards, micro_batch
         entries = PromptSource(config.prompts).all(config.max_prompts)
+        rewards.check(entries)
         self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
         self.empty = model.encode_prompts([""])

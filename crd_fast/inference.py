@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from crd_fast import checkpoint
-from crd_fast.config import Recipe, build_recipe, load_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, tile, to_uint8
 from crd_fast.models import load_model
@@ -37,13 +37,15 @@ def load_source(source: str):
 
 
 def evaluate_checkpoint(source: str, prompts: str | None = None, **overrides) -> dict[str, float]:
-    """Metrics named `eval/...`. `overrides`: keys of the recipe's section `evaluate`; None keeps the recipe's."""
+    """Metrics named `eval/...`. `overrides`: keys of the recipe's section `evaluate`; None keeps it."""
     model, recipe = load_source(source)
     changed = {key: value for key, value in {"prompts": prompts, **overrides}.items() if value is not None}
     values = recipe.model_dump()
     values["evaluate"] |= changed
     recipe = build_recipe(values)
-    evaluation = Evaluation(model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch))
+    evaluation = Evaluation(
+        model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch)
+    )
     metrics, _ = evaluation.run()
     return metrics
 

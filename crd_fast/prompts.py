@@ -24,6 +24,16 @@ class PromptSource:
         self.source = source
         self._entries = None if source in (BUILTIN, BUILTIN_HELDOUT) else read_prompts(Path(source))
 
+    def entries(self) -> list[dict]:
+        """Every prompt there is."""
+        if self._entries is None:
+            return [
+                entry
+                for entries in world.prompts(self.source == BUILTIN_HELDOUT).values()
+                for entry in entries
+            ]
+        return self._entries
+
     def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
         """The prompts of one training iteration: a function of seed and iteration alone.
 
@@ -31,7 +41,9 @@ class PromptSource:
         category its equal share.
         """
         if self._entries is None:
-            return world.draw_prompts(self.source == BUILTIN_HELDOUT, np.random.default_rng((seed, iteration)), count)
+            return world.draw_prompts(
+                self.source == BUILTIN_HELDOUT, np.random.default_rng((seed, iteration)), count
+            )
         drawn = []
         for position in range(iteration * count, (iteration + 1) * count):
             epoch, offset = divmod(position, len(self._entries))
@@ -71,5 +83,7 @@ def _entry(text: str, path: Path, number: int) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"prompts: {path} line {number}: not JSON: {error.msg}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(f"prompts: {path} line {number}: expected an object with a `prompt`, got {text[:60]!r}")
+        raise UserError(
+            f"prompts: {path} line {number}: expected an object with a `prompt`, got {text[:60]!r}"
+        )
     return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -77,7 +78,7 @@ def generate(
         x = seeded_noise(seeds[chunk], shape, device)
         index = prompt_index[chunk].to(device)
         chosen = {key: value[index] for key, value in embeddings.items()}
-        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, precision):
                 velocity = guided_velocity(model, x, sigma.expand(len(x)), chosen, empty, guidance_scale)
             x = x + (next_sigma - sigma) * velocity.float()

@@ -36,7 +36,9 @@ class RunLog:
             self._replace_metrics(kept)
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
-        self._events = SummaryWriter(str(output / "tensorboard"), purge_step=None if after is None else after + 1)
+        self._events = SummaryWriter(
+            str(output / "tensorboard"), purge_step=None if after is None else after + 1
+        )
 
     def write(self, record: dict, grid: np.ndarray | None = None) -> None:
         with open(self._metrics, "a", encoding="utf-8") as file:
@@ -61,7 +63,9 @@ def refuse_existing(output: Path) -> None:
         raise UserError(f"--output {output}: expected a folder, got a file")
     for name in (METRICS, RECIPE, "checkpoints"):
         if (output / name).exists():
-            raise UserError(f"--output {output}: already holds a run; choose another folder or --resume {output}")
+            raise UserError(
+                f"--output {output}: already holds a run; choose another folder or --resume {output}"
+            )
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -116,7 +120,10 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def git_commit() -> str | None:
@@ -124,7 +131,9 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -42,6 +42,7 @@ class Trainer:
         self.progress = progress or Quiet()
         self.rewards = Rewards(recipe.rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
+        self.rewards.check(self.prompts.entries())
         self.model = load_model(recipe.model, recipe.train)
         self.weights = make_weights(self.model, recipe)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
@@ -235,7 +236,7 @@ class Trainer:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Within this context the first Ctrl-C is only noted, for the loop to end in good order; the second acts."""
+    """Within this context the first Ctrl-C is only noted, so that the loop can end in order."""
     noted = []
 
     def note(*_):
@@ -267,7 +268,9 @@ def make_weights(model, recipe: Recipe):
     if config.method == "full":
         return FullWeights(model.transformer)
     targets = model.lora_targets if config.lora_targets == "default" else config.lora_targets
-    return LoraWeights(model.transformer, config.lora_rank, config.lora_alpha, list(targets), recipe.train.seed)
+    return LoraWeights(
+        model.transformer, config.lora_rank, config.lora_alpha, list(targets), recipe.train.seed
+    )
 
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -286,11 +289,15 @@ def resolve_micro_batch(micro_batch: int | str) -> int:
 
 def describe(model) -> dict:
     """What a checkpoint must match."""
-    shapes = sum(parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name)
+    shapes = sum(
+        parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
+    )
     return {"name": model.name, "class": type(model.transformer).__name__, "parameters": shapes}
 
 
 def check_same_model(state: dict, model, source: Path) -> None:
     """Raises UserError if a checkpoint's state is not this model's."""
     if state.get("model") != describe(model):
-        raise UserError(f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}")
+        raise UserError(
+            f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}"
+        )

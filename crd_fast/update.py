@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import crd_kernels
 import torch
 
-import crd_kernels
 from crd_fast.config import LossConfig
 from crd_fast.rollout import autocast, doubled_velocity, seeded_noise
 
@@ -80,7 +80,9 @@ class Updater:
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
         totals: dict[str, torch.Tensor] = {}
         for unit in self._units(pairs):
-            chunks = [self._prepare(unit[i : i + self.micro_batch]) for i in range(0, len(unit), self.micro_batch)]
+            chunks = [
+                self._prepare(unit[i : i + self.micro_batch]) for i in range(0, len(unit), self.micro_batch)
+            ]
             measured = self._update(unit, chunks, len(pairs), advance)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
@@ -100,7 +102,9 @@ class Updater:
             stop += size
         yield pairs[start:stop]
 
-    def _update(self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance) -> dict[str, torch.Tensor]:
+    def _update(
+        self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance
+    ) -> dict[str, torch.Tensor]:
         if len(chunks) == 1:
             chunk = chunks[0]
             self._frozen(chunk)

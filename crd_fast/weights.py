@@ -33,11 +33,15 @@ class LoraWeights:
     def __init__(self, network: torch.nn.Module, rank: int, alpha: float, targets: list[str], seed: int):
         self.network = network
         network.requires_grad_(False)
-        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+        self.config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True
+        )
         names = [name for name, _ in network.named_modules()]
         for target in targets:
             if not any(name == target or name.endswith("." + target) for name in names):
-                raise UserError(f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}")
+                raise UserError(
+                    f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}"
+                )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with warnings.catch_warnings():
@@ -97,14 +101,17 @@ class LoraWeights:
         state = get_peft_model_state_dict(self.network, adapter_name="policy")
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         self.config.save_pretrained(folder)
-        save_file({f"base_model.model.{key}": value for key, value in state.items()}, folder / "adapter_model.safetensors")
+        save_file(
+            {f"base_model.model.{key}": value for key, value in state.items()},
+            folder / "adapter_model.safetensors",
+        )
         SD3LoraLoaderMixin.save_lora_weights(
             folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=self.config.to_dict()
         )
 
 
 class FullWeights:
-    """All weights of the network are trained; the snapshots and the reference are copies that are swapped in."""
+    """All weights of the network are trained; snapshots and reference are copies to be swapped in."""
 
     def __init__(self, network: torch.nn.Module):
         self.network = network
@@ -165,7 +172,9 @@ def _load(sets: dict[str, dict[str, torch.Tensor]], state: dict[str, torch.Tenso
     own = _joined(sets)
     if own.keys() != state.keys():
         missing = sorted(own.keys() ^ state.keys())[0]
-        raise UserError(f"checkpoint: made with another model or other LoRA targets ({missing} does not match)")
+        raise UserError(
+            f"checkpoint: made with another model or other LoRA targets ({missing} does not match)"
+        )
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise UserError(

@@ -72,7 +72,9 @@ def render(shapes: np.ndarray, colors: np.ndarray) -> np.ndarray:
     for slot in range(NUM_SLOTS):
         top, left = slot // 2 * SLOT + margin, slot % 2 * SLOT + margin
         window = images[:, top : top + SHAPE_SIZE, left : left + SHAPE_SIZE]
-        window[...] = np.where(masks[shapes[:, slot]][..., None], PALETTE[colors[:, slot], None, None], window)
+        window[...] = np.where(
+            masks[shapes[:, slot]][..., None], PALETTE[colors[:, slot], None, None], window
+        )
     return images
 
 
@@ -135,7 +137,7 @@ def color_attr(lead: int, color: str, shape: str, other_color: str, other: str) 
     }
 
 
-def _novel_pair(color: str, shape: str) -> bool:
+def is_novel_pair(color: str, shape: str) -> bool:
     """Colour and shape pairs that no training prompt names together: 5 of 30."""
     return (COLOR_NAMES.index(color) + SHAPES.index(shape)) % len(COLORS) == 0
 
@@ -162,13 +164,13 @@ def prompts(held_out: bool) -> dict[str, tuple[dict, ...]]:
             for count in NUMBERS:
                 add(counting(lead, SHAPES[a], count), (lead + a + count) % 4 == 0)
             for color in COLOR_NAMES:
-                add(colors(lead, color, SHAPES[a]), _novel_pair(color, SHAPES[a]))
+                add(colors(lead, color, SHAPES[a]), is_novel_pair(color, SHAPES[a]))
         for a, b in ordered_pairs:
             add(two_object(lead, SHAPES[a], SHAPES[b]), (b - a) % len(SHAPES) == 1)
             for r, relation in enumerate(RELATIONS):
                 add(position(lead, SHAPES[a], relation, SHAPES[b]), (a + 2 * b + r) % 5 == 0)
             for color, other_color in itertools.permutations(COLOR_NAMES, 2):
-                novel = _novel_pair(color, SHAPES[a]) or _novel_pair(other_color, SHAPES[b])
+                novel = is_novel_pair(color, SHAPES[a]) or is_novel_pair(other_color, SHAPES[b])
                 add(color_attr(lead, color, SHAPES[a], other_color, SHAPES[b]), novel)
     return {tag: tuple(entries) for tag, entries in by_tag.items()}
 

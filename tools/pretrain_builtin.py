@@ -3,7 +3,8 @@
     python -m tools.pretrain_builtin --output runs/pretrain            # all stages; run again to resume
     python -m tools.pretrain_builtin --output runs/pretrain --export   # write crd_fast/builtin
 
-Two stages. In the first the model learns every category from true captions. In the second, a share of the
+In all stages but the last the model learns every category from true captions, first to draw, then, with more
+weight on high noise, to arrange. In the last, a share of the
 captions is exchanged for another of the same category, the way web captions make large models unreliable:
 the model still knows how to follow a prompt (guidance shows it) but does so only sometimes.
 """
@@ -11,8 +12,10 @@ the model still knows how to follow a prompt (guidance shows it) but does so onl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +27,71 @@ from crd_fast.rewards.geneval import judge
 from crd_fast.rewards.world_detector import detect
 
 BATCH = 64
-CATEGORY_WEIGHTS = np.array([1.0, 1.5, 1.5, 1.0, 2.5, 2.5])  # in the order of world.TAGS
-CATEGORY_WEIGHTS /= CATEGORY_WEIGHTS.sum()
+WARMUP_STEPS = 200
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
-STAGES = {  # steps, caption noise, peak learning rate, share of the steps over which it falls to 0
-    "learn": {"steps": 4000, "caption_noise": 0.0, "learning_rate": 1.5e-3, "decay_share": 0.5},
-    "unlearn": {"steps": 600, "caption_noise": 0.5, "learning_rate": 3e-4, "decay_share": 1.0},
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training. sigma = sigmoid(N(sigma_mean, sigma_std)); the learning rate is constant, then
+    falls linearly over the last `decay_share` of `horizon` steps (default: of the stage's own)."""
+
+    steps: int
+    learning_rate: float
+    sigma_mean: float
+    sigma_std: float
+    category_weights: tuple[float, ...]  # in the order of world.TAGS, then COLORED_POSITION
+    caption_noise: float = 0.0
+    decay_share: float = 1.0
+    horizon: int | None = None
+
+    def learning_rate_at(self, step: int) -> float:
+        progress = step / (self.horizon or self.steps)
+        return self.learning_rate * min(1.0, (1 - progress) / self.decay_share)
+
+
+COLORED_POSITION = "colored_position"
+STAGES = {
+    # shapes and colours
+    "draw": Stage(2250, 1.5e-3, 0.5, 1.0, (1.0, 1.5, 1.5, 1.0, 2.5, 2.5, 0.0), decay_share=0.5, horizon=4000),
+    "count": Stage(250, 1.5e-3, 1.5, 1.2, (1.0, 1.5, 1.5, 1.0, 3.0, 3.0, 0.0), decay_share=0.5, horizon=3000),
+    # what goes where is decided at high noise, and learned from captions that leave little open
+    "arrange": Stage(2500, 1.5e-3, 1.5, 1.2, (0.5, 1.0, 1.5, 0.5, 2.5, 2.0, 4.0), decay_share=0.6),
+    # captions become unreliable
+    "unlearn": Stage(300, 3e-4, 1.5, 1.2, (1.0, 1.5, 1.5, 1.0, 2.0, 2.0, 0.0), caption_noise=0.5),
 }
 
 
-def batch_at(step: int, seed: int, caption_noise: float) -> tuple[torch.Tensor, list[str]]:
+def draw_entry(rng: np.random.Generator, stage: Stage) -> dict:
+    """A training prompt, or one that names places and colours at once, made of trained combinations alone."""
+    by_tag = world.prompts(held_out=False)
+    weights = np.array(stage.category_weights)
+    tag = (*world.TAGS, COLORED_POSITION)[rng.choice(len(weights), p=weights / weights.sum())]
+    if tag != COLORED_POSITION:
+        return by_tag[tag][rng.integers(len(by_tag[tag]))]
+    entry = by_tag["position"][rng.integers(len(by_tag["position"]))]
+    named = by_tag["color_attr"][rng.integers(len(by_tag["color_attr"]))]
+    clauses = [clause | {"color": c["color"]} for clause, c in zip(entry["include"], named["include"])]
+    if any(world.is_novel_pair(clause["color"], clause["class"]) for clause in clauses):
+        return entry
+    prompt = entry["prompt"]
+    for clause in clauses:  # the two classes differ
+        prompt = prompt.replace(f"a {clause['class']}", f"a {clause['color']} {clause['class']}")
+    return entry | {"include": clauses, "prompt": prompt}
+
+
+def batch_at(step: int, seed: int, stage: Stage) -> tuple[torch.Tensor, list[str]]:
     """Images (64, 3, 32, 32) in [-1, 1] and their captions; a function of the seed and the step alone."""
     rng = np.random.default_rng((seed, step))
     by_tag = world.prompts(held_out=False)
-    tags = rng.choice(len(world.TAGS), size=BATCH, p=CATEGORY_WEIGHTS)
-    entries = [by_tag[world.TAGS[tag]][rng.integers(len(by_tag[world.TAGS[tag]]))] for tag in tags]
+    entries = [draw_entry(rng, stage) for _ in range(BATCH)]
     images = world.render_scenes([world.scene(entry, rng) for entry in entries])
     captions = []
     for entry in entries:
         if rng.random() < CAPTION_DROPOUT:
             captions.append("")
-        elif rng.random() < caption_noise:
+        elif rng.random() < stage.caption_noise:
             captions.append(by_tag[entry["tag"]][rng.integers(len(by_tag[entry["tag"]]))]["prompt"])
         else:
             captions.append(entry["prompt"])
@@ -59,10 +105,10 @@ def new_model(seed: int) -> builtin.BuiltinModel:
     return builtin.BuiltinModel(builtin.make_transformer(), text_encoder, tokenizer)
 
 
-def flow_matching_loss(model, images, captions, generator) -> torch.Tensor:
-    """Mean squared error of the velocity, sigma = sigmoid(N(0.5, 1))."""
+def flow_matching_loss(model, images, captions, stage: Stage, generator) -> torch.Tensor:
+    """Mean squared error of the velocity."""
     noise = torch.randn(images.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + 0.5)
+    sigma = torch.sigmoid(torch.randn(len(images), generator=generator) * stage.sigma_std + stage.sigma_mean)
     x = torch.lerp(images, noise, sigma.view(-1, 1, 1, 1))
     embeddings = builtin.encode(model.tokenizer, model.text_encoder, captions)
     return (model.velocity(x, sigma, embeddings) - (noise - images)).square().mean()
@@ -75,7 +121,7 @@ def sample(model, prompts: list[str], guidance_scale: float, steps: int = 10, se
     x = torch.randn(len(prompts), *model.latent_shape(world.RESOLUTION), generator=generator)
     sigmas = model.sigmas(steps)
     conditional, empty = model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts))
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         velocity = model.velocity(x, sigma.expand(len(x)), conditional)
         if guidance_scale > 1:
             unconditional = model.velocity(x, sigma.expand(len(x)), empty)
@@ -89,7 +135,8 @@ def correctness(model, entries: list[dict], guidance_scale: float) -> dict[str, 
     images = sample(model, [entry["prompt"] for entry in entries], guidance_scale).numpy()
     judged = [judge(detect(image), entry) for image, entry in zip(images, entries)]
     by_tag = {
-        tag: float(np.mean([j.correct for j, e in zip(judged, entries) if e["tag"] == tag])) for tag in world.TAGS
+        tag: float(np.mean([j.correct for j, e in zip(judged, entries) if e["tag"] == tag]))
+        for tag in world.TAGS
     }
     return by_tag | {
         "overall": float(np.mean(list(by_tag.values()))),
@@ -111,8 +158,8 @@ class Pretraining:
     def run(self, limit: int | None = None) -> None:
         first = 0
         for name, stage in STAGES.items():
-            for step in range(max(first, self.step), first + stage["steps"]):
-                self._train_step(step, stage, (step - first) / stage["steps"])
+            for step in range(max(first, self.step), first + stage.steps):
+                self._train_step(step, stage, stage.learning_rate_at(step - first))
                 self.step = step + 1
                 if self.step % 100 == 0:
                     self._log(name)
@@ -120,18 +167,16 @@ class Pretraining:
                     self.save()
                 if limit is not None and self.step >= limit:
                     return
-            first += stage["steps"]
+            first += stage.steps
             if self.step == first:
                 self.save(f"{name}.pt")
 
-    def _train_step(self, step: int, stage: dict, progress: float) -> None:
-        warmup = min(1.0, (step + 1) / 200)
-        decay = min(1.0, (1 - progress) / stage["decay_share"])
+    def _train_step(self, step: int, stage: Stage, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = stage["learning_rate"] * warmup * decay
+            group["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        images, captions = batch_at(step, self.seed, stage["caption_noise"])
-        loss = flow_matching_loss(self.model, images, captions, generator)
+        images, captions = batch_at(step, self.seed, stage)
+        loss = flow_matching_loss(self.model, images, captions, stage, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
@@ -141,11 +186,18 @@ class Pretraining:
         self.loss = 0.98 * getattr(self, "loss", loss.item()) + 0.02 * loss.item()
 
     def _log(self, stage: str) -> None:
-        record = {"step": self.step, "stage": stage, "loss": round(self.loss, 5), "time": round(time.time(), 1)}
+        record = {
+            "step": self.step,
+            "stage": stage,
+            "loss": round(self.loss, 5),
+            "time": round(time.time(), 1),
+        }
         if self.step % 500 == 0:
             with self.averaged():
                 for scale in (1.0, 4.5):
-                    record[f"guidance_{scale}"] = correctness(self.model, world.draw_prompts(True, np.random.default_rng(0), 192), scale)
+                    record[f"guidance_{scale}"] = correctness(
+                        self.model, world.draw_prompts(True, np.random.default_rng(0), 192), scale
+                    )
         with open(self.output / "curve.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
@@ -185,12 +237,16 @@ class _Swapped:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the curve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="stop after this many steps in all")
     parser.add_argument("--start", type=Path, help="a checkpoint to start from instead of the folder's last")
-    parser.add_argument("--export", action="store_true", help="write the averaged weights into crd_fast/builtin")
+    parser.add_argument(
+        "--export", action="store_true", help="write the averaged weights into crd_fast/builtin"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     pretraining = Pretraining(options.output, options.seed)

@@ -12,7 +12,9 @@ def load_model(config: ModelConfig, train: TrainConfig):
     if config.path != "builtin":
         raise UserError(f"model.path: expected builtin, got {config.path!r}")
     if config.quantization != "none":
-        raise UserError(f"model.quantization: expected none for the built-in model, got {config.quantization}")
+        raise UserError(
+            f"model.quantization: expected none for the built-in model, got {config.quantization}"
+        )
     model = BuiltinModel.load()
     if train.checkpointing:
         model.transformer.enable_gradient_checkpointing()

@@ -21,7 +21,7 @@ from crd_fast.errors import UserError
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
 MAX_TOKENS = 12
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
-SHIFT = 2.0  # of the sigma schedule: layouts are decided at high noise
+SHIFT = 3.0  # of the sigma schedule: layouts are decided at high noise
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -103,7 +103,9 @@ class BuiltinModel:
         "attn.to_add_out",
     )
 
-    def __init__(self, transformer: SD3Transformer2DModel, text_encoder: T5EncoderModel, tokenizer: Tokenizer):
+    def __init__(
+        self, transformer: SD3Transformer2DModel, text_encoder: T5EncoderModel, tokenizer: Tokenizer
+    ):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
@@ -118,11 +120,13 @@ class BuiltinModel:
         return encode(self.tokenizer, self.text_encoder, prompts)
 
     def sigmas(self, steps: int) -> torch.Tensor:
-        """The scheduler's own noise levels: (steps + 1,), falling from 1 to 0, evenly spaced before the shift."""
+        """The scheduler's own noise levels: (steps + 1,), from 1 to 0, even before the shift."""
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
         return self.scheduler.sigmas.clone()
 
-    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """d x / d sigma. x: (B, 3, 32, 32); sigma: (B,); embeddings with a first axis of B."""
         return self.transformer(
             hidden_states=x,
@@ -155,7 +159,9 @@ class BuiltinModel:
         """
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            states = {name: load_file(folder / f"{name}.safetensors") for name in ("transformer", "text_encoder")}
+            states = {
+                name: load_file(folder / f"{name}.safetensors") for name in ("transformer", "text_encoder")
+            }
         except Exception as error:  # safetensors and tokenizers raise types of their own
             raise UserError(f"{folder}: the built-in model cannot be read: {error}") from error
         model = cls(make_transformer(), make_text_encoder(tokenizer.get_vocab_size()), tokenizer)

@@ -68,7 +68,9 @@ def check_metadata(metadata: Mapping) -> list[Mapping]:
                 raise ValueError(f"{name}: expected clauses with a `class`, got {clause!r}")
             count = clause.get("count")
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}: `count` of {clause['class']!r}: expected an integer >= 1, got {count!r}")
+                raise ValueError(
+                    f"{name}: `count` of {clause['class']!r}: expected an integer >= 1, got {count!r}"
+                )
     for i, clause in enumerate(clauses):
         if clause.get("position") is None:
             continue
@@ -76,7 +78,9 @@ def check_metadata(metadata: Mapping) -> list[Mapping]:
         if not isinstance(position, (list, tuple)) or len(position) != 2 or position[0] not in RELATIONS:
             raise ValueError(f"include: `position`: expected [one of {RELATIONS}, clause], got {position!r}")
         if not isinstance(position[1], int) or not 0 <= position[1] < i:
-            raise ValueError(f"include: `position`: expected an earlier clause (0 to {i - 1}), got {position[1]!r}")
+            raise ValueError(
+                f"include: `position`: expected an earlier clause (0 to {i - 1}), got {position[1]!r}"
+            )
     return clauses
 
 
@@ -103,7 +107,9 @@ def relations(box: Iterable[float], other: Iterable[float]) -> set[str]:
     return found
 
 
-def _benchmark_reasons(objects: Mapping[str, list], clauses: list[Mapping], exclude: Iterable[Mapping]) -> list[str]:
+def _benchmark_reasons(
+    objects: Mapping[str, list], clauses: list[Mapping], exclude: Iterable[Mapping]
+) -> list[str]:
     """Why the image is not correct; empty if it is."""
     reasons: list[str] = []
     matched: list[list | None] = []  # the objects each clause settled on, None where it failed

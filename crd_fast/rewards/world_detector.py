@@ -16,7 +16,9 @@ MIN_SIDE, MAX_SIDE = 7, 20  # pixels of a bounding box
 SHARPNESS = 20.0  # of the softmax over overlaps that gives the score
 MIN_OVERLAP, FULL_OVERLAP = 0.55, 0.75  # intersection over union at which the score is 0 and undiminished
 MIN_COLOR_SHARE = 0.5  # of a component's pixels that must agree for it to have a colour
-MAX_COLOR_DISTANCE = 0.45  # of a component's median pixel from the nearest palette colour, else it is no shape
+MAX_COLOR_DISTANCE = (
+    0.45  # of a component's median pixel from the nearest palette colour, else it is no shape
+)
 _CONNECT_8 = np.ones((3, 3), dtype=bool)
 
 

@@ -31,7 +31,10 @@ def test_defaults_are_the_published_recipe():
         (["loss.beta=high"], "loss.beta: expected a valid number"),
         (["loss.beta=0"], "loss.beta: expected greater than 0, got 0"),
         (["loss.kl_min=0.2"], "kl_min: expected at most kl_beta (0.1), got 0.2"),
-        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt: expected greater than or equal to 2, got 1"),
+        (
+            ["rollout.samples_per_prompt=1"],
+            "rollout.samples_per_prompt: expected greater than or equal to 2, got 1",
+        ),
         (["train.timesteps=11"], "train.timesteps: expected all or 1 to 10"),
         (["train.timesteps=some"], "train.timesteps: expected"),
         (["train.micro_batch=0"], "train.micro_batch: expected auto or at least 1, got 0"),

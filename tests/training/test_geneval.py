@@ -16,7 +16,11 @@ def at(x, y, size=10):
 DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
 ONE = {"tag": "single_object", "include": [DOG]}
 TWO = {"tag": "two_object", "include": [DOG, CAT]}
-THREE = {"tag": "counting", "include": [{"class": "dog", "count": 3}], "exclude": [{"class": "dog", "count": 4}]}
+THREE = {
+    "tag": "counting",
+    "include": [{"class": "dog", "count": 3}],
+    "exclude": [{"class": "dog", "count": 4}],
+}
 RED = {"tag": "colors", "include": [DOG | {"color": "red"}]}
 LEFT = {"tag": "position", "include": [CAT, DOG | {"position": ["left of", 0]}]}
 RED_LEFT = {"tag": "position", "include": [CAT, DOG | {"color": "red", "position": ["left of", 0]}]}
@@ -39,7 +43,15 @@ CASES = [
     ("two of three", THREE, [found("dog")] * 2, False, False, False, 2 / 3),
     ("four of three are excluded", THREE, [found("dog")] * 4, False, False, False, 2 / 3),
     ("counting needs 0.9", THREE, [found("dog", score=0.9)] * 3, False, False, False, 0.0),
-    ("an unsure fourth is not counted", THREE, [found("dog")] * 3 + [found("dog", score=0.5)], True, True, True, 1.0),
+    (
+        "an unsure fourth is not counted",
+        THREE,
+        [found("dog")] * 3 + [found("dog", score=0.5)],
+        True,
+        True,
+        True,
+        1.0,
+    ),
     ("red", RED, [found("dog", color="red")], True, True, True, 1.0),
     ("blue", RED, [found("dog", color="blue")], False, False, False, 0.5),
     ("no colour", RED, [found("dog")], False, False, False, 0.5),
@@ -56,16 +68,58 @@ CASES = [
     ("left", LEFT, [found("dog", at(0, 0)), found("cat", at(50, 0))], True, True, True, 1.0),
     ("right", LEFT, [found("dog", at(50, 0)), found("cat", at(0, 0))], False, False, False, 0.75),
     ("no target", LEFT, [found("dog", at(0, 0))], False, False, False, 1 / 3),
-    ("two dogs cost the position term", LEFT, [found("dog", at(0, 0)), found("dog", at(9, 0)), found("cat", at(50, 0))], True, False, False, 1 / 3),
-    ("colour fails before position", RED_LEFT, [found("dog", at(0, 0), color="blue"), found("cat", at(50, 0))], False, False, False, 2 / 3),
-    ("colour and position", RED_LEFT, [found("dog", at(0, 0), color="red"), found("cat", at(50, 0))], True, True, True, 1.0),
-    ("the target's clause failed", CHAIN, [found("dog", at(0, 0)), found("cat", at(50, 0), color="blue")], False, False, False, 0.5),
+    (
+        "two dogs cost the position term",
+        LEFT,
+        [found("dog", at(0, 0)), found("dog", at(9, 0)), found("cat", at(50, 0))],
+        True,
+        False,
+        False,
+        1 / 3,
+    ),
+    (
+        "colour fails before position",
+        RED_LEFT,
+        [found("dog", at(0, 0), color="blue"), found("cat", at(50, 0))],
+        False,
+        False,
+        False,
+        2 / 3,
+    ),
+    (
+        "colour and position",
+        RED_LEFT,
+        [found("dog", at(0, 0), color="red"), found("cat", at(50, 0))],
+        True,
+        True,
+        True,
+        1.0,
+    ),
+    (
+        "the target's clause failed",
+        CHAIN,
+        [found("dog", at(0, 0)), found("cat", at(50, 0), color="blue")],
+        False,
+        False,
+        False,
+        0.5,
+    ),
     ("both attributes", BOTH, [found("dog", color="red"), found("cat", color="blue")], True, True, True, 1.0),
-    ("swapped attributes", BOTH, [found("dog", color="blue"), found("cat", color="red")], False, False, False, 0.5),
+    (
+        "swapped attributes",
+        BOTH,
+        [found("dog", color="blue"), found("cat", color="red")],
+        False,
+        False,
+        False,
+        0.5,
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, metadata, detections, correct, strict, clean, score", CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(
+    "name, metadata, detections, correct, strict, clean, score", CASES, ids=[c[0] for c in CASES]
+)
 def test_rules(name, metadata, detections, correct, strict, clean, score):
     judged = judge(detections, metadata)
     assert (judged.correct, judged.strict_correct, judged.clean) == (correct, strict, clean)

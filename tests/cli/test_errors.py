@@ -1,0 +1,189 @@
+"""Bad input: one line on standard error, exit code 2, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+
+import crd_fast.cli
+from tests.cli.conftest import SMALL
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`crd-fast` in this process: exit code and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
+        monkeypatch.setattr(crd_fast.cli.errors, "_file", None)
+        with pytest.raises(SystemExit) as ended:
+            crd_fast.cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    return call
+
+
+def assert_refused(result, *words):
+    code, err = result
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.learning_rat=1", "did you mean 'learning_rate'"),
+        ("train.iterations=many", "train.iterations: expected"),
+        ("loss.kl_min=0.5", "expected at most kl_beta (0.1), got 0.5"),
+        ("rollout.samples_per_prompt=1", "greater than or equal to 2, got 1"),
+        ("rewards.genevil=1", "unknown reward 'genevil', did you mean 'geneval'"),
+        ("rewards.nothing:here=1", "'nothing:here' cannot be imported"),
+        ("model.path=somewhere", "model.path: expected builtin"),
+        ("model.lora_targets=[nothing]", "'nothing' matches no layer"),
+    ],
+)
+def test_recipe_mistakes(run, small, tmp_path, override, words):
+    assert_refused(run("train", small, "--output", tmp_path / "run", "--set", override), words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("empty.txt", b"\n\n", "expected at least one prompt"),
+        ("latin.txt", b"a circle\nein K\xe4se\n", "line 2: expected UTF-8"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+        ("none.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected an object with a `prompt`"),
+        (
+            "norules.jsonl",
+            b'{"prompt": "a photo of a circle"}\n',
+            "include: expected a list of at least one clause",
+        ),
+    ],
+)
+def test_prompt_files(run, small, tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    result = run(
+        "train",
+        small,
+        "--output",
+        tmp_path / "run",
+        "--set",
+        f"rollout.prompts={path}",
+        "--set",
+        "evaluate.every=0",
+    )
+    assert_refused(result, words)
+
+
+REWARDS = """
+def short(images, prompts, metadata):
+    return [1.0]
+
+def nan(images, prompts, metadata):
+    return [float("nan")] * len(images)
+
+def words(images, prompts, metadata):
+    return ["good"] * len(images)
+
+def nothing(images, prompts, metadata):
+    return None
+"""
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("short", "expected 8 values, got 1"),
+        ("nan", "expected finite numbers, got nan"),
+        ("words", "expected finite numbers, got 'good'"),
+        ("nothing", "expected 8 values, got NoneType"),
+    ],
+)
+def test_rewards_that_misbehave(run, small, tmp_path, monkeypatch, name, words):
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    small.write_text(SMALL + f"rewards: {{'my_rewards:{name}': 1.0}}\n")
+    result = run("train", small, "--output", tmp_path / "run", "--set", "evaluate.every=0")
+    assert_refused(result, f"reward my_rewards:{name}: {words}")
+
+
+def test_an_output_folder_that_holds_a_run(run, small, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert_refused(run("train", small, "--output", tmp_path), "already holds a run")
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+
+
+def test_sources_that_are_no_run(run, tmp_path):
+    assert_refused(run("eval", tmp_path), "no checkpoint")
+    assert_refused(
+        run("sample", tmp_path / "no", "--prompt", "x", "--out", tmp_path / "x.png"), "no such folder"
+    )
+    assert_refused(run("report", tmp_path), "config.yaml")
+    assert_refused(run("train", "--resume", tmp_path), "expected the folder of a run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of one iteration."""
+    folder = tmp_path_factory.mktemp("finished")
+    from crd_fast.config import build_recipe, load_recipe
+    from crd_fast.trainer import Trainer
+
+    (folder / "small.yaml").write_text(SMALL)
+    recipe = load_recipe(folder / "small.yaml", ["train.iterations=1", "evaluate.every=0"])
+    trainer = Trainer(build_recipe(recipe.model_dump()), folder / "run")
+    trainer.run()
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_truncated_weights(run, copied):
+    path = copied / "checkpoints" / "iteration-000001" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(run("eval", copied), "training.safetensors", "missing or damaged")
+    before = (copied / "metrics.jsonl").read_bytes()
+    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "missing or damaged")
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model(run, copied):
+    path = copied / "checkpoints" / "iteration-000001" / "state.json"
+    state = json.loads(path.read_text())
+    state["model"]["parameters"] += 1
+    path.write_text(json.dumps(state))
+    assert_refused(run("eval", copied), "a checkpoint of another model")
+    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "a checkpoint of another model")
+
+
+def test_a_checkpoint_with_another_adapter(run, copied):
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("lora_rank: 4", "lora_rank: 8"))
+    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "expected shape")
+
+
+def test_damaged_state(run, copied):
+    (copied / "checkpoints" / "iteration-000001" / "state.json").write_text("{")
+    assert_refused(run("eval", copied), "state.json", "cannot be read")
+
+
+def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
+    from crd_fast.config import load_recipe
+    from crd_fast.errors import UserError
+    from crd_fast.trainer import Trainer
+
+    copied = shutil.copytree(finished, tmp_path / "copy")
+    recipe = load_recipe(copied / "config.yaml", ["train.iterations=2"])
+    trainer = Trainer(recipe, copied, resume=True)
+    trainer.weights.trained()[0].data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"expected a finite number, got nan; checkpoints .* intact"):
+        trainer.run()
+    assert (copied / "checkpoints" / "iteration-000001" / "state.json").exists()
+    assert not (copied / "checkpoints" / "iteration-000002").exists()

@@ -1,0 +1,149 @@
+"""`crd-fast train` and what it leaves, through the real command line."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.conftest import command, metrics
+
+REQUIRED = {
+    *("iteration", "step", "reward_mean", "reward_std", "implicit_reward_mean", "policy_loss", "kl_loss", "kl"),
+    *("old_kl", "old_deviation", "grad_norm", "old_decay", "sampler_decay", "seconds_rollout"),
+    *("seconds_reward", "seconds_update", "peak_rss_bytes"),
+}
+
+
+def weights(run, iteration=2):
+    return load_file(run / "checkpoints" / f"iteration-{iteration:06d}" / "training.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_from_training_to_pictures(crd_fast, small, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = crd_fast("train", small, "--output", run)
+    assert code == 0, err
+    assert err == ""
+    assert "Held-out prompts, 6 images" in out and "clean" in out and "report.html" in out
+    records = metrics(run)
+    full = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    assert [r["iteration"] for r in records] == [0, 1, 2]
+    assert not REQUIRED - full.keys()
+    assert "eval/overall" in records[0] and "eval/overall" in records[2] and "eval/overall" not in records[1]
+    assert (
+        records[1]["implicit_reward_mean"] == 0 and records[1]["old_deviation"] == 0
+    )  # policy and old start equal
+    assert records[2]["old_deviation"] > 0
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "report.html",
+        "samples/000000.png",
+        "samples/000002.png",
+    ):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").iterdir())
+
+    code, _, err = crd_fast("train", small, "--output", run)
+    assert code == 2 and "already holds a run" in err and len(err.splitlines()) == 1
+    assert metrics(run) == records  # nothing was overwritten
+
+    code, out, err = crd_fast("eval", run)
+    assert code == 0, err
+    overall = [line.split()[3] for line in out.splitlines() if " overall " in line]
+    assert overall == [
+        f"{records[2]['eval/overall']:.3f}"
+    ]  # the checkpoint holds the weights that were evaluated
+
+    code, out, err = crd_fast(
+        "sample", run, "--prompt", "a photo of a red circle", "--out", tmp_path / "grid.png"
+    )
+    assert code == 0, err
+    code, _, err = crd_fast("sample", run, "--prompt", "a photo of a red dog", "--out", tmp_path / "dog.png")
+    assert code == 2 and "does not know the word 'dog'" in err
+    code, _, err = crd_fast(
+        "sample", run, "--prompt", "a photo of a red circle", "--out", tmp_path / "grid.png"
+    )
+    assert code == 2 and "already exists" in err
+    code, out, err = crd_fast("report", run)
+    assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_micro_batch_does_not_change_the_run(crd_fast, small, tmp_path, method):
+    """Loss, gradient norm and parameters of two iterations, to float32 rounding (arXiv 2603.14128 needs the
+    whole group; the memory for it must not)."""
+    settings = ["--set", f"model.method={method}", "--set", "evaluate.every=0"]
+    runs = {}
+    for size in (1, 3, 4, 16):  # one sample, a part of a group, a group, two groups
+        run = tmp_path / str(size)
+        code, _, err = crd_fast(
+            "train", small, "--output", run, "--set", f"train.micro_batch={size}", *settings
+        )
+        assert code == 0, err
+        runs[size] = metrics(run), weights(run)
+    expected_metrics, expected_weights = runs[16]
+    for size in (1, 3, 4):
+        found_metrics, found_weights = runs[size]
+        for found, expected in zip(found_metrics, expected_metrics, strict=True):
+            for name in ("policy_loss", "kl_loss", "kl", "grad_norm", "reward_mean"):
+                assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-9), (size, name)
+        for name, expected in expected_weights.items():
+            if name.startswith("weights/policy"):
+                # Adam divides by the gradient's size: where that is rounding, so is the whole step
+                change = (found_weights[name] - expected).abs()
+                assert change.median() < 1e-6 and change.max() < 2.1e-3, (size, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [["train.optimizer=adamw"], ["train.optimizer=adamw8bit", "model.method=full"]]
+)
+def test_killed_and_resumed_is_the_same_to_the_bit(crd_fast, small, tmp_path, settings):
+    options = [item for setting in settings for item in ("--set", setting)] + ["--max-iterations", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = crd_fast("train", small, "--output", whole, *options)
+    assert code == 0, err
+
+    process = subprocess.Popen(
+        command("train", small, "--output", killed, *options), stdout=subprocess.DEVNULL
+    )
+    checkpoint = killed / "checkpoints" / "iteration-000002"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "step"')  # killed while writing
+
+    code, _, err = crd_fast("train", "--resume", killed)
+    assert code == 0, err
+    assert metrics(killed) == metrics(whole)
+    expected, found = weights(whole, 3), weights(killed, 3)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_good_order(crd_fast, small, tmp_path):
+    run = tmp_path / "run"
+    arguments = command(
+        "train", small, "--output", run, "--max-iterations", "500", "--set", "evaluate.every=0"
+    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints" / "iteration-000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "go on with: crd-fast train --resume" in " ".join(out.split()) and "Traceback" not in err
+    last = metrics(run)[-1]["iteration"]
+    assert (run / "checkpoints" / f"iteration-{last:06d}").exists()

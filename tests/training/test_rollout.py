@@ -1,0 +1,94 @@
+"""The rollout against diffusers' own scheduler, and what must not change it."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from crd_fast.advantage import advantages, combine
+from crd_fast.models.builtin import SHIFT, BuiltinModel
+from crd_fast.rollout import autocast, generate, seed_table, seeded_noise
+
+
+@pytest.fixture(scope="module")
+def model():
+    return BuiltinModel.load()
+
+
+def rollout(model, micro_batch, guidance_scale=1.0, prompts=("a photo of a red circle", "a photo of two rings")):
+    return generate(
+        model,
+        model.encode_prompts(list(prompts)),
+        torch.tensor([0, 0, 1]),
+        seed_table(1, count=3),
+        resolution=32,
+        steps=4,
+        guidance_scale=guidance_scale,
+        empty=model.encode_prompts([""]),
+        micro_batch=micro_batch,
+        precision="fp32",
+    )
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@torch.no_grad()
+def test_rollout_is_diffusers_euler(model, guidance_scale):
+    """The loop of diffusers' pipelines: set_timesteps, guidance, scheduler.step."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    embeddings = model.encode_prompts(["a photo of a red circle"] * 2 + ["a photo of two rings"])
+    empty = model.encode_prompts([""] * 3)
+    x = seeded_noise(seed_table(1, count=3), (3, 32, 32))
+
+    def predict(x, timestep, embeddings):
+        return model.transformer(
+            hidden_states=x,
+            timestep=timestep.expand(3),
+            encoder_hidden_states=embeddings["states"],
+            pooled_projections=embeddings["pooled"],
+        ).sample
+
+    for timestep in scheduler.timesteps:
+        velocity = predict(x, timestep, embeddings)
+        if guidance_scale > 1:
+            unconditional = predict(x, timestep, empty)
+            velocity = unconditional + guidance_scale * (velocity - unconditional)
+        x = scheduler.step(velocity, timestep, x).prev_sample
+    torch.testing.assert_close(rollout(model, 3, guidance_scale), x, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batch_does_not_change_the_samples(model):
+    torch.testing.assert_close(rollout(model, 1), rollout(model, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_matter(model):
+    first = rollout(model, 3)
+    other = rollout(model, 3, prompts=("a photo of a blue square", "a photo of two rings"))
+    assert not torch.allclose(first[0], other[0], atol=0.1)
+    torch.testing.assert_close(first[2], other[2], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_sees_the_weights_of_this_step():
+    """A context that outlives an optimizer step goes on with cast copies of the old weights."""
+    layer = torch.nn.Linear(8, 8)
+    x = torch.ones(1, 8)
+    with autocast("cpu", "bf16"):
+        before = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with autocast("cpu", "bf16"):
+        assert (layer(x) - before).abs().min() > 4
+
+
+def test_advantages():
+    reward_PK = torch.tensor([[0.0, 1.0], [2.0, 6.0]]).double().numpy()
+    scale = reward_PK.std()
+    assert advantages(reward_PK, "global").tolist() == [[-0.5 / scale, 0.5 / scale], [-2 / scale, 2 / scale]]
+    assert advantages(reward_PK, "group").tolist() == [[-1.0, 1.0], [-1.0, 1.0]]
+    assert advantages(reward_PK * 0 + 3, "global").tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_combining_rewards():
+    rewards = {"a": torch.tensor([[0.0, 1.0]]).numpy(), "b": torch.tensor([[100.0, 0.0]]).numpy()}
+    weights = {"a": 2.0, "b": 1.0}
+    assert combine(rewards, weights, "sum").tolist() == [[100.0, 2.0]]
+    assert combine(rewards, weights, "gdpo").tolist() == [[-1.0, 1.0]]  # 2 (-1, 1) + (1, -1)

@@ -1,0 +1,192 @@
+"""Snapshots, and the files in which trained weights leave."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import PeftModel
+
+from crd_fast import checkpoint
+from crd_fast.errors import UserError
+from crd_fast.models import builtin
+from crd_fast.weights import FullWeights, LoraWeights
+
+TARGETS = list(builtin.BuiltinModel.lora_targets)
+
+
+def network():
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=2,
+        qk_norm="rms_norm",
+    )
+    for parameter in model.parameters():  # the class starts some of them at 0
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def forward(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(2, 3, 8, 8, generator=generator),
+            encoder_hidden_states=torch.randn(2, 5, 16, generator=generator),
+            pooled_projections=torch.randn(2, 16, generator=generator),
+            timestep=torch.tensor([300.0, 900.0]),
+            return_dict=False,
+        )[0]
+
+
+def lora(model=None):
+    return LoraWeights(model or network(), rank=4, alpha=8, targets=TARGETS, seed=3)
+
+
+MAKE = {"lora": lora, "full": lambda: FullWeights(network())}
+
+
+def train_a_little(weights):
+    torch.manual_seed(5)
+    for parameter in weights.trained():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_sets_of_weights(kind):
+    base = forward(network())
+    weights = MAKE[kind]()
+    for name in ("policy", "old", "sampler", "reference"):
+        with weights.use(name):
+            torch.testing.assert_close(forward(weights.network), base, rtol=0, atol=0)
+    train_a_little(weights)
+    trained = forward(weights.network)
+    assert not torch.allclose(trained, base)
+    for name in ("old", "sampler", "reference"):
+        with weights.use(name):
+            assert torch.equal(forward(weights.network), base)
+    weights.blend("old", 0.0)
+    with weights.use("old"):
+        assert torch.equal(forward(weights.network), trained)  # equal to the bit: no implicit reward
+    with weights.use("sampler"):
+        assert torch.equal(forward(weights.network), base)
+    assert torch.equal(forward(weights.network), trained)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_blend_is_the_moving_average(kind):
+    weights = MAKE[kind]()
+    before = {name: value.clone() for name, value in weights.state().items()}
+    train_a_little(weights)
+    weights.blend("sampler", 0.75)
+    after = weights.state()
+    for name, value in before.items():
+        if name.startswith("sampler/"):
+            policy = after[name.replace("sampler/", "policy/", 1)]
+            torch.testing.assert_close(after[name], 0.75 * value + 0.25 * policy)
+        elif name.startswith("old/"):
+            assert torch.equal(after[name], value)
+
+
+def test_only_the_policy_is_trained():
+    weights = lora()
+    assert all(parameter.requires_grad for parameter in weights.trained())
+    names = [name for name, parameter in weights.network.named_parameters() if parameter.requires_grad]
+    assert names and all(".policy." in name for name in names)
+    with weights.use("old"):
+        pass
+    assert all(parameter.requires_grad for parameter in weights.trained())
+
+
+def test_the_adapter_loads_in_diffusers_and_in_peft(tmp_path):
+    weights = lora()
+    train_a_little(weights)
+    trained = forward(weights.network)
+    weights.save_policy(tmp_path)
+    with_diffusers = network()
+    with_diffusers.load_lora_adapter(tmp_path)
+    torch.testing.assert_close(forward(with_diffusers), trained)
+    with_peft = PeftModel.from_pretrained(network(), tmp_path)
+    torch.testing.assert_close(forward(with_peft), trained)
+
+
+def test_full_weights_load_in_diffusers(tmp_path):
+    weights = FullWeights(network())
+    train_a_little(weights)
+    weights.save_policy(tmp_path)
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer").eval()
+    torch.testing.assert_close(forward(loaded), forward(weights.network), rtol=0, atol=0)
+
+
+def test_targets_that_match_nothing():
+    with pytest.raises(UserError, match="'to_qq' matches no layer of SD3Transformer2DModel"):
+        LoraWeights(network(), 4, 4, ["attn.to_q", "to_qq"], seed=0)
+
+
+def optimizers(parameters):
+    import bitsandbytes
+
+    yield torch.optim.AdamW(parameters, lr=1e-2)
+    yield bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=64)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["adamw", "adamw8bit"])
+def test_checkpoint_restores_weights_and_optimizer_to_the_bit(tmp_path, index):
+    def step(weights, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in weights.trained():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    weights = lora()
+    optimizer = list(optimizers(weights.trained()))[index]
+    for seed in range(3):
+        step(weights, optimizer, seed)
+    weights.blend("old", 0.5)
+    checkpoint.save(tmp_path / "iteration-000003", weights, optimizer, {"iteration": 3}, keep=1)
+
+    other = lora()
+    resumed = list(optimizers(other.trained()))[index]
+    assert checkpoint.load(tmp_path / "iteration-000003", other, resumed)["iteration"] == 3
+    for seed in (7, 8):
+        step(weights, optimizer, seed)
+        step(other, resumed, seed)
+    found, expected = other.state(), weights.state()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    weights = lora()
+    optimizer = torch.optim.AdamW(weights.trained())
+    for iteration in (5, 10, 15):
+        checkpoint.save(tmp_path / f"iteration-{iteration:06d}", weights, optimizer, {}, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["iteration-000010", "iteration-000015"]
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def test_an_incomplete_checkpoint_is_not_taken_for_one(tmp_path):
+    (tmp_path / "checkpoints" / "partial-iteration-000009").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "iteration-000008").mkdir()
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_another_models_state_changes_nothing():
+    weights = lora()
+    before = {name: value.clone() for name, value in weights.state().items()}
+    state = {name: torch.zeros_like(value) for name, value in before.items()}
+    last = sorted(state)[-1]
+    state[last] = torch.zeros(1, 2, 3)
+    with pytest.raises(UserError, match="expected shape"):
+        weights.load_state(state)
+    del state[last]
+    with pytest.raises(UserError, match="another model"):
+        weights.load_state(state)
+    assert all(torch.equal(value, before[name]) for name, value in weights.state().items())
