@@ -28,21 +28,22 @@ GUIDANCE = (1.0, 4.5)
 CARD = """# The built-in model
 
 A text-conditional flow model of {transformer:.1f} M parameters (diffusers' `SD3Transformer2DModel`, 32 x 32
-pixels, patch 4, width 128, 5 layers) with a T5 encoder of {text:.1f} M (transformers' `T5EncoderModel`, 2 layers,
-whole words). It draws coloured shapes in a 2 x 2 grid from prompts in GenEval's six categories. It is there so
-that training can be tried, tested and studied without a GPU or a download; it is of no use beyond that.
+pixels, patch 4, width 128, 5 layers) with a T5 encoder of {text:.1f} M (transformers' `T5EncoderModel`, 2
+layers, whole words). It draws coloured shapes in a 2 x 2 grid from prompts in GenEval's six categories. It
+is there so that training can be tried, tested and studied without a GPU or a download; it is of no use
+beyond that.
 
 ## Data
 
-Rendered on the fly by `crd_fast.world`: 5 shapes, 6 colours, {train} training prompts and {held_out} held-out
-ones. Held-out prompts combine what no training prompt combines: 5 of the 30 pairs of a colour and a shape, one
-in five (shape, relation, shape) triples, one in four ordered pairs of shapes, and for single objects and counts,
-of which the world has too few, one in four wordings.
+Rendered on the fly by `crd_fast.world`: 5 shapes, 6 colours, {train} training prompts and {held_out}
+held-out ones. Held-out prompts combine what no training prompt combines: 5 of the 30 pairs of a colour and
+a shape, one in five (shape, relation, shape) triples, one in four ordered pairs of shapes, and for single
+objects and counts, of which the world has too few, one in four wordings.
 
 ## Training
 
-Flow matching, `python -m tools.pretrain_builtin`, seed 0, batch {batch}, AdamW, averaged weights (decay {ema}),
-{dropout:.0%} of the captions dropped. The stages:
+Flow matching, `python -m tools.pretrain_builtin`, seed 0, batch {batch}, AdamW, averaged weights (decay
+{ema}), {dropout:.0%} of the captions dropped. The stages:
 
 {stages}
 
@@ -54,8 +55,8 @@ prompt, without guidance it does so less often. This is the gap that reward trai
 
 ## Correctness
 
-Share of correct images on {images} held-out prompts, one image each, 10 Euler steps, by GenEval's rules; `clean`
-is correct and nothing else in the picture. The standard error of `overall` is about 0.025.
+Share of correct images on {images} held-out prompts, one image each, 10 Euler steps, by GenEval's rules;
+`clean` is correct and nothing else in the picture. The standard error of `overall` is about 0.025.
 
 {table}
 
@@ -103,7 +104,9 @@ def plot(curve: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--curve", type=Path, required=True, help="curve.jsonl of the pretraining")
     options = parser.parse_args()
     curve = {}  # a resumed run repeats the steps since its last checkpoint: the last word counts
