@@ -1,17 +1,22 @@
-// How the C++ passes read and write latents: any strides, any of four dtypes, a tile at a time.
+// How the C++ passes read and write latents: any strides, any mix of four dtypes.
+//
+// Operands of one dtype that are contiguous inside a sample are handed to the loop as they are, and converted in
+// registers. Everything else, and noise by seed, goes through tiles: small buffers of the compute type.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "philox.h"
 
 namespace {
 
-constexpr int64_t TILE = 1024;         // elements converted at a time: six float buffers are 24 KB
-constexpr int64_t CHUNK = 16 * TILE;   // elements of one task and of one partial sum
-constexpr int DIMS = 4;                // dimensions of a sample after collapsing
+constexpr int64_t RUN = 1024;         // elements that one float sum covers before it goes to a double
+constexpr int64_t TILE = 256;         // elements of a buffer; larger ones were slower, they crowd the L1 cache
+constexpr int64_t CHUNK = 16 * 1024;  // elements of one task and of one partial sum
+constexpr int DIMS = 4;               // dimensions of a sample after collapsing
 
 enum Dtype : int64_t { BFLOAT16 = 0, FLOAT16 = 1, FLOAT32 = 2, FLOAT64 = 3 };
 
@@ -31,16 +36,24 @@ struct BFloat16 {
     std::memcpy(&value, &wide, 4);
     return value;
   }
-  explicit BFloat16(float value) {  // round to nearest even; NaN stays NaN
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    bits = uint16_t((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-  }
-  explicit BFloat16(double value) : BFloat16(float(value)) {}
 };
 
 using Float16 = _Float16;
+
+template <class S, class T>
+inline void put(S& to, T value) {
+  to = S(value);
+}
+
+// Rounds to nearest even; NaN stays NaN. Writes the member: gcc does not vectorise copies of the struct.
+template <class T>
+inline void put(BFloat16& to, T value) {
+  float narrow = float(value);
+  uint32_t wide;
+  std::memcpy(&wide, &narrow, 4);
+  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  to.bits = uint16_t((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
 
 // Visits the elements [begin, begin + count) of sample b as runs along the innermost dimension.
 template <class Visit>
@@ -97,9 +110,9 @@ void store_as(const Operand& x, const int64_t* sizes, int64_t b, int64_t begin, 
     const T* from = tile + at;
     if (step == 1) {
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) to[i] = S(from[i]);
+      for (int64_t i = 0; i < length; ++i) put(to[i], from[i]);
     } else {
-      for (int64_t i = 0; i < length; ++i) to[i * step] = S(from[i]);
+      for (int64_t i = 0; i < length; ++i) put(to[i * step], from[i]);
     }
   });
 }
@@ -121,23 +134,74 @@ struct Problem {
   int64_t batch, sizes[DIMS], numel;
 };
 
+// What a loop works on: `count` elements of every operand. S is the stored type, or the compute type for tiles.
+template <class S>
+struct Views {
+  const S *policy, *old, *ref_cond, *ref_uncond, *x0, *noise;
+  S* out;
+};
+
 template <class T>
 struct Tiles {
   alignas(64) T policy[TILE], old[TILE], ref_cond[TILE], ref_uncond[TILE], x0[TILE], noise[TILE], out[TILE];
 };
 
-template <class T>
-void load_all(const Problem& p, int64_t b, int64_t begin, int64_t count, Tiles<T>& t) {
-  if (p.policy.data) load(p.policy, p.sizes, b, begin, count, t.policy);
-  if (p.old.data) load(p.old, p.sizes, b, begin, count, t.old);
-  if (p.ref_cond.data) load(p.ref_cond, p.sizes, b, begin, count, t.ref_cond);
-  if (p.ref_uncond.data) load(p.ref_uncond, p.sizes, b, begin, count, t.ref_uncond);
-  if (p.x0.data) load(p.x0, p.sizes, b, begin, count, t.x0);
-  if (p.seed) {
-    philox_normal(p.seed[b], begin, count, t.noise);
-  } else {
-    load(p.noise, p.sizes, b, begin, count, t.noise);
+// The dtype of all operands when the loop can work on them in place, else -1.
+inline int64_t direct_dtype(const Problem& p) {
+  int64_t dtype = -1;
+  if (p.seed || p.sizes[DIMS - 1] != p.numel) return -1;
+  for (const Operand* x : {&p.policy, &p.old, &p.ref_cond, &p.ref_uncond, &p.x0, &p.noise, &p.out}) {
+    if (!x->data) continue;
+    if (x->strides[DIMS - 1] != 1 || (dtype >= 0 && dtype != x->dtype)) return -1;
+    dtype = x->dtype;
   }
+  return dtype;
+}
+
+template <class S, class Body>
+void in_place(const Problem& p, int64_t b, int64_t begin, int64_t end, Body body) {
+  auto at = [&](const Operand& x, int64_t from) {
+    return x.data ? reinterpret_cast<S*>(x.data) + b * x.batch_stride + from : nullptr;
+  };
+  for (int64_t from = begin; from < end; from += RUN) {
+    Views<S> v{at(p.policy, from), at(p.old, from), at(p.ref_cond, from), at(p.ref_uncond, from),
+               at(p.x0, from),     at(p.noise, from), at(p.out, from)};
+    body(v, end - from < RUN ? end - from : RUN);
+  }
+}
+
+template <class T, class Body>
+void through_tiles(const Problem& p, int64_t b, int64_t begin, int64_t end, Body body) {
+  Tiles<T> t;
+  const Views<T> v{t.policy, t.old, t.ref_cond, t.ref_uncond, t.x0, t.noise, t.out};
+  for (int64_t from = begin; from < end; from += TILE) {
+    const int64_t count = end - from < TILE ? end - from : TILE;
+    if (p.policy.data) load(p.policy, p.sizes, b, from, count, t.policy);
+    if (p.old.data) load(p.old, p.sizes, b, from, count, t.old);
+    if (p.ref_cond.data) load(p.ref_cond, p.sizes, b, from, count, t.ref_cond);
+    if (p.ref_uncond.data) load(p.ref_uncond, p.sizes, b, from, count, t.ref_uncond);
+    if (p.x0.data) load(p.x0, p.sizes, b, from, count, t.x0);
+    if (p.seed) {
+      philox_normal(p.seed[b], from, count, t.noise);
+    } else {
+      load(p.noise, p.sizes, b, from, count, t.noise);
+    }
+    body(v, count);
+    if (p.out.data) store(p.out, p.sizes, b, from, count, t.out);
+  }
+}
+
+// Calls body(views, count) until the elements [begin, end) of sample b are done; T is the compute type.
+template <class T, class Body>
+void for_each_view(const Problem& p, int64_t direct, int64_t b, int64_t begin, int64_t end, Body body) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (direct == FLOAT64) return in_place<double>(p, b, begin, end, body);
+  } else {
+    if (direct == BFLOAT16) return in_place<BFloat16>(p, b, begin, end, body);
+    if (direct == FLOAT16) return in_place<Float16>(p, b, begin, end, body);
+    if (direct == FLOAT32) return in_place<float>(p, b, begin, end, body);
+  }
+  through_tiles<T>(p, b, begin, end, body);
 }
 
 template <class Task>

@@ -8,9 +8,8 @@
 //               where with a mix m the first four are of (1 - m) old + m policy and (1 + m) old - m policy
 //   gradient:   c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)
 //
-// A tile of every operand is converted to the compute type (float, or double when an operand is double)
-// in a buffer that stays in the L1 cache (latents.h), so that any mix of dtypes and strides runs through one
-// vectorised loop and no target, reference or residual ever exists in memory.
+// One vectorised loop a pass, on operands as they lie in memory or on tiles of them (latents.h); no target,
+// reference or residual ever exists in memory. fp32 throughout, fp64 when an operand is.
 //
 // Each sample is cut into chunks of fixed size; a chunk's sums go to its own slot and the slots are added
 // in order. The result does not depend on the number of threads or on the other samples of the batch.
@@ -27,77 +26,74 @@ constexpr int SUMS = 7;
 
 enum Reference { NONE, CONDITIONAL, GUIDED };
 
-template <class T, Reference R, bool MIX>
-void measure_tile(const Tiles<T>& t, int64_t count, T w, T mix, double* sums) {
+// The loops take their pointers as locals: gcc does not vectorise loops that read them from a struct.
+
+template <class T, Reference R, bool MIX, class S>
+void add_sums(const Views<S>& v, int64_t count, T w, T mix, double* sums) {
+  const S *policies = v.policy, *olds = v.old, *conds = v.ref_cond, *unconds = v.ref_uncond;
+  const S *x0s = v.x0, *noises = v.noise;
   T policy_square = 0, policy_abs = 0, old_square = 0, old_abs = 0, kl = 0, old_kl = 0, deviation = 0;
 #pragma omp simd reduction(+ : policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation)
   for (int64_t i = 0; i < count; ++i) {
-    T target = t.noise[i] - t.x0[i];
-    T first = MIX ? (1 - mix) * t.old[i] + mix * t.policy[i] : t.policy[i];
-    T second = MIX ? (1 + mix) * t.old[i] - mix * t.policy[i] : t.old[i];
-    T policy_error = first - target;
-    T old_error = second - target;
+    T policy = T(policies[i]), old = T(olds[i]), target = T(noises[i]) - T(x0s[i]);
+    T policy_error = (MIX ? (1 - mix) * old + mix * policy : policy) - target;
+    T old_error = (MIX ? (1 + mix) * old - mix * policy : old) - target;
+    T moved = policy - old;
     policy_square += policy_error * policy_error;
     policy_abs += std::fabs(policy_error);
     old_square += old_error * old_error;
     old_abs += std::fabs(old_error);
-    T moved = t.policy[i] - t.old[i];
     deviation += moved * moved;
     if (R != NONE) {
-      T reference =
-          R == GUIDED ? t.ref_uncond[i] + w * (t.ref_cond[i] - t.ref_uncond[i]) : t.ref_cond[i];
-      T policy_drift = t.policy[i] - reference;
-      T old_drift = t.old[i] - reference;
+      T base = R == GUIDED ? T(unconds[i]) : T(conds[i]);
+      T reference = R == GUIDED ? base + w * (T(conds[i]) - base) : base;
+      T policy_drift = policy - reference, old_drift = old - reference;
       kl += policy_drift * policy_drift;
       old_kl += old_drift * old_drift;
     }
   }
-  const T tile_sums[SUMS] = {policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation};
-  for (int k = 0; k < SUMS; ++k) sums[k] += tile_sums[k];
+  const T part[SUMS] = {policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation};
+  for (int k = 0; k < SUMS; ++k) sums[k] += part[k];
 }
 
-template <class T, Reference R>
-void gradient_tile(Tiles<T>& t, int64_t count, T w, T c1, T c2, T c3, bool with_old) {
+template <class T, Reference R, bool OLD, class S>
+void write_gradient(const Views<S>& v, int64_t count, T w, T c1, T c2, T c3) {
+  const S *policies = v.policy, *olds = v.old, *conds = v.ref_cond, *unconds = v.ref_uncond;
+  const S *x0s = v.x0, *noises = v.noise;
+  S* out = v.out;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    T target = t.noise[i] - t.x0[i];
-    T gradient = c1 * (t.policy[i] - target);
+    T policy = T(policies[i]), target = T(noises[i]) - T(x0s[i]);
+    T gradient = c1 * (policy - target);
     if (R != NONE) {
-      T reference =
-          R == GUIDED ? t.ref_uncond[i] + w * (t.ref_cond[i] - t.ref_uncond[i]) : t.ref_cond[i];
-      gradient += c2 * (t.policy[i] - reference);
+      T base = R == GUIDED ? T(unconds[i]) : T(conds[i]);
+      T reference = R == GUIDED ? base + w * (T(conds[i]) - base) : base;
+      gradient += c2 * (policy - reference);
     }
-    t.out[i] = gradient;
+    if (OLD) gradient += c3 * (policy - T(olds[i]));
+    put(out[i], gradient);
   }
-  if (!with_old) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) t.out[i] += c3 * (t.policy[i] - t.old[i]);
 }
 
 template <class T, Reference R, bool MIX>
 void measure(const Problem& p, double w, double mix, double* partial, int threads) {
+  const int64_t direct = direct_dtype(p);
   for_each_chunk(p, threads, [&](int64_t item, int64_t b, int64_t begin, int64_t end) {
-    Tiles<T> tiles;
     double sums[SUMS] = {};
-    for (int64_t at = begin; at < end; at += TILE) {
-      const int64_t count = end - at < TILE ? end - at : TILE;
-      load_all(p, b, at, count, tiles);
-      measure_tile<T, R, MIX>(tiles, count, T(w), T(mix), sums);
-    }
+    for_each_view<T>(p, direct, b, begin, end, [&](const auto& views, int64_t count) {
+      add_sums<T, R, MIX>(views, count, T(w), T(mix), sums);
+    });
     for (int k = 0; k < SUMS; ++k) partial[item * SUMS + k] = sums[k];
   });
 }
 
-template <class T, Reference R>
+template <class T, Reference R, bool OLD>
 void gradient(const Problem& p, double w, const double* c1, const double* c2, const double* c3, int threads) {
+  const int64_t direct = direct_dtype(p);
   for_each_chunk(p, threads, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
-    Tiles<T> tiles;
-    for (int64_t at = begin; at < end; at += TILE) {
-      const int64_t count = end - at < TILE ? end - at : TILE;
-      load_all(p, b, at, count, tiles);
-      gradient_tile<T, R>(tiles, count, T(w), T(c1[b]), T(c2[b]), c3 ? T(c3[b]) : T(0), c3 != nullptr);
-      store(p.out, p.sizes, b, at, count, tiles.out);
-    }
+    for_each_view<T>(p, direct, b, begin, end, [&](const auto& views, int64_t count) {
+      write_gradient<T, R, OLD>(views, count, T(w), T(c1[b]), T(c2[b]), OLD ? T(c3[b]) : T(0));
+    });
   });
 }
 
@@ -108,11 +104,12 @@ void measure_any(const Problem& p, double w, double mix, double* partial, int th
   return measure<T, GUIDED, MIX>(p, w, mix, partial, threads);
 }
 
-template <class T>
-void gradient_any(const Problem& p, double w, const double* c1, const double* c2, const double* c3, int threads) {
-  if (!p.ref_cond.data) return gradient<T, NONE>(p, w, c1, c2, c3, threads);
-  if (!p.ref_uncond.data) return gradient<T, CONDITIONAL>(p, w, c1, c2, c3, threads);
-  return gradient<T, GUIDED>(p, w, c1, c2, c3, threads);
+template <class T, bool OLD>
+void gradient_any(const Problem& p, double w, const double* c1, const double* c2, const double* c3,
+                  int threads) {
+  if (!p.ref_cond.data) return gradient<T, NONE, OLD>(p, w, c1, c2, c3, threads);
+  if (!p.ref_uncond.data) return gradient<T, CONDITIONAL, OLD>(p, w, c1, c2, c3, threads);
+  return gradient<T, GUIDED, OLD>(p, w, c1, c2, c3, threads);
 }
 
 }  // namespace
@@ -130,6 +127,7 @@ extern "C" void crd_measure(const Problem* p, double w, double mix, int64_t use_
 // c1, c2: (batch,) double; c3 the same, or null, which leaves `old` unread.
 extern "C" void crd_gradient(const Problem* p, double w, int64_t use_double, const double* c1, const double* c2,
                              const double* c3, int64_t threads) {
-  auto run = use_double ? gradient_any<double> : gradient_any<float>;
+  auto run = use_double ? (c3 ? gradient_any<double, true> : gradient_any<double, false>)
+                        : (c3 ? gradient_any<float, true> : gradient_any<float, false>);
   run(*p, w, c1, c2, c3, int(threads));
 }
