@@ -86,8 +86,8 @@ def center(
     policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
     for logits in directions:
         p = softmax_weights(logits, ids)
-        r_centered = reward - group_sum(p * all_reward, ids)[mine]
-        a_centered = a - group_sum(p * all_a, ids)[mine]
+        centers = group_sum(p * torch.stack([all_reward, all_a]), ids)
+        r_centered, a_centered = reward - centers[0, mine], a - centers[1, mine]
         loss, derivative = _terms(r_centered, a_centered, beta, loss_type)
         share = advantage_clip / beta / samples / len(directions)
         policy_loss = policy_loss + share * loss.sum()

@@ -11,28 +11,29 @@ BLOCK = 1 << 21  # entries of the comparison matrix held at a time
 
 
 def group_sum(values, group):
-    """out_i = sum of values_j over all j with group_j == group_i. values, group: (B,)."""
-    return _over_groups(values, group, 0.0, lambda masked: masked.sum(1))
+    """out_i = sum of values_j over all j with group_j == group_i. values: (..., B), group: (B,)."""
+    return _over_groups(values, group, 0.0, lambda masked: masked.sum(-1))
 
 
 def group_max(values, group):
     """out_i = max of values_j over all j with group_j == group_i."""
-    return _over_groups(values, group, float("-inf"), lambda masked: masked.amax(1))
+    return _over_groups(values, group, float("-inf"), lambda masked: masked.amax(-1))
 
 
 def softmax_weights(logits, group):
     """Weights that sum to 1 over each group: softmax of the logits, uniform for None. (B,) float64."""
     if logits is None:
-        ones = torch.ones(group.shape, dtype=torch.float64, device=group.device)
-        return ones / group_sum(ones, group)
+        return 1 / group_sum(torch.ones_like(group, dtype=torch.float64), group)
     weights = (logits - group_max(logits, group)).exp()
     return weights / group_sum(weights, group)
 
 
 def _over_groups(values, group, neutral, reduce):
-    rows = max(1, BLOCK // values.shape[0])
+    rows = max(1, BLOCK // values.numel())
+    if rows >= group.shape[0]:
+        return reduce(torch.where(group[:, None] == group, values[..., None, :], neutral))
     parts = [
-        reduce(torch.where(block[:, None] == group[None, :], values[None, :], neutral))
+        reduce(torch.where(block[:, None] == group, values[..., None, :], neutral))
         for block in group.split(rows)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, -1)

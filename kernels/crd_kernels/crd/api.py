@@ -64,7 +64,7 @@ def crd_loss(
     Raises TypeError or ValueError naming the argument, what was wanted and what came.
     Source: arXiv 2603.14128.
     """
-    checks.latents(policy=policy, old=old, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
+    checks.tensor("policy", policy)
     impl = dispatch.choose(impl, policy.device)
     with torch.no_grad():
         stats = measure(

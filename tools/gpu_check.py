@@ -1,0 +1,127 @@
+"""Everything that needs a GPU, in at most ten minutes on one card, as one result page.
+
+    python -m tools.gpu_check [--out DIR]        (make gpu)
+
+Runs the tests marked gpu, the benchmarks, a short training run and the memory plan; each step has its share
+of the time and is stopped at its end. Writes DIR/page.md (machine, commit, every step's verdict and last
+lines) and keeps the steps' own files beside it. Exit status 1 if a step failed; a step that this checkout
+cannot run is listed as skipped.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+BUDGET = 600  # seconds
+TAIL = 25  # lines of a step's output on the page
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple  # what runs, from the repository's root
+    seconds: int  # its limit
+    needs: str = ""  # path that must exist, else the step is skipped
+
+
+@dataclass(frozen=True)
+class Verdict:
+    step: Step
+    outcome: str  # passed | failed | timed out | skipped
+    seconds: float
+    output: str
+
+
+def steps(out):
+    """The steps of a real run, in order; their limits add up to the budget."""
+    python = (sys.executable, "-m")
+    return [
+        Step("tests", (*python, "pytest", "tests", "-m", "gpu", "-q"), 180),
+        Step(
+            "benchmarks",
+            (*python, "pytest", "benchmarks", "-q", "--benchmark-json", f"{out}/benchmarks.json"),
+            240,
+            needs="benchmarks",
+        ),
+        Step(
+            "table", (sys.executable, "benchmarks/plot.py", f"{out}/benchmarks.json"), 20, needs="benchmarks"
+        ),
+        Step(
+            "training",
+            (*python, "crd_fast", "train", "--max-iterations", "3", "--output", f"{out}/run"),
+            130,
+            needs="crd_fast/cli",
+        ),
+        Step("memory plan", (*python, "crd_fast", "plan", "builtin"), 30, needs="crd_fast/plan"),
+    ]
+
+
+def run_step(step, left):
+    """Runs one step within its limit and the time left."""
+    if step.needs and not any(ROOT.glob(f"{step.needs}*")):
+        return Verdict(step, "skipped", 0.0, f"{step.needs} is not there")
+    limit, start = min(step.seconds, left), time.monotonic()
+    if limit <= 0:
+        return Verdict(step, "skipped", 0.0, "no time left")
+    try:
+        run = subprocess.run(step.command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        outcome, output = "passed" if run.returncode == 0 else "failed", run.stdout + run.stderr
+    except subprocess.TimeoutExpired as stopped:
+        text = stopped.stdout or b""
+        outcome, output = "timed out", text.decode(errors="replace") if isinstance(text, bytes) else text
+    return Verdict(step, outcome, time.monotonic() - start, output)
+
+
+def machine():
+    """Lines that say where the figures come from."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import crd_machine
+
+    about = crd_machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        about["memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
+    return [f"- {name}: {value}" for name, value in about.items() if value]
+
+
+def page(verdicts):
+    lines = ["# One card, one run", "", *machine(), "", "| step | outcome | seconds |", "|---|---|---|"]
+    lines += [f"| {v.step.name} | {v.outcome} | {v.seconds:.0f} |" for v in verdicts]
+    for v in verdicts:
+        tail = v.output.strip().splitlines()[-TAIL:]
+        lines += ["", f"## {v.step.name}", "", f"`{' '.join(v.step.command[1:])}`", "", "```", *tail, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def check(planned, out):
+    """Runs the steps and writes the page; returns the exit status."""
+    start, verdicts = time.monotonic(), []
+    for step in planned:
+        verdict = run_step(step, BUDGET - (time.monotonic() - start))
+        print(f"{step.name}: {verdict.outcome}, {verdict.seconds:.0f} s", flush=True)
+        verdicts.append(verdict)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "page.md").write_text(page(verdicts))
+    print(f"written: {out / 'page.md'}")
+    return 1 if any(v.outcome in ("failed", "timed out") for v in verdicts) else 0
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu", help="folder of the page")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_check: expected a CUDA or ROCm device, found none", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    return check(steps(options.out.resolve()), options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
