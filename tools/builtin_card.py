@@ -19,7 +19,7 @@ import numpy as np
 from crd_fast import world
 from crd_fast.models.builtin import BUILTIN_FOLDER, BuiltinModel
 from crd_fast.runlog import cpu_name, git_commit
-from tools.pretrain_builtin import BATCH, CAPTION_DROPOUT, EMA_DECAY, STAGES, correctness
+from tools.pretrain_builtin import BATCH, CAPTION_DROPOUT, STAGES, correctness
 
 matplotlib.use("Agg")
 IMAGES = 384
@@ -42,12 +42,12 @@ objects and counts, of which the world has too few, one in four wordings.
 
 ## Training
 
-Flow matching, `python -m tools.pretrain_builtin`, seed 0, batch {batch}, AdamW, averaged weights (decay
-{ema}), {dropout:.0%} of the captions dropped. The stages:
+Flow matching, `python -m tools.pretrain_builtin`, seed 0, batch {batch}, AdamW, averaged weights,
+{dropout:.0%} of the captions dropped. The stages:
 
 {stages}
 
-In the last stage half of the captions are exchanged for others of the same category. That makes the model
+In the last stage a share of the captions are exchanged for others of the same category. That makes the model
 unreliable the way web captions make large models unreliable: guidance shows that it knows how to follow the
 prompt, without guidance it does so less often. This is the gap that reward training closes.
 
@@ -123,7 +123,6 @@ def main() -> None:
         train=sum(map(len, world.prompts(False).values())),
         held_out=sum(map(len, world.prompts(True).values())),
         batch=BATCH,
-        ema=EMA_DECAY,
         dropout=CAPTION_DROPOUT,
         stages=stage_table(),
         images=IMAGES,
