@@ -30,7 +30,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe file, or the name of one that ships: builtin, builtin-full, builtin-long.",
+            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long.",
             metavar="[RECIPE]",
         ),
     ] = None,

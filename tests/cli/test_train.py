@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tests.cli.conftest import command, metrics
 
 REQUIRED = {
-    *("iteration", "step", "reward_mean", "reward_std", "implicit_reward_mean", "policy_loss", "kl_loss", "kl"),
-    *("old_kl", "old_deviation", "grad_norm", "old_decay", "sampler_decay", "seconds_rollout"),
+    *("iteration", "step", "reward_mean", "reward_std", "implicit_reward_mean", "policy_loss", "kl_loss"),
+    *("kl", "old_kl", "old_deviation", "grad_norm", "old_decay", "sampler_decay", "seconds_rollout"),
     *("seconds_reward", "seconds_update", "peak_rss_bytes"),
 }
 

@@ -14,7 +14,10 @@ def model():
     return BuiltinModel.load()
 
 
-def rollout(model, micro_batch, guidance_scale=1.0, prompts=("a photo of a red circle", "a photo of two rings")):
+PROMPTS = ("a photo of a red circle", "a photo of two rings")
+
+
+def rollout(model, micro_batch, guidance_scale=1.0, prompts=PROMPTS):
     return generate(
         model,
         model.encode_prompts(list(prompts)),

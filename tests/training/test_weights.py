@@ -167,7 +167,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     optimizer = torch.optim.AdamW(weights.trained())
     for iteration in (5, 10, 15):
         checkpoint.save(tmp_path / f"iteration-{iteration:06d}", weights, optimizer, {}, keep=2)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["iteration-000010", "iteration-000015"]
+    kept = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
+    assert kept == ["iteration-000010", "iteration-000015"]
     assert not list(tmp_path.glob("partial-*"))
 
 
