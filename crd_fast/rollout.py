@@ -50,6 +50,11 @@ def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, 
     return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
 
 
+def prompt_device(embeddings: dict[str, torch.Tensor]) -> torch.device:
+    """Where the model runs is where its prompts are."""
+    return next(iter(embeddings.values())).device
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -63,13 +68,13 @@ def generate(
     empty: dict[str, torch.Tensor],
     micro_batch: int,
     precision: str,
-    device: str = "cpu",
     advance: Callable[[int], None] = lambda count: None,
 ) -> torch.Tensor:
     """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
 
     `advance(n)` is called after each micro-batch of n samples.
     """
+    device = prompt_device(embeddings)
     shape = model.latent_shape(resolution)
     sigmas = model.sigmas(steps).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)

@@ -79,6 +79,7 @@ class Updater:
         """
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
         totals: dict[str, torch.Tensor] = {}
+        pairs = pairs.to(latents.device)
         for unit in self._units(pairs):
             chunks = [
                 self._prepare(unit[i : i + self.micro_batch]) for i in range(0, len(unit), self.micro_batch)
@@ -142,7 +143,6 @@ class Updater:
         }
 
     def _prepare(self, pairs: Pairs) -> _Chunk:
-        pairs = pairs.to(self._latents.device)
         x0 = self._latents[pairs.sample]
         noise = seeded_noise(pairs.seed, x0.shape[1:], x0.device)
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))

@@ -116,8 +116,9 @@ class BuiltinModel:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Embeddings of P prompts, each tensor with a first axis of P."""
-        return encode(self.tokenizer, self.text_encoder, prompts)
+        """Embeddings of P prompts, each tensor with a first axis of P, on the transformer's device."""
+        embeddings = encode(self.tokenizer, self.text_encoder, prompts)
+        return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
     def sigmas(self, steps: int) -> torch.Tensor:
         """The scheduler's own noise levels: (steps + 1,), from 1 to 0, even before the shift."""
