@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env train test benchmarks lint clean
+.PHONY: env train test benchmarks gpu lint clean
 
 env: $(STAMP)
 
@@ -21,6 +21,10 @@ test: env
 
 benchmarks: env
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# On a machine with a GPU: its tests, the benchmarks and a training run, one result page.
+gpu: env
+	$(BIN)/python -m tools.gpu_check $(ARGS)
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
