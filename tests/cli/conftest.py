@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import crd_fast.cli
+
 SMALL = """
 model:     {path: builtin, method: lora, lora_rank: 4, lora_alpha: 4}
 rollout:   {prompts_per_iteration: 2, samples_per_prompt: 4, steps: 2, resolution: 32}
@@ -30,8 +32,22 @@ def command(*arguments):
 
 
 @pytest.fixture
-def crd_fast():
-    """Runs `crd-fast`; returns exit code, standard output and standard error."""
+def inside(monkeypatch, capsys):
+    """Runs `crd-fast` in this process, whose imports are done; returns exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            crd_fast.cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def process():
+    """Runs `crd-fast` in a process of its own; returns exit code, standard output and standard error."""
 
     def run(*arguments):
         done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)

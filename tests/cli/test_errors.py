@@ -5,20 +5,16 @@ import shutil
 
 import pytest
 
-import crd_fast.cli
 from tests.cli.conftest import SMALL
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(inside):
     """`crd-fast` in this process: exit code and standard error."""
 
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
-        monkeypatch.setattr(crd_fast.cli.errors, "_file", None)
-        with pytest.raises(SystemExit) as ended:
-            crd_fast.cli.main()
-        return ended.value.code, capsys.readouterr().err
+        code, _, err = inside(*arguments)
+        return code, err
 
     return call
 

@@ -24,9 +24,9 @@ def weights(run, iteration=2):
 
 
 @pytest.mark.slow
-def test_a_run_from_training_to_pictures(crd_fast, small, tmp_path):
+def test_a_run_from_training_to_pictures(process, inside, small, tmp_path):
     run = tmp_path / "run"
-    code, out, err = crd_fast("train", small, "--output", run)
+    code, out, err = process("train", small, "--output", run)
     assert code == 0, err
     assert err == ""
     assert "Held-out prompts, 6 images" in out and "clean" in out and "report.html" in out
@@ -49,41 +49,41 @@ def test_a_run_from_training_to_pictures(crd_fast, small, tmp_path):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").iterdir())
 
-    code, _, err = crd_fast("train", small, "--output", run)
+    code, _, err = inside("train", small, "--output", run)
     assert code == 2 and "already holds a run" in err and len(err.splitlines()) == 1
     assert metrics(run) == records  # nothing was overwritten
 
-    code, out, err = crd_fast("eval", run)
+    code, out, err = process("eval", run)
     assert code == 0, err
     overall = [line.split()[3] for line in out.splitlines() if " overall " in line]
     assert overall == [
         f"{records[2]['eval/overall']:.3f}"
     ]  # the checkpoint holds the weights that were evaluated
 
-    code, out, err = crd_fast(
+    code, out, err = inside(
         "sample", run, "--prompt", "a photo of a red circle", "--out", tmp_path / "grid.png"
     )
     assert code == 0, err
-    code, _, err = crd_fast("sample", run, "--prompt", "a photo of a red dog", "--out", tmp_path / "dog.png")
+    code, _, err = inside("sample", run, "--prompt", "a photo of a red dog", "--out", tmp_path / "dog.png")
     assert code == 2 and "does not know the word 'dog'" in err
-    code, _, err = crd_fast(
+    code, _, err = inside(
         "sample", run, "--prompt", "a photo of a red circle", "--out", tmp_path / "grid.png"
     )
     assert code == 2 and "already exists" in err
-    code, out, err = crd_fast("report", run)
+    code, out, err = inside("report", run)
     assert code == 0, err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_micro_batch_does_not_change_the_run(crd_fast, small, tmp_path, method):
+def test_micro_batch_does_not_change_the_run(inside, small, tmp_path, method):
     """Loss, gradient norm and parameters of two iterations, to float32 rounding (arXiv 2603.14128 needs the
     whole group; the memory for it must not)."""
     settings = ["--set", f"model.method={method}", "--set", "evaluate.every=0"]
     runs = {}
     for size in (1, 3, 4, 16):  # one sample, a part of a group, a group, two groups
         run = tmp_path / str(size)
-        code, _, err = crd_fast(
+        code, _, err = inside(
             "train", small, "--output", run, "--set", f"train.micro_batch={size}", *settings
         )
         assert code == 0, err
@@ -105,25 +105,25 @@ def test_micro_batch_does_not_change_the_run(crd_fast, small, tmp_path, method):
 @pytest.mark.parametrize(
     "settings", [["train.optimizer=adamw"], ["train.optimizer=adamw8bit", "model.method=full"]]
 )
-def test_killed_and_resumed_is_the_same_to_the_bit(crd_fast, small, tmp_path, settings):
+def test_killed_and_resumed_is_the_same_to_the_bit(process, small, tmp_path, settings):
     options = [item for setting in settings for item in ("--set", setting)] + ["--max-iterations", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = crd_fast("train", small, "--output", whole, *options)
+    code, _, err = process("train", small, "--output", whole, *options)
     assert code == 0, err
 
-    process = subprocess.Popen(
+    running = subprocess.Popen(
         command("train", small, "--output", killed, *options), stdout=subprocess.DEVNULL
     )
     checkpoint = killed / "checkpoints" / "iteration-000002"
     deadline = time.monotonic() + 240
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "step"')  # killed while writing
 
-    code, _, err = crd_fast("train", "--resume", killed)
+    code, _, err = process("train", "--resume", killed)
     assert code == 0, err
     assert metrics(killed) == metrics(whole)
     expected, found = weights(whole, 3), weights(killed, 3)
@@ -132,18 +132,18 @@ def test_killed_and_resumed_is_the_same_to_the_bit(crd_fast, small, tmp_path, se
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_good_order(crd_fast, small, tmp_path):
+def test_ctrl_c_ends_in_good_order(small, tmp_path):
     run = tmp_path / "run"
     arguments = command(
         "train", small, "--output", run, "--max-iterations", "500", "--set", "evaluate.every=0"
     )
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "iteration-000001").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
     assert "go on with: crd-fast train --resume" in " ".join(out.split()) and "Traceback" not in err
     last = metrics(run)[-1]["iteration"]
     assert (run / "checkpoints" / f"iteration-{last:06d}").exists()
