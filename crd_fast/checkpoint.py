@@ -30,8 +30,7 @@ def save(folder: Path, weights, optimizer, state: dict[str, Any], keep: int) -> 
     tensors = {f"weights/{key}": value for key, value in weights.state().items()}
     optimizer_state, optimizer_tensors = _flatten(optimizer.state_dict())
     tensors |= {f"optimizer/{key}": value for key, value in optimizer_tensors.items()}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, partial / TENSORS)
+    save_file(_unshared(tensors), partial / TENSORS)
     content = {"format": FORMAT, "optimizer": optimizer_state, **state}
     (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -85,6 +84,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read, it is missing or damaged ({error})") from None
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, no two in the same memory: bitsandbytes has one quantization map for all parameters."""
+    taken, result = set(), {}
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if storage in taken else value
+        taken.add(storage)
+    return result
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

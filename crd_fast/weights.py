@@ -50,11 +50,13 @@ class LoraWeights:
                     network.add_adapter(self.config, adapter_name=name)
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
         self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
-        for name, parameters in self._parameters.items():
+        for parameters in self._parameters.values():
             for key, parameter in parameters.items():
                 parameter.data = parameter.data.float()
                 parameter.data.copy_(self._parameters["policy"][key])
-                parameter.requires_grad_(name == "policy")
+                # only the policy is ever given to an optimizer, but torch.matmul chooses its algorithm by
+                # this flag: equal weights must give equal velocities to the bit
+                parameter.requires_grad_(True)
         self._activate("policy")
 
     def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
@@ -96,17 +98,19 @@ class LoraWeights:
         _load(self._parameters, state)
 
     def save_policy(self, folder: Path) -> None:
-        """The trained adapter, in the file formats of peft and of diffusers."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """The trained adapter twice: `diffusers/` for `load_lora_weights`, `peft/` for `PeftModel`.
+
+        In folders of their own: diffusers takes the one safetensors file that it finds.
+        """
         state = get_peft_model_state_dict(self.network, adapter_name="policy")
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        self.config.save_pretrained(folder)
-        save_file(
-            {f"base_model.model.{key}": value for key, value in state.items()},
-            folder / "adapter_model.safetensors",
-        )
+        self.config.save_pretrained(folder / "peft")
+        prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
+        save_file(prefixed, folder / "peft" / "adapter_model.safetensors")
         SD3LoraLoaderMixin.save_lora_weights(
-            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=self.config.to_dict()
+            folder / "diffusers",
+            transformer_lora_layers=state,
+            transformer_lora_adapter_metadata=self.config.to_dict(),
         )
 
 
