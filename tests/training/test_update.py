@@ -71,7 +71,7 @@ def gradients(setting, micro_batch, pairs=None, **loss):
 
 
 def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0):
-    """DESIGN's formulas for all pairs at once, written out, differentiated by autograd."""
+    """The loss's formulas for all pairs at once, written out, differentiated by autograd."""
     model, weights, pairs, latents, embeddings, empty = setting
     x0 = latents[pairs.sample].double()
     noise = seeded_noise(pairs.seed, SHAPE).double()
