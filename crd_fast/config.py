@@ -18,9 +18,6 @@ from crd_fast.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Positive = Field(gt=0)
-NonNegative = Field(ge=0)
-
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)

@@ -57,7 +57,7 @@ class Trainer:
         self.evaluation = Evaluation(
             self.model, recipe, self.rewards, resolve_micro_batch(recipe.rollout.micro_batch)
         )
-        self.empty = self.model.encode_prompts([""])
+        self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
@@ -289,10 +289,10 @@ def resolve_micro_batch(micro_batch: int | str) -> int:
 
 def describe(model) -> dict:
     """What a checkpoint must match."""
-    shapes = sum(
+    parameters = sum(
         parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
     )
-    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": shapes}
+    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
 
 
 def check_same_model(state: dict, model, source: Path) -> None:
