@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .. import checks
 from .coefficients import Coefficients
 from .distributed import gather
-from .groups import group_sum, softmax_weights
+from .groups import group_means
 
 
 @torch.no_grad()
@@ -85,8 +85,7 @@ def center(
     directions = [None] if temperature == float("inf") else [all_a / temperature, -all_a / temperature]
     policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
     for logits in directions:
-        p = softmax_weights(logits, ids)
-        centers = group_sum(p * torch.stack([all_reward, all_a]), ids)
+        centers = group_means(torch.stack([all_reward, all_a]), logits, ids)
         r_centered, a_centered = reward - centers[0, mine], a - centers[1, mine]
         loss, derivative = _terms(r_centered, a_centered, beta, loss_type)
         share = advantage_clip / beta / samples / len(directions)

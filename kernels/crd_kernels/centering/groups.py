@@ -20,12 +20,13 @@ def group_max(values, group):
     return _over_groups(values, group, float("-inf"), lambda masked: masked.amax(-1))
 
 
-def softmax_weights(logits, group):
-    """Weights that sum to 1 over each group: softmax of the logits, uniform for None. (B,) float64."""
-    if logits is None:
-        return 1 / group_sum(torch.ones_like(group, dtype=torch.float64), group)
-    weights = (logits - group_max(logits, group)).exp()
-    return weights / group_sum(weights, group)
+def group_means(values, logits, group):
+    """Means of each row of values, (R, B), over each entry's group, weighted by the softmax of the logits."""
+    weights = torch.ones_like(values[:1])
+    if logits is not None:
+        weights = (logits - group_max(logits, group)).exp()[None]
+    sums = group_sum(torch.cat([weights * values, weights]), group)
+    return sums[:-1] / sums[-1]
 
 
 def _over_groups(values, group, neutral, reduce):

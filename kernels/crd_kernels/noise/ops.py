@@ -4,10 +4,11 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+
+from ..registration import register
 
 
-@custom_op("crd_kernels::interpolate", mutates_args=())
+@register
 def interpolate_op(
     x0: Tensor, sigma: Tensor, noise: Tensor | None, seed: Tensor | None, dtype: torch.dtype, impl: str
 ) -> Tensor:
@@ -15,6 +16,6 @@ def interpolate_op(
     return importlib.import_module(f".{impl}", __package__).interpolate(x0, sigma, noise, seed, dtype)
 
 
-@interpolate_op.register_fake
+@torch.library.register_fake("crd_kernels::interpolate")
 def _(x0, sigma, noise, seed, dtype, impl):
     return x0.new_empty(x0.shape, dtype=dtype)

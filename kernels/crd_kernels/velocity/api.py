@@ -134,7 +134,8 @@ def attach_gradient(
     impl = dispatch.choose(impl, policy.device)
     old = None if c3 is None else old
     inputs = [None if t is None else t.detach() for t in (old, ref_cond, ref_uncond, x0, noise, seed)]
-    return ops.attach_gradient_op(loss, policy, *inputs, c1, c2, c3, float(guidance_scale), impl)
+    attach = ops.attach_gradient_op if torch.compiler.is_compiling() else ops.AttachGradient.apply
+    return attach(loss, policy, *inputs, c1, c2, c3, float(guidance_scale), impl)
 
 
 def implicit_reward(

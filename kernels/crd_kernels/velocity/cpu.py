@@ -8,7 +8,7 @@ import torch
 from ..native import build
 from ..native.problem import Problem
 from . import tiles
-from .stats import compute_dtype, summarize
+from .stats import ROWS, compute_dtype, summarize
 
 
 def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix):
@@ -16,18 +16,23 @@ def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, 
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     if lib is None:
         sums = tiles.measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, mix)
-    else:
-        problem = Problem(
-            seed, policy=policy, old=old, ref_cond=ref_cond, ref_uncond=ref_uncond, x0=x0, noise=noise
-        )
-        partial = torch.empty(problem.batch, problem.chunks(lib), 7, dtype=torch.float64)
-        double, threads = dtype == torch.float64, problem.threads(lib)
-        lib.crd_measure(problem.words, guidance_scale, mix, double, partial.data_ptr(), threads)
-        sums = partial[:, 0].clone()
-        for chunk in range(1, partial.shape[1]):
-            sums += partial[:, chunk]
-        sums = sums.T
-    return summarize(sums, policy.shape[1:].numel(), ref_cond is not None, adaptive_weighting, dtype)
+        return summarize(sums, policy.shape[1:].numel(), ref_cond is not None, adaptive_weighting, dtype)
+    problem = Problem(
+        seed, policy=policy, old=old, ref_cond=ref_cond, ref_uncond=ref_uncond, x0=x0, noise=noise
+    )
+    partial = torch.empty(problem.batch, problem.chunks(lib), 7, dtype=torch.float64)
+    table = torch.empty(ROWS, problem.batch, dtype=dtype)
+    lib.crd_measure(
+        problem.words,
+        guidance_scale,
+        mix,
+        adaptive_weighting,
+        dtype == torch.float64,
+        partial.data_ptr(),
+        table.data_ptr(),
+        problem.threads(lib),
+    )
+    return table
 
 
 def velocity_grad(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):

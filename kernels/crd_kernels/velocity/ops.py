@@ -7,8 +7,8 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from ..registration import register
 from .stats import ROWS, compute_dtype
 
 
@@ -16,7 +16,7 @@ def _implementation(impl):
     return importlib.import_module(f".{impl}", __package__)
 
 
-@custom_op("crd_kernels::measure", mutates_args=())
+@register
 def measure_op(
     policy: Tensor,
     old: Tensor,
@@ -35,13 +35,13 @@ def measure_op(
     return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix)
 
 
-@measure_op.register_fake
+@torch.library.register_fake("crd_kernels::measure")
 def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix, impl):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     return policy.new_empty((ROWS, policy.shape[0]), dtype=dtype)
 
 
-@custom_op("crd_kernels::velocity_grad", mutates_args=())
+@register
 def velocity_grad_op(
     policy: Tensor,
     old: Tensor | None,
@@ -61,12 +61,12 @@ def velocity_grad_op(
     return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale)
 
 
-@velocity_grad_op.register_fake
+@torch.library.register_fake("crd_kernels::velocity_grad")
 def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
     return torch.empty_like(policy)
 
 
-@custom_op("crd_kernels::attach_gradient", mutates_args=())
+@register
 def attach_gradient_op(
     loss: Tensor,
     policy: Tensor,
@@ -91,7 +91,7 @@ def attach_gradient_op(
     return loss.clone()
 
 
-@attach_gradient_op.register_fake
+@torch.library.register_fake("crd_kernels::attach_gradient")
 def _(loss, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
     return torch.empty_like(loss)
 
@@ -122,4 +122,15 @@ def _backward(ctx, grad):
     return None, gradient, *[None] * 11
 
 
-attach_gradient_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("crd_kernels::attach_gradient", _backward, setup_context=_save)
+
+
+class AttachGradient(torch.autograd.Function):
+    """The same without the dispatcher, whose generic autograd costs an eager call some hundred microseconds."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        return inputs[0].clone()
+
+    backward = staticmethod(_backward)

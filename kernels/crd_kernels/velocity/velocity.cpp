@@ -17,12 +17,14 @@
 // Compiled by build.py without any header of torch, called through ctypes.
 
 #include <cmath>
+#include <iterator>
 
 #include "latents.h"
 
 namespace {
 
 constexpr int SUMS = 7;
+constexpr double SCALE_FLOOR = 1e-5;
 
 enum Reference { NONE, CONDITIONAL, GUIDED };
 
@@ -97,6 +99,27 @@ void gradient(const Problem& p, double w, const double* c1, const double* c2, co
   });
 }
 
+// From each sample's partial sums, added in order, to the rows of the table of statistics (Stats in stats.py).
+// In double to the last step: the reward is a small difference of two numbers near one.
+template <class T>
+void summarize(const Problem& p, const double* partial, bool adaptive_weighting, T* table) {
+  const int64_t chunks = (p.numel + CHUNK - 1) / CHUNK;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    double mean[SUMS] = {};
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int k = 0; k < SUMS; ++k) mean[k] += partial[(b * chunks + c) * SUMS + k];
+    for (double& value : mean) value /= double(p.numel);
+    const auto [policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation] = mean;
+    // written so that NaN stays NaN
+    const double policy_scale = !adaptive_weighting ? 1 : policy_abs < SCALE_FLOOR ? SCALE_FLOOR : policy_abs;
+    const double old_scale = !adaptive_weighting ? 1 : old_abs < SCALE_FLOOR ? SCALE_FLOOR : old_abs;
+    const double reward = old_square / old_scale - policy_square / policy_scale;  // equals give +0, not -0
+    const double rows[] = {reward, policy_scale, old_scale, policy_square,          old_square,
+                           kl,     old_kl,       deviation, double(!!p.ref_cond.data)};
+    for (int row = 0; row < int(std::size(rows)); ++row) table[row * p.batch + b] = T(rows[row]);
+  }
+}
+
 template <class T, bool MIX>
 void measure_any(const Problem& p, double w, double mix, double* partial, int threads) {
   if (!p.ref_cond.data) return measure<T, NONE, MIX>(p, w, mix, partial, threads);
@@ -116,12 +139,17 @@ void gradient_any(const Problem& p, double w, const double* c1, const double* c2
 
 extern "C" int64_t crd_chunk() { return CHUNK; }
 
-// partial: (batch, ceil(numel / CHUNK), 7) double, written in full. mix 0: policy and old as they are.
-extern "C" void crd_measure(const Problem* p, double w, double mix, int64_t use_double, double* partial,
-                            int64_t threads) {
+// table: (9, batch), float, or double with use_double. partial: (batch, ceil(numel / CHUNK), 7) double, scratch.
+// mix 0: policy and old as they are.
+extern "C" void crd_measure(const Problem* p, double w, double mix, int64_t adaptive_weighting, int64_t use_double,
+                            double* partial, void* table, int64_t threads) {
   auto run = use_double ? (mix != 0 ? measure_any<double, true> : measure_any<double, false>)
                         : (mix != 0 ? measure_any<float, true> : measure_any<float, false>);
   run(*p, w, mix, partial, int(threads));
+  if (use_double)
+    summarize(*p, partial, adaptive_weighting, static_cast<double*>(table));
+  else
+    summarize(*p, partial, adaptive_weighting, static_cast<float*>(table));
 }
 
 // c1, c2: (batch,) double; c3 the same, or null, which leaves `old` unread.
