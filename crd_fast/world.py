@@ -142,13 +142,23 @@ def is_novel_pair(color: str, shape: str) -> bool:
     return (COLOR_NAMES.index(color) + SHAPES.index(shape)) % len(COLORS) == 0
 
 
+def is_novel_combination(color: str, shape: str, other_color: str, other: str) -> bool:
+    """Two coloured shapes, in either order, that no training prompt names together: one in five.
+
+    Each of the two is named by training prompts unless it is a novel pair itself.
+    """
+    pairs = ((color, shape), (other_color, other))
+    return sum(COLOR_NAMES.index(c) + SHAPES.index(s) for c, s in pairs) % 5 == 0
+
+
 @functools.lru_cache(maxsize=2)
 def prompts(held_out: bool) -> dict[str, tuple[dict, ...]]:
     """Every prompt of the world by tag: the training prompts, or the held-out ones.
 
-    Held out are: colour and shape pairs in `colors` and `color_attr` (5 of 30 pairs), (shape, relation,
-    shape) triples in `position` (1 of 5), ordered pairs in `two_object` (1 of 4), and, where the world is
-    too small for that, wordings of `single_object` and `counting` (1 of 4).
+    Held out are: pairs of a colour and a shape in `colors` (5 of 30), combinations of two such pairs in
+    `color_attr` (1 of 5; none of the two is itself a novel pair), (shape, relation, shape) triples in
+    `position` (1 of 5), ordered pairs in `two_object` (1 of 4), and, where the world is too small for that,
+    wordings of `single_object` and `counting` (1 of 4).
     """
     leads, shapes = range(len(LEADS)), range(len(SHAPES))
     ordered_pairs = [(a, b) for a, b in itertools.product(shapes, shapes) if a != b]
@@ -170,8 +180,9 @@ def prompts(held_out: bool) -> dict[str, tuple[dict, ...]]:
             for r, relation in enumerate(RELATIONS):
                 add(position(lead, SHAPES[a], relation, SHAPES[b]), (a + 2 * b + r) % 5 == 0)
             for color, other_color in itertools.permutations(COLOR_NAMES, 2):
-                novel = is_novel_pair(color, SHAPES[a]) or is_novel_pair(other_color, SHAPES[b])
-                add(color_attr(lead, color, SHAPES[a], other_color, SHAPES[b]), novel)
+                pairs = (color, SHAPES[a]), (other_color, SHAPES[b])
+                if not any(itertools.starmap(is_novel_pair, pairs)):
+                    add(color_attr(lead, *pairs[0], *pairs[1]), is_novel_combination(*pairs[0], *pairs[1]))
     return {tag: tuple(entries) for tag, entries in by_tag.items()}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from crd_fast import world
 from crd_fast.models.builtin import BUILTIN_FOLDER, BuiltinModel
 from crd_fast.runlog import cpu_name, git_commit
-from tools.pretrain_builtin import BATCH, CAPTION_DROPOUT, STAGES, correctness
+from tools.pretrain_builtin import BATCH, CAPTION_DROPOUT, READ_STEPS, STAGES, correctness
 
 matplotlib.use("Agg")
 IMAGES = 384
@@ -36,14 +36,16 @@ beyond that.
 ## Data
 
 Rendered on the fly by `crd_fast.world`: 5 shapes, 6 colours, {train} training prompts and {held_out}
-held-out ones. Held-out prompts combine what no training prompt combines: 5 of the 30 pairs of a colour and
-a shape, one in five (shape, relation, shape) triples, one in four ordered pairs of shapes, and for single
-objects and counts, of which the world has too few, one in four wordings.
+held-out ones. Held-out prompts combine what no training prompt combines: in `colors` 5 of the 30 pairs of a
+colour and a shape, in `color_attr` one in five combinations of two known pairs, in `position` one in five
+(shape, relation, shape) triples, in `two_object` one in four ordered pairs of shapes, and for single objects
+and counts, of which the world has too few, one in four wordings.
 
 ## Training
 
-Flow matching, `python -m tools.pretrain_builtin`, seed 0, batch {batch}, AdamW, averaged weights,
-{dropout:.0%} of the captions dropped. The stages:
+`python -m tools.pretrain_builtin`, seed 0. First the text encoder alone learns, in {read} steps on prompts
+without images, to tell each shape's colour, number, relation and partner at its word. Then flow matching,
+batch {batch}, AdamW, averaged weights, {dropout:.0%} of the captions dropped, in these stages:
 
 {stages}
 
@@ -83,8 +85,11 @@ def stage_table() -> str:
         values = dataclasses.asdict(stage)
         weights = " ".join(f"{w:g}" for w in values["category_weights"])
         sigma = f"sigmoid(N({stage.sigma_mean:g}, {stage.sigma_std:g}))"
-        rows.append([name, stage.steps, f"{stage.learning_rate:g}", sigma, weights, stage.caption_noise])
-    header = ["stage", "steps", "peak learning rate", "sigma", "category weights", "captions exchanged"]
+        rate = f"{stage.learning_rate:g}"
+        if stage.decay_share:
+            rate += f", to 0 over the last {stage.decay_share:.0%}" if stage.decay_share < 1 else ", to 0"
+        rows.append([name, stage.steps, rate, sigma, weights, stage.caption_noise])
+    header = ["stage", "steps", "learning rate", "sigma", "category weights", "captions exchanged"]
     return markdown_table(header, rows)
 
 
@@ -124,6 +129,7 @@ def main() -> None:
         held_out=sum(map(len, world.prompts(True).values())),
         batch=BATCH,
         dropout=CAPTION_DROPOUT,
+        read=READ_STEPS,
         stages=stage_table(),
         images=IMAGES,
         table=correctness_table(model),

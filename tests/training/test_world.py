@@ -6,6 +6,7 @@ import pytest
 from crd_fast import world
 from crd_fast.rewards.geneval import judge
 from crd_fast.rewards.world_detector import detect
+from tools import pretrain_builtin
 
 
 def all_prompts(held_out):
@@ -84,9 +85,28 @@ def test_held_out_combinations_are_never_trained():
             if e["tag"] == "position"
         }
 
-    novel = pairs(world.prompts(True)["colors"])
-    assert len(novel) == 5 and novel.isdisjoint(pairs(all_prompts(False)))
+    novel, trained = pairs(world.prompts(True)["colors"]), pairs(all_prompts(False))
+    assert len(novel) == 5 and novel.isdisjoint(trained)
     assert triples(all_prompts(True)).isdisjoint(triples(all_prompts(False)))
+
+    attributes = {held_out: world.prompts(held_out)["color_attr"] for held_out in (False, True)}
+    assert pairs(attributes[True]) <= trained
+    assert combinations(attributes[True]).isdisjoint(combinations(attributes[False]))
+
+
+def combinations(entries):
+    """The two coloured shapes that an entry names, in either order."""
+    named = [[(c["color"], c["class"]) for c in e["include"] if "color" in c] for e in entries]
+    return {frozenset(pairs) for pairs in named if len(pairs) == 2}
+
+
+def test_pretraining_names_no_held_out_combination():
+    rng = np.random.default_rng(0)
+    entries = [pretrain_builtin.draw_entry(rng, pretrain_builtin.STAGES["arrange"]) for _ in range(2000)]
+    named = combinations(entries)
+    assert len(named) > 100
+    assert named.isdisjoint(combinations(world.prompts(True)["color_attr"]))
+    assert not any(world.is_novel_pair(*pair) for pairs in named for pair in pairs)
 
 
 def test_draws_are_balanced_and_repeatable():
