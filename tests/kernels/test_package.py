@@ -39,17 +39,13 @@ def test_source_root_is_no_package():
 
 
 def test_import_is_light():
-    """Beside torch: no triton, no trainer libraries, and under 0.2 s (the best of three)."""
+    """Beside torch and the standard library nothing is imported; benchmarks/test_import.py times it."""
     code = (
-        "import sys, time, torch; t = time.perf_counter(); import crd_kernels; t = time.perf_counter() - t;"
-        "print(t, *sorted({'triton', 'diffusers', 'transformers', 'numpy.testing'} & set(sys.modules)))"
+        "import sys, torch; before = set(sys.modules); import crd_kernels;"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(*sorted(new - sys.stdlib_module_names))"
     )
-    best = 9.0
-    for _ in range(3):
-        seconds, *heavy = python(code).split()
-        assert not heavy
-        best = min(best, float(seconds))
-    assert best < 0.2
+    assert set(python(code).split()) <= {"crd_kernels", "torch"}
 
 
 def test_works_without_triton():
