@@ -126,7 +126,7 @@ def flow_matching_loss(model, images, embeddings, stage: Stage, generator) -> to
 
 @torch.no_grad()
 def correctness(model, entries: list[dict], guidance_scale: float) -> dict[str, float]:
-    """Share of correct images by category, `overall` and `clean`: one image a prompt, the rollout's sampler."""
+    """Share of correct images by category, `overall`, `clean`: one image a prompt, the rollout's sampler."""
     prompts = [entry["prompt"] for entry in entries]
     latents = generate(
         model,
