@@ -1,4 +1,4 @@
-"""The command line: crd-fast train, eval, sample, report, doctor."""
+"""The command line: crd-fast train, eval, sample, score, report, doctor."""
 
 from __future__ import annotations
 
@@ -187,6 +187,68 @@ def sample(
 
 
 @app.command()
+def score(
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="A reward that ships (ocr, geneval, ...), package.module:name, or a server's address."
+        ),
+    ],
+    images: Annotated[Path, typer.Option(help="A folder of pictures, taken in order of their names.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help="A line for each picture: text, or .jsonl with the metadata that the reward needs."
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the reward, as in a recipe. Repeatable."
+        ),
+    ] = None,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the scores as JSON as well. Never overwritten."),
+    ] = None,
+) -> None:
+    """Score pictures with any reward, without a model or a run.
+
+    The first picture by name belongs to the first prompt, and so on. Prints each picture's score and their
+    mean; what comes out is what training and evaluation would see.
+
+    - `crd-fast score --reward ocr --images pictures --prompts prompts.txt`
+    - `crd-fast score --reward ocr --set mode=word ...` reads pictures that show one word and nothing else
+    - `crd-fast score --reward my_module:my_reward ...` tries a reward of your own
+    """
+    import json
+
+    from rich.table import Table
+
+    from crd_fast.score import score_folder
+
+    if json_ is not None and json_.exists():
+        raise UserError(f"--json {json_}: already exists; choose another name")
+    settings = _settings(set_ or [])
+    with console.status("scoring"):
+        rows = score_folder(reward, settings, images, prompts)
+    mean = sum(row["score"] for row in rows) / len(rows)
+    table = Table()
+    for column in ("picture", "prompt"):
+        table.add_column(column, overflow="fold")
+    table.add_column("score", justify="right")
+    for row in rows:
+        table.add_row(escape(row["image"]), escape(row["prompt"]), f"{row['score']:.4f}")
+    console.print(table)
+    console.print(
+        f"{escape(reward)}: mean {mean:.4f} of {len(rows)} pictures", highlight=False, soft_wrap=True
+    )
+    if json_ is not None:
+        result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
+        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
     """Write report.html: curves, before and after, every setting, in one file that needs no network."""
     from crd_fast.report import write_report
@@ -200,6 +262,22 @@ def doctor() -> None:
     from crd_fast.doctor import render
 
     raise typer.Exit(render(console))
+
+
+def _settings(pairs: list[str]) -> dict:
+    """`KEY=VALUE`, the value as YAML."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        try:
+            settings[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            separator = ""
+        if not key or not separator:
+            raise UserError(f"--set: expected KEY=VALUE, got {pair!r}")
+    return settings
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ Unknown keys are errors that name the nearest known key. See `crd_fast/recipes/`
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -144,7 +145,8 @@ class CheckpointConfig(Section):
 class Recipe(Section):
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: dict[str, float] = {"geneval": 1.0}
+    rewards: dict[str, Any] = {"geneval": 1.0}  # name: a weight, or settings with a `weight`
+    eval_rewards: dict[str, Any] = {}  # the same, scored at evaluations and never trained on
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
@@ -152,14 +154,22 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @field_validator("rewards")
+    @field_validator("rewards", "eval_rewards")
     @classmethod
-    def _some_reward(cls, rewards: dict[str, float]) -> dict[str, float]:
-        if not rewards:
-            raise ValueError("expected at least one reward")
-        for name, weight in rewards.items():
+    def _weights_or_settings(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        for name, value in rewards.items():
+            weight = value.get("weight", 1.0) if isinstance(value, dict) else value
+            if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+                raise ValueError(f"{name}: expected a weight or settings, got {weight!r}")
             if not math.isfinite(weight):
                 raise ValueError(f"{name}: expected a finite weight, got {weight}")
+        return rewards
+
+    @field_validator("rewards")
+    @classmethod
+    def _some_reward(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        if not rewards:
+            raise ValueError("expected at least one reward")
         return rewards
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Evaluation: the same prompts and seeds every time, scored by the rewards and what they report."""
+"""Evaluation: the same prompts and seeds every time, scored by the rewards and by judges never trained on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from crd_fast.config import Recipe
 from crd_fast.prompts import PromptSource
 from crd_fast.rewards import Rewards
 from crd_fast.rollout import generate, seed_table
+from crd_fast.watch import judge_metrics
 
 EVALUATION_SEED = 20_260_314
 GRID_COLUMNS, GRID_TILES = 8, 24
@@ -30,7 +31,9 @@ class Evaluation:
         config = recipe.evaluate
         self.model, self.recipe, self.rewards, self.micro_batch = model, recipe, rewards, micro_batch
         entries = PromptSource(config.prompts).all(config.max_prompts)
-        rewards.check(entries)
+        self.judges = Rewards(recipe.eval_rewards)
+        for judge in (rewards, self.judges):
+            judge.check(entries)
         self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
         self.empty = model.encode_prompts([""])
@@ -57,8 +60,13 @@ class Evaluation:
             advance=advance,
         )
         images = to_uint8(self.model.decode(latents))
-        metrics = self.rewards.report(images, self.metadata)
-        return {f"eval/{name}": value for name, value in metrics.items()}, images
+        values = self.rewards.score(images, self.metadata)
+        metrics = self.rewards.report(images, self.metadata, values)
+        metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        if self.recipe.eval_rewards:
+            judged = self.judges.score(images, self.metadata)
+            metrics |= judge_metrics(self.rewards.combined(values), judged)
+        return metrics, images
 
     def save_grid(self, images: np.ndarray, folder: Path, name: str) -> np.ndarray:
         """The first tiles as one picture, and what was asked for beside it. Returns the picture."""

@@ -1,4 +1,4 @@
-"""Where prompts come from: the built-in world, or a file.
+"""Where prompts come from: the built-in world, GenEval's categories, a generator of written words, or a file.
 
 A file is `.jsonl` (one object a line with `prompt` and whatever metadata the reward needs, as GenEval's
 files are) or anything else: one prompt a line, empty lines skipped.
@@ -11,39 +11,50 @@ from pathlib import Path
 
 import numpy as np
 
-from crd_fast import world
+from crd_fast import coco_prompts, ocr_words, world
 from crd_fast.errors import UserError
 
 BUILTIN, BUILTIN_HELDOUT = "builtin", "builtin-heldout"
+GENEVAL, GENEVAL_HELDOUT = "geneval", "geneval-heldout"
+OCR_WORDS, OCR_WORDS_HELDOUT = "ocr-words", "ocr-words-heldout"
+EVALUATED = 384  # prompts of an evaluation where the source has many and the recipe gives no number
 
 
 class PromptSource:
-    """Prompts as metadata dicts with a `prompt` key. `source` is a file or a name of the built-in world's."""
+    """Prompts as metadata dicts with a `prompt` key.
+
+    source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
+    same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
+    double quotes, of which none is in both.
+    """
 
     def __init__(self, source: str):
         self.source = source
-        self._entries = None if source in (BUILTIN, BUILTIN_HELDOUT) else read_prompts(Path(source))
+        self._entries = None
+        if source in (BUILTIN, BUILTIN_HELDOUT):
+            self._categories = world
+        elif source in (GENEVAL, GENEVAL_HELDOUT):
+            self._categories = coco_prompts
+        elif source in (OCR_WORDS, OCR_WORDS_HELDOUT):
+            self._entries = ocr_words.entries(source == OCR_WORDS_HELDOUT)
+        else:
+            self._entries = read_prompts(Path(source))
 
     def entries(self) -> list[dict]:
         """Every prompt there is."""
         if self._entries is None:
-            return [
-                entry
-                for entries in world.prompts(self.source == BUILTIN_HELDOUT).values()
-                for entry in entries
-            ]
+            by_tag = self._categories.prompts(self.source.endswith("-heldout"))
+            return [entry for entries in by_tag.values() for entry in entries]
         return self._entries
 
     def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
         """The prompts of one training iteration: a function of seed and iteration alone.
 
-        A file is gone through epoch by epoch, shuffled anew each time; the built-in world gives each
-        category its equal share.
+        A list is gone through epoch by epoch, shuffled anew each time; where there are categories, each has
+        its equal share.
         """
         if self._entries is None:
-            return world.draw_prompts(
-                self.source == BUILTIN_HELDOUT, np.random.default_rng((seed, iteration)), count
-            )
+            return self._drawn(np.random.default_rng((seed, iteration)), count)
         drawn = []
         for position in range(iteration * count, (iteration + 1) * count):
             epoch, offset = divmod(position, len(self._entries))
@@ -54,8 +65,13 @@ class PromptSource:
     def all(self, limit: int | None = None) -> list[dict]:
         """The prompts of an evaluation, the same ones every time."""
         if self._entries is None:
-            return world.draw_prompts(self.source == BUILTIN_HELDOUT, np.random.default_rng(0), limit or 384)
+            return self._drawn(np.random.default_rng(0), limit or EVALUATED)
+        if self.source in (OCR_WORDS, OCR_WORDS_HELDOUT):
+            limit = limit or EVALUATED
         return self._entries[:limit]
+
+    def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
+        return self._categories.draw_prompts(self.source.endswith("-heldout"), rng, count)
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -86,4 +102,11 @@ def _entry(text: str, path: Path, number: int) -> dict:
         raise UserError(
             f"prompts: {path} line {number}: expected an object with a `prompt`, got {text[:60]!r}"
         )
+    if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
+        from crd_fast.rewards.geneval import check_metadata
+
+        try:
+            check_metadata(entry)
+        except ValueError as error:
+            raise UserError(f"prompts: {path} line {number}: {error}") from None
     return entry

@@ -69,10 +69,11 @@ def generate(
     micro_batch: int,
     precision: str,
     advance: Callable[[int], None] = lambda count: None,
+    finished: Callable[[torch.Tensor], None] = lambda latents: None,
 ) -> torch.Tensor:
     """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
 
-    `advance(n)` is called after each micro-batch of n samples.
+    After each micro-batch of n samples, `advance(n)` is called, and `finished` with all latents so far.
     """
     device = prompt_device(embeddings)
     shape = model.latent_shape(resolution)
@@ -89,4 +90,5 @@ def generate(
             x = x + (next_sigma - sigma) * velocity.float()
         latents[chunk] = x
         advance(len(x))
+        finished(latents[: chunk.stop])
     return latents

@@ -25,9 +25,11 @@ from crd_fast.models import load_model
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.rewards import Rewards
+from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.rollout import generate, seed_table
-from crd_fast.runlog import RunLog, peak_rss_bytes
+from crd_fast.runlog import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.update import Pairs, Updater
+from crd_fast.watch import Watch, reward_metrics
 from crd_fast.weights import SNAPSHOTS, FullWeights, LoraWeights
 
 AUTO_MICRO_BATCH = 96
@@ -67,6 +69,10 @@ class Trainer:
             self.iteration, self.step = state["iteration"], state["step"]
         # a run that was stopped before its first checkpoint starts over, in the same folder
         self.log = RunLog(output, recipe, after=(self.iteration if saved else -1) if resume else None)
+        rollout = recipe.rollout
+        self.watch = Watch(
+            output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
+        )
 
     def run(self) -> bool:
         """Trains to the recipe's last iteration. False if Ctrl-C ended it earlier."""
@@ -81,7 +87,7 @@ class Trainer:
             if self._due(self.recipe.evaluate.every):
                 self._log_evaluation(record)
             else:
-                self.log.write(record)
+                self._log(record)
             if self._due(self.recipe.checkpoint.every) or stop_requested():
                 self.save()
             self.progress.iteration_done(record)
@@ -94,10 +100,12 @@ class Trainer:
     def _iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
-        metadata, embeddings, latents_N = self._rollout()
+        with self._reward_failures(), self.rewards.start() as scoring:
+            metadata, embeddings, latents_N = self._rollout(scoring)
+            clock.append(time.perf_counter())
+            scores_PK = self._scores(scoring, len(metadata))
         clock.append(time.perf_counter())
-        reward_PK = self._reward(latents_N, metadata)
-        clock.append(time.perf_counter())
+        reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
         advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
         updates = self._update(latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
@@ -110,8 +118,7 @@ class Trainer:
         return {
             "iteration": self.iteration,
             "step": self.step,
-            "reward_mean": float(reward_PK.mean()),
-            "reward_std": float(reward_PK.std()),
+            **reward_metrics(scores_PK, self.rewards.weights),
             **updates,
             "old_decay": decays["old"],
             "sampler_decay": decays["sampler"],
@@ -119,8 +126,11 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _rollout(self) -> tuple[list[dict], dict[str, torch.Tensor], torch.Tensor]:
-        """K samples of each of P prompts by the sampler: metadata (P), embeddings (P), latents (P * K)."""
+    def _rollout(self, scoring: Scoring) -> tuple[list[dict], dict[str, torch.Tensor], torch.Tensor]:
+        """K samples of each of P prompts by the sampler: metadata (P), embeddings (P), latents (P * K).
+
+        The samples of a prompt go to `scoring` as soon as all are there.
+        """
         config = self.recipe.rollout
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
         metadata = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
@@ -138,18 +148,19 @@ class Trainer:
                 micro_batch=resolve_micro_batch(config.micro_batch),
                 precision=self.recipe.train.precision,
                 advance=advance,
+                finished=PromptScoring(
+                    scoring, lambda latents: to_uint8(self.model.decode(latents)), metadata, samples
+                ),
             )
         return metadata, embeddings, latents_N
 
-    def _reward(self, latents_N: torch.Tensor, metadata: list[dict]) -> np.ndarray:
-        """Rewards, combined by weight: (P, K)."""
+    def _scores(self, scoring: Scoring, prompts: int) -> dict[str, np.ndarray]:
+        """Each reward's values, (P, K): what is left of the scoring once the rollout has ended."""
         samples = self.recipe.rollout.samples_per_prompt
-        metadata_N = [entry for entry in metadata for _ in range(samples)]
-        with self.progress.phase("rewards", len(metadata_N)) as advance:
-            scores = self.rewards.score(to_uint8(self.model.decode(latents_N)), metadata_N)
-            advance(len(metadata_N))
-        scores = {name: values.reshape(len(metadata), samples) for name, values in scores.items()}
-        return combine(scores, self.recipe.rewards, self.recipe.advantage.aggregate)
+        with self.progress.phase("rewards", prompts * samples) as advance:
+            scores = scoring.results()
+            advance(prompts * samples)
+        return {name: values.reshape(prompts, samples) for name, values in scores.items()}
 
     def _update(self, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
@@ -202,7 +213,11 @@ class Trainer:
             metrics, images = self.evaluation.run(advance)
         record |= metrics | {"seconds_eval": time.perf_counter() - started}
         grid = self.evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
+        self._log(record, grid)
+
+    def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         self.log.write(record, grid)
+        self.watch.see(record)
 
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
@@ -222,10 +237,20 @@ class Trainer:
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"iteration {self.iteration + 1}: {name}: expected a finite number, got {value}; "
-                    f"checkpoints up to the last one are intact in {self.output / 'checkpoints'}"
-                )
+                raise self._failure(f"{name}: expected a finite number, got {value}")
+
+    @contextmanager
+    def _reward_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise self._failure(str(error)) from error
+
+    def _failure(self, message: str) -> UserError:
+        return UserError(
+            f"iteration {self.iteration + 1}: {message}; checkpoints up to the last one are intact in "
+            f"{self.output / 'checkpoints'}"
+        )
 
     def _generator(self, stream: int, *keys: int) -> np.random.Generator:
         return np.random.default_rng((self.recipe.train.seed, self.iteration, stream, *keys))

@@ -5,23 +5,52 @@ A reward is named in the recipe: one of `REWARDS`, or `package.module:name` of a
 signature, or of a class with a method `score` and optionally `setup(device)`, `check(metadata)`, which may
 refuse prompts before any work, and `report(images, prompts, metadata) -> dict[str, float]`, what an
 evaluation adds to its metrics.
+
+    rewards: {ocr: 1.0, my_package.my_module:my_reward: 0.5}              # weights
+    rewards: {ocr: {weight: 1.0, mode: word}, "http://localhost:8701": 1.0}  # settings; a server's address
+
+Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call) and
+`retries` (of a call that raises ConnectionError or TimeoutError) are taken by the engine, the last two only
+where the reward has no argument of that name. In training a reward is called with one prompt's samples at a
+time, in a thread of its own while the next are generated; in an evaluation with up to 64 images, no prompt's
+samples parted.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import itertools
 import math
 import numbers
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from rapidfuzz import process
+from rapidfuzz import fuzz, process
 
 from crd_fast import world
 from crd_fast.errors import UserError
 from crd_fast.rewards import geneval
+from crd_fast.rewards.scoring import Reward, Scoring
 from crd_fast.rewards.world_detector import detect
+
+# name: where the class is, imported when it is asked for
+REWARDS = {
+    "geneval": "crd_fast.rewards:WorldGenEval",
+    "geneval_strict": "crd_fast.rewards:WorldGenEvalStrict",
+    "ocr": "crd_fast.rewards.ocr:OCR",
+    "ocr_dense": "crd_fast.rewards.ocr:OCRDense",
+    "jpeg_compressibility": "crd_fast.rewards.image_statistics:JpegCompressibility",
+    "jpeg_incompressibility": "crd_fast.rewards.image_statistics:JpegIncompressibility",
+    "colorfulness": "crd_fast.rewards.image_statistics:Colorfulness",
+    "diversity": "crd_fast.rewards.image_statistics:Diversity",
+    "naturalness": "crd_fast.rewards.image_statistics:Naturalness",
+}
+CALL_IMAGES = 64
+ENGINE_SETTINGS = ("weight", "timeout", "retries")
 
 
 class WorldGenEval:
@@ -72,18 +101,22 @@ class WorldGenEvalStrict(WorldGenEval):
         ]
 
 
-REWARDS: dict[str, Callable] = {"geneval": WorldGenEval, "geneval_strict": WorldGenEvalStrict}
-
-
 class Rewards:
-    """The recipe's rewards by name. Raises UserError for a name that cannot be found."""
+    """The recipe's rewards by name: a weight, or settings with a `weight` (1 if there is none).
 
-    def __init__(self, weights: dict[str, float], device: str = "cpu"):
-        self.weights = weights
-        self._rewards = {name: _load(name) for name in weights}
-        for reward in self._rewards.values():
+    device: where rewards with a network put it; the GPU if there is one.
+    Raises UserError for a name that cannot be found or a setting that the reward does not have.
+    """
+
+    def __init__(self, config: Mapping[str, float | Mapping], device: str | None = None):
+        self.weights = {name: _weight(value) for name, value in config.items()}
+        self._rewards, self._calls = {}, []
+        for name, value in config.items():
+            reward, engine = load(name, value if isinstance(value, Mapping) else {})
             if hasattr(reward, "setup"):
-                reward.setup(device)
+                reward.setup(device or default_device())
+            self._rewards[name] = reward
+            self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
     def check(self, metadata: list[dict]) -> None:
         """Raises UserError, before any work, if a reward cannot score one of these prompts."""
@@ -91,26 +124,32 @@ class Rewards:
             if hasattr(reward, "check"):
                 reward.check(metadata)
 
-    def score(self, images: np.ndarray, metadata: list[dict]) -> dict[str, np.ndarray]:
-        """Each reward's values, float64 (N,). Raises UserError for a wrong count, a NaN or no number."""
-        prompts = [entry["prompt"] for entry in metadata]
-        values = {}
-        for name, reward in self._rewards.items():
-            scored = (
-                reward.score(images, prompts, metadata)
-                if hasattr(reward, "score")
-                else reward(images, prompts, metadata)
-            )
-            values[name] = _checked(name, scored, len(images))
-        return values
+    def start(self) -> Scoring:
+        """Scores what is put into it, beside whatever else is done meanwhile. A context."""
+        return Scoring(self._calls)
 
-    def report(self, images: np.ndarray, metadata: list[dict]) -> dict[str, float]:
-        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report."""
-        values = self.score(images, metadata)
-        metrics = {
-            "images": len(images),
-            "reward_mean": float(sum(self.weights[n] * v for n, v in values.items()).mean()),
-        }
+    def score(self, images: np.ndarray, metadata: list[dict]) -> dict[str, np.ndarray]:
+        """Each reward's values, float64 (N,), from calls of whole prompts.
+
+        Raises UserError for a wrong count, a NaN or no number, a reward that fails or takes too long.
+        """
+        with self.start() as scoring:
+            for chosen in whole_prompts([entry["prompt"] for entry in metadata]):
+                scoring.put(images[chosen], metadata[chosen])
+            return scoring.results()
+
+    def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """The sum of the rewards by weight, of values as `score` returns them."""
+        return sum(self.weights[name] * value for name, value in values.items())
+
+    def report(
+        self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report.
+
+        values: what `score` returned for the images.
+        """
+        metrics = {"images": len(images), "reward_mean": float(self.combined(values).mean())}
         for name, reward in self._rewards.items():
             metrics[f"reward/{name}"] = float(values[name].mean())
             if hasattr(reward, "report"):
@@ -118,36 +157,92 @@ class Rewards:
         return metrics
 
 
-def _tag_order(tag: str) -> tuple[int, str]:
-    return (world.TAGS.index(tag) if tag in world.TAGS else len(world.TAGS), tag)
+def whole_prompts(prompts: list[str]) -> list[slice]:
+    """Parts of at most `CALL_IMAGES`, longer only where so many in a row have one prompt."""
+    starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    parts = [0]
+    for start, stop in itertools.pairwise([*starts, len(prompts)]):
+        if stop - parts[-1] > CALL_IMAGES and start > parts[-1]:
+            parts.append(start)
+    return [slice(*part) for part in itertools.pairwise([*parts, len(prompts)])]
 
 
-def _load(name: str):
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(name: str, settings: Mapping | None = None) -> tuple[Callable | object, dict]:
+    """A reward by name with its settings, and the settings that are the engine's: `timeout`, `retries`.
+
+    Raises UserError for an unknown name (the nearest is named), an unknown setting, or one that is refused.
+    """
+    settings = {key: value for key, value in (settings or {}).items() if key != "weight"}
+    if name.startswith(("http://", "https://")):
+        settings = {"url": name, **settings}
+        reward = _import(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
+    else:
+        reward = _import(name, _path(name))
+    # a function's first three arguments are what it scores
+    known = list(inspect.signature(reward).parameters.values())[0 if inspect.isclass(reward) else 3 :]
+    names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
+    engine = {
+        key: _engine_setting(name, key, settings.pop(key))
+        for key in ("timeout", "retries")
+        if key in settings and key not in names
+    }
+    unknown = [key for key in settings if key not in names]
+    if unknown and len(names) == len(known):
+        near = process.extractOne(unknown[0], [*names, *ENGINE_SETTINGS], scorer=fuzz.ratio, score_cutoff=50)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
+        raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
+    if not inspect.isclass(reward):
+        return (functools.partial(reward, **settings) if settings else reward), engine
+    try:
+        return reward(**settings), engine
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward {name}: {error}") from error
+
+
+def _path(name: str) -> str:
     if name in REWARDS:
-        return REWARDS[name]()
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        near = process.extractOne(name, list(REWARDS), score_cutoff=40)
+        return REWARDS[name]
+    if ":" not in name:
+        near = process.extractOne(name, list(REWARDS), scorer=fuzz.ratio, score_cutoff=40)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
         )
+    return name
+
+
+def _import(name: str, path: str) -> Callable:
+    module, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward of one's own lies where the command is run
     try:
         reward = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"rewards: {name!r} cannot be imported: {error}") from None
-    return reward() if inspect.isclass(reward) else reward
+    if not callable(reward):
+        raise UserError(f"rewards: {name!r}: expected a function or a class, got {type(reward).__name__}")
+    return reward
 
 
-def _checked(name: str, values, count: int) -> np.ndarray:
-    try:
-        values = list(values)
-    except TypeError:
-        raise UserError(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
-    if len(values) != count:
-        raise UserError(f"reward {name}: expected {count} values, got {len(values)}")
-    for i, value in enumerate(values):
-        value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"reward {name}: expected finite numbers, got {value!r} for image {i}")
-    return np.array([float(value) for value in values])
+def _engine_setting(name: str, key: str, value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if key == "timeout" and not (number and 0 < value < math.inf):
+        raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
+    if key == "retries" and not (number and value >= 0 and value == int(value)):
+        raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
+    return float(value) if key == "timeout" else int(value)
+
+
+def _weight(value: float | Mapping) -> float:
+    return float(value.get("weight", 1.0) if isinstance(value, Mapping) else value)
+
+
+def _tag_order(tag: str) -> tuple[int, str]:
+    return (world.TAGS.index(tag) if tag in world.TAGS else len(world.TAGS), tag)

@@ -93,10 +93,10 @@ def nothing(images, prompts, metadata):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("short", "expected 8 values, got 1"),
+        ("short", "expected 4 values, got 1"),
         ("nan", "expected finite numbers, got nan"),
         ("words", "expected finite numbers, got 'good'"),
-        ("nothing", "expected 8 values, got NoneType"),
+        ("nothing", "expected 4 values, got NoneType"),
     ],
 )
 def test_rewards_that_misbehave(run, small, tmp_path, monkeypatch, name, words):

@@ -1,0 +1,200 @@
+"""Rewards at work beside the rollout: a thread for each, results in order, a clear end where one fails.
+
+A reward is called with one prompt's samples at a time, whatever the rollout's micro-batch is and whether or
+not anything is generated meanwhile, so that what it returns does not depend on the overlap. Its own calls
+never overlap each other; those of different rewards do. Threads overlap what leaves Python's lock alone:
+onnxruntime, torch, waiting for a server. A slow reward in pure Python is better off in a server.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from crd_fast.errors import UserError
+
+MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
+FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What is called, and what is done when it fails. `score(images, prompts, metadata)`, one value an image.
+
+    timeout: seconds for one call. retries: how often a call is repeated that raises ConnectionError or
+    TimeoutError, as calls of something remote do; other exceptions end the run at once.
+    """
+
+    name: str
+    score: Callable
+    timeout: float = 600.0
+    retries: int = 2
+
+
+@dataclass
+class _Call:
+    arguments: tuple
+    deadline: float = math.inf
+    started: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    values: np.ndarray | None = None
+    error: BaseException | None = None
+
+
+class Scoring:
+    """Puts images through all rewards; a context, at whose end the threads end.
+
+    Every method raises UserError as soon as a call is known to have failed or to take longer than its
+    timeout. A thread that hangs is left behind; it does not keep the process from ending.
+    """
+
+    def __init__(self, rewards: list[Reward]):
+        self._lanes = [_Lane(reward) for reward in rewards]
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for lane in self._lanes:
+            lane.end()
+
+    def put(self, images: np.ndarray, metadata: list[dict]) -> None:
+        """One call of every reward. Waits where a reward is too far behind. images: uint8 (N, H, W, 3)."""
+        prompts = [entry["prompt"] for entry in metadata]
+        for i, lane in enumerate(self._lanes):
+            # a reward that changes its images in place must not change another's
+            lane.put(images if i == 0 else images.copy(), list(prompts), list(metadata))
+
+    def results(self) -> dict[str, np.ndarray]:
+        """Each reward's values of everything that was put, float64, in the order of `put`."""
+        for lane in self._lanes:
+            while lane.waiting:
+                lane.take()
+        return {lane.reward.name: np.concatenate(lane.values) for lane in self._lanes}
+
+
+class PromptScoring:
+    """Scores each prompt's samples as soon as the rollout has all of them.
+
+    decode: latents to images (N, H, W, 3), uint8. metadata: of each prompt; samples: K, latents come prompt
+    by prompt.
+    """
+
+    def __init__(self, scoring: Scoring, decode: Callable, metadata: list[dict], samples: int):
+        self.scoring, self.decode, self.metadata, self.samples = scoring, decode, metadata, samples
+        self.put = 0  # prompts so far
+
+    def __call__(self, latents: torch.Tensor) -> None:
+        """latents: all that are finished so far, the first ones first."""
+        while (self.put + 1) * self.samples <= len(latents):
+            chosen = latents[self.put * self.samples : (self.put + 1) * self.samples]
+            self.scoring.put(self.decode(chosen), [self.metadata[self.put]] * self.samples)
+            self.put += 1
+
+
+class _Lane:
+    """One reward's thread, the calls that wait for it, and the values so far."""
+
+    def __init__(self, reward: Reward):
+        self.reward = reward
+        self.waiting: deque[_Call] = deque()
+        self.values: list[np.ndarray] = []
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._ended = False
+        # a daemon: a reward that hangs must not keep the process alive
+        threading.Thread(target=self._work, name=f"reward {reward.name}", daemon=True).start()
+
+    def put(self, *arguments) -> None:
+        while self.waiting and (len(self.waiting) >= MAX_WAITING or self.waiting[0].done.is_set()):
+            self.take()
+        call = _Call(arguments)
+        self.waiting.append(call)
+        self._calls.put(call)
+
+    def take(self) -> None:
+        """Waits for the oldest call."""
+        call = self.waiting.popleft()
+        call.started.wait()  # the calls before it are done
+        # the deadline moves with every retry, so it is looked at again each second
+        while not call.done.wait(min(1.0, max(0.0, call.deadline - time.monotonic()))):
+            if time.monotonic() >= call.deadline:
+                raise UserError(
+                    f"reward {self.reward.name}: expected values within {self.reward.timeout:g} s, got none"
+                )
+        if call.error is not None:
+            raise call.error
+        self.values.append(call.values)
+
+    def end(self) -> None:
+        """The thread ends after the call that it is at; the ones that wait are dropped."""
+        self._ended = True
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None and not self._ended:
+            try:
+                call.values = self._call(call)
+            except BaseException as error:  # it is raised again where the values are wanted
+                call.error = error
+            call.done.set()
+            if call.error is not None:
+                return
+
+    def _call(self, call: _Call) -> np.ndarray:
+        reward, pause = self.reward, FIRST_PAUSE
+        for retries_left in reversed(range(reward.retries + 1)):
+            call.deadline = time.monotonic() + reward.timeout
+            call.started.set()
+            try:
+                with torch.no_grad():
+                    return checked(reward.name, reward.score(*call.arguments), len(call.arguments[0]))
+            except (ConnectionError, TimeoutError) as error:
+                if not retries_left:
+                    tried = f", {reward.retries} retries" if reward.retries else ""
+                    raise UserError(f"reward {reward.name}: {_what(error)}{tried}") from error
+                call.deadline = math.inf
+                time.sleep(pause)
+                pause *= 2
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"reward {reward.name}: {_what(error)}{_where(error)}") from error
+        raise AssertionError
+
+
+def checked(name: str, values, count: int) -> np.ndarray:
+    """Values as float64 (count,). Raises UserError for a wrong number of them, a NaN or no number."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise UserError(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
+    if len(values) != count:
+        raise UserError(f"reward {name}: expected {count} values, got {len(values)}")
+    for i, value in enumerate(values):
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(f"reward {name}: expected finite numbers, got {value!r} for image {i}")
+    return np.array([float(value) for value in values])
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _where(error: Exception) -> str:
+    """The last line of the reward's own file that led to the error."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    if not frames:
+        return ""
+    own = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+    return f" ({own.filename} line {own.lineno})"

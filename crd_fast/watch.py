@@ -1,0 +1,146 @@
+"""What a run's rewards say about the run: metrics, and warnings when they cannot be trusted.
+
+The warnings are a function of the metrics that are logged, so that a resumed run has the memory of one that
+never stopped. Each kind is given once: through `logging` and as a line of `warnings.txt` in the run's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+
+from crd_fast.advantage import combine
+
+WARNINGS = "warnings.txt"
+CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken
+WINDOW, MIN_GROUPS, EQUAL_SHARE = (
+    10,
+    20,
+    0.5,
+)  # iterations looked back on, groups among them, share that is too often
+STANDARD_ERRORS = 2.0  # what counts as risen or fallen between two evaluations
+
+logger = logging.getLogger("crd_fast")
+
+
+def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, float]:
+    """Metrics of one iteration's rewards, each (P, K).
+
+    `reward_mean` and `reward_std`: of the sum by weight, before any normalisation. `reward/NAME` and
+    `reward_std/NAME`: of each. `groups_equal`: the share of prompts whose samples all have one reward, which
+    teach nothing.
+    """
+    total_PK = combine(scores_PK, weights, "sum")
+    metrics = {
+        "reward_mean": float(total_PK.mean()),
+        "reward_std": float(total_PK.std()),
+        "groups_equal": float(np.mean(np.ptp(total_PK, axis=1) == 0)),
+    }
+    for name, score_PK in scores_PK.items():
+        metrics[f"reward/{name}"] = float(score_PK.mean())
+        metrics[f"reward_std/{name}"] = float(score_PK.std()) if np.ptp(score_PK) else 0.0
+    return metrics
+
+
+def judge_metrics(reward_N: np.ndarray, judged_N: dict[str, np.ndarray]) -> dict[str, float]:
+    """Metrics of an evaluation by judges: each one's mean, and standard errors to hold changes to."""
+    metrics = {f"eval/judge/{name}": float(values.mean()) for name, values in judged_N.items()}
+    measured = {"reward": reward_N} | {f"judge/{name}": values for name, values in judged_N.items()}
+    for name, values in measured.items():
+        metrics[f"standard_error/{name}"] = float(values.std() / math.sqrt(len(values)))
+    return metrics
+
+
+class Watch:
+    """Looks at each record of metrics.jsonl in turn.
+
+    prompts: of an iteration; samples: of a prompt; records: of a run that is resumed, looked at quietly.
+    """
+
+    def __init__(self, run: Path, prompts: int, samples: int, records: list[dict] = ()):
+        self.path = run / WARNINGS
+        self.prompts, self.samples = prompts, samples
+        self.given: dict[str, str] = {}
+        self._equal: deque[float] = deque(maxlen=WINDOW)
+        self._constant: dict[str, int] = defaultdict(int)
+        self._evaluations: list[dict] = []
+        for record in records:
+            self._look(record)
+        if self.given or self.path.exists():
+            self._write()
+
+    def see(self, record: dict) -> list[str]:
+        """The warnings that this record gives rise to, printed and written down."""
+        new = self._look(record)
+        for warning in new:
+            logger.warning("warning: %s", warning)
+        if new:
+            self._write()
+        return new
+
+    def _look(self, record: dict) -> list[str]:
+        found = {}
+        if "groups_equal" in record:
+            found |= self._constant_rewards(record) | self._equal_groups(record)
+        if "standard_error/reward" in record:
+            found |= self._hacking(record)
+        new = {kind: text for kind, text in found.items() if kind not in self.given}
+        self.given |= new
+        return list(new.values())
+
+    def _write(self) -> None:
+        self.path.write_text("".join(f"{text}\n" for text in self.given.values()), encoding="utf-8")
+
+    def _constant_rewards(self, record: dict) -> dict[str, str]:
+        found = {}
+        for key in (key for key in record if key.startswith("reward_std/")):
+            name = key.removeprefix("reward_std/")
+            self._constant[name] = 0 if record[key] else self._constant[name] + self.prompts * self.samples
+            if self._constant[name] >= CONSTANT_IMAGES:
+                found[f"constant {name}"] = (
+                    f"iteration {record['iteration']}: reward {name} was {record[f'reward/{name}']:g} for "
+                    f"each of the last {self._constant[name]} images: it may be broken"
+                )
+        return found
+
+    def _equal_groups(self, record: dict) -> dict[str, str]:
+        self._equal.append(record["groups_equal"])
+        groups, share = len(self._equal) * self.prompts, sum(self._equal) / len(self._equal)
+        if groups < MIN_GROUPS or share <= EQUAL_SHARE:
+            return {}
+        return {
+            "equal groups": f"iteration {record['iteration']}: {share:.0%} of the last {groups} groups had "
+            "one reward for all samples and teach nothing: prompts too hard or easy, or a reward too coarse"
+        }
+
+    def _hacking(self, record: dict) -> dict[str, str]:
+        """More judges fell below their best than rose above their first value, while the reward rose."""
+        names = [key.removeprefix("eval/judge/") for key in record if key.startswith("eval/judge/")]
+        earlier, fallen, risen = self._evaluations, [], 0
+        for name in names if earlier else ():
+            judge = f"judge/{name}"
+            best = max(earlier, key=lambda past: past[f"eval/{judge}"])
+            if change(best, record, judge) < 0 < change(best, record, "reward"):
+                before, after = best[f"eval/{judge}"], record[f"eval/{judge}"]
+                fallen.append(f"{name} {before:.3f} to {after:.3f} since iteration {best['iteration']}")
+            risen += change(earlier[0], record, judge) > 0
+        self._evaluations.append(record)
+        if len(fallen) <= risen:
+            return {}
+        return {
+            "hacking": f"iteration {record['iteration']}: the trained reward rises "
+            f"to {record['eval/reward_mean']:.3f} while held-out judges fall ({'; '.join(fallen)}): "
+            "this may be reward hacking"
+        }
+
+
+def change(before: dict, after: dict, name: str) -> int:
+    """-1, 0 or 1: whether `reward` or `judge/NAME` fell, held or rose by more than 2 standard errors."""
+    key = "eval/reward_mean" if name == "reward" else f"eval/{name}"
+    error = math.hypot(before[f"standard_error/{name}"], after[f"standard_error/{name}"])
+    difference = after[key] - before[key]
+    return (difference > STANDARD_ERRORS * error) - (difference < -STANDARD_ERRORS * error)

@@ -1,0 +1,243 @@
+"""Rewards beside the rollout: at the same time, in order, bounded, and with a clear end where one fails.
+
+Nothing here looks at the clock: what must happen at the same time is made to wait for each other.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import scoring
+from crd_fast.rewards.scoring import MAX_WAITING, PromptScoring, Reward, Scoring
+
+PATIENCE = 60  # seconds until a test that hangs fails
+
+
+def image(value, count=1):
+    return np.full((count, 2, 2, 3), value, dtype=np.uint8)
+
+
+def first_pixel(images, prompts, metadata):
+    return [float(pixels[0, 0, 0]) for pixels in images]
+
+
+def entries(prompt, count=1):
+    return [{"prompt": prompt}] * count
+
+
+def test_scores_while_the_next_are_generated():
+    generated, scored = threading.Event(), threading.Event()
+
+    def reward(images, prompts, metadata):
+        assert generated.wait(PATIENCE)  # only comes if `put` did not wait for the score
+        scored.set()
+        return first_pixel(images, prompts, metadata)
+
+    with Scoring([Reward("slow", reward)]) as working:
+        working.put(image(1), entries("a"))
+        generated.set()
+        assert scored.wait(PATIENCE)  # nobody has asked for results yet
+        working.put(image(2), entries("b"))
+        assert working.results()["slow"].tolist() == [1.0, 2.0]
+
+
+def test_different_rewards_work_at_the_same_time():
+    both = threading.Barrier(2)
+
+    def reward(images, prompts, metadata):
+        both.wait(PATIENCE)
+        return first_pixel(images, prompts, metadata)
+
+    with Scoring([Reward("one", reward), Reward("two", reward)]) as working:
+        working.put(image(7), entries("a"))
+        assert {name: values.tolist() for name, values in working.results().items()} == {
+            "one": [7],
+            "two": [7],
+        }
+
+
+def test_results_come_in_the_order_of_put_and_a_reward_never_overlaps_itself():
+    running = threading.Lock()
+
+    def reward(images, prompts, metadata):
+        assert running.acquire(blocking=False)
+        try:
+            assert [entry["prompt"] for entry in metadata] == prompts
+            return first_pixel(images, prompts, metadata)
+        finally:
+            running.release()
+
+    with Scoring(
+        [Reward("one", reward), Reward("two", lambda i, p, m: [-x for x in first_pixel(i, p, m)])]
+    ) as working:
+        for value in range(3 * MAX_WAITING):
+            working.put(image(value, 2), entries(str(value), 2))
+        results = working.results()
+    expected = np.repeat(np.arange(3.0 * MAX_WAITING), 2)
+    assert results["one"].tolist() == expected.tolist() and results["two"].tolist() == (-expected).tolist()
+
+
+def test_the_rollout_waits_for_a_reward_that_is_too_far_behind():
+    release = threading.Event()
+
+    def reward(images, prompts, metadata):
+        assert release.wait(PATIENCE)
+        return first_pixel(images, prompts, metadata)
+
+    with Scoring([Reward("slow", reward)]) as working:
+        for value in range(MAX_WAITING):
+            working.put(image(value), entries("a"))
+        one_too_many = threading.Thread(target=working.put, args=(image(99), entries("a")))
+        one_too_many.start()
+        one_too_many.join(0.3)
+        assert one_too_many.is_alive()
+        release.set()
+        one_too_many.join(PATIENCE)
+        assert len(working.results()["slow"]) == MAX_WAITING + 1
+
+
+def test_a_reward_that_takes_too_long_ends_the_scoring():
+    forever = threading.Event()
+
+    def reward(images, prompts, metadata):
+        forever.wait(PATIENCE)
+
+    with Scoring([Reward("hangs", reward, timeout=0.05)]) as working:
+        working.put(image(1), entries("a"))
+        with pytest.raises(UserError, match=r"^reward hangs: expected values within 0.05 s, got none$"):
+            working.results()
+    forever.set()
+
+
+def failing(error, times):
+    """A reward that raises `error` so many times before it answers, and how often it was called."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) <= times:
+            raise error
+        return first_pixel(images, prompts, metadata)
+
+    return reward, calls
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError("no one there"), TimeoutError("too slow")])
+def test_what_is_remote_is_tried_again(monkeypatch, error):
+    monkeypatch.setattr(scoring, "FIRST_PAUSE", 0.001)
+    reward, calls = failing(error, times=2)
+    with Scoring([Reward("remote", reward, retries=2)]) as working:
+        working.put(image(5), entries("a"))
+        assert working.results()["remote"].tolist() == [5.0] and len(calls) == 3
+
+    reward, calls = failing(error, times=9)
+    with Scoring([Reward("remote", reward, retries=2)]) as working:
+        working.put(image(5), entries("a"))
+        with pytest.raises(UserError, match=rf"reward remote: {type(error).__name__}: {error}, 2 retries"):
+            working.results()
+    assert len(calls) == 3
+
+
+def test_a_mistake_in_a_reward_is_not_tried_again_and_says_where_it_is():
+    reward, calls = failing(ZeroDivisionError("division by zero"), times=9)
+    with Scoring([Reward("mine", reward)]) as working:
+        working.put(image(5), entries("a"))
+        with pytest.raises(
+            UserError, match=r"reward mine: ZeroDivisionError: division by zero \(.*test_scoring.py line"
+        ):
+            working.results()
+    assert len(calls) == 1
+
+
+def test_a_failure_ends_the_rollout_at_the_next_put():
+    failed = threading.Event()
+
+    def reward(images, prompts, metadata):
+        failed.set()
+        raise KeyError("x")
+
+    with Scoring([Reward("mine", reward)]) as working:
+        working.put(image(5), entries("a"))
+        assert failed.wait(PATIENCE)
+        with pytest.raises(UserError, match="reward mine: KeyError"):
+            for _ in range(MAX_WAITING + 1):  # at the latest when no more may wait
+                working.put(image(5), entries("a"))
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([1.0], "expected 2 values, got 1"),
+        ([1.0, float("nan")], "expected finite numbers, got nan for image 1"),
+        (["good", 1.0], "expected finite numbers, got 'good' for image 0"),
+        (None, "expected 2 values, got NoneType"),
+    ],
+)
+def test_values_that_are_none(values, words):
+    with Scoring([Reward("mine", lambda *_: values)]) as working:
+        working.put(image(1, 2), entries("a", 2))
+        with pytest.raises(UserError, match=f"reward mine: {words}"):
+            working.results()
+
+
+def test_values_of_any_numeric_type():
+    for values in (
+        np.array([1, 2]),
+        torch.tensor([1.0, 2.0]),
+        [np.float32(1), True + 1],
+        (x for x in (1, 2)),
+    ):
+        with Scoring([Reward("mine", lambda *_, values=values: values)]) as working:
+            working.put(image(1, 2), entries("a", 2))
+            assert working.results()["mine"].tolist() == [1.0, 2.0]
+
+
+def test_a_reward_that_changes_its_images_changes_no_other_s():
+    def blacken(images, prompts, metadata):
+        images[:] = 0
+        return first_pixel(images, prompts, metadata)
+
+    for _ in range(5):
+        with Scoring([Reward("first", blacken), Reward("second", first_pixel)]) as working:
+            working.put(image(9), entries("a"))
+            assert working.results()["second"].tolist() == [9.0]
+
+
+def test_the_threads_end_with_the_scoring():
+    def reward_threads():
+        return [thread for thread in threading.enumerate() if thread.name == "reward tidy"]
+
+    with Scoring([Reward("tidy", first_pixel)]) as working:
+        working.put(image(1), entries("a"))
+        working.results()
+        threads = reward_threads()
+        assert len(threads) == 1
+    threads[0].join(PATIENCE)
+    assert not reward_threads()
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 5, 2), (4, 4, 4)])
+def test_calls_are_whole_prompts_whatever_the_micro_batch(sizes):
+    """Three prompts of four samples; latents arrive in micro-batches of `sizes`."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append((prompts, images[:, 0, 0, 0].tolist()))
+        return first_pixel(images, prompts, metadata)
+
+    latents = torch.arange(12)
+    metadata = [{"prompt": name} for name in "abc"]
+    with Scoring([Reward("mine", reward)]) as working:
+        put = PromptScoring(
+            working,
+            lambda x: x.numpy().astype(np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8),
+            metadata,
+            4,
+        )
+        for end in np.cumsum(sizes):
+            put(latents[:end])
+        assert working.results()["mine"].tolist() == list(range(12))
+    assert calls == [(["a"] * 4, [0, 1, 2, 3]), (["b"] * 4, [4, 5, 6, 7]), (["c"] * 4, [8, 9, 10, 11])]

@@ -1,0 +1,128 @@
+"""Warnings about rewards, from made-up metrics."""
+
+import numpy as np
+import pytest
+
+from crd_fast.advantage import advantages, combine
+from crd_fast.watch import WARNINGS, Watch, judge_metrics, reward_metrics
+
+
+def iteration(number, equal=0.0, std=1.0):
+    return {"iteration": number, "groups_equal": equal, "reward/ocr": 0.5, "reward_std/ocr": std}
+
+
+def evaluation(number, reward, judges, error=0.01):
+    record = {"iteration": number, "eval/reward_mean": reward, "standard_error/reward": error}
+    for name, value in judges.items():
+        record |= {f"eval/judge/{name}": value, f"standard_error/judge/{name}": error}
+    return record
+
+
+@pytest.fixture
+def watch(tmp_path):
+    return Watch(tmp_path, prompts=4, samples=4)
+
+
+def test_quiet_where_all_is_well(watch, tmp_path):
+    for i in range(30):
+        assert watch.see(iteration(i, equal=0.4)) == []
+        assert watch.see(evaluation(i, 0.3 + 0.01 * i, {"a": 0.5 + 0.01 * i, "b": 0.5})) == []
+    assert not (tmp_path / WARNINGS).exists()
+
+
+def test_a_constant_reward_is_named_once(watch, tmp_path, caplog):
+    assert watch.see(iteration(1, std=0.0)) == []  # 16 images may be chance
+    [warning] = watch.see(iteration(2, std=0.0))
+    assert warning == "iteration 2: reward ocr was 0.5 for each of the last 32 images: it may be broken"
+    assert watch.see(iteration(3, std=0.0)) == []
+    assert [record.getMessage() for record in caplog.records] == [f"warning: {warning}"]
+    assert (tmp_path / WARNINGS).read_text() == f"{warning}\n"
+
+
+def test_a_reward_that_varies_again_is_not_broken(watch):
+    for i, std in enumerate([0.0, 0.1, 0.0, 0.1]):
+        assert watch.see(iteration(i, std=std)) == []
+
+
+def test_groups_without_a_signal(watch):
+    found = [watch.see(iteration(i, equal=0.75)) for i in range(8)]
+    assert [len(warnings) for warnings in found] == [0, 0, 0, 0, 1, 0, 0, 0]  # at 20 groups, once
+    assert "75% of the last 20 groups had one reward" in found[4][0]
+
+
+def test_reward_hacking(watch):
+    assert watch.see(evaluation(0, 0.30, {"aesthetic": 0.50})) == []
+    assert watch.see(evaluation(10, 0.40, {"aesthetic": 0.55})) == []
+    assert watch.see(evaluation(20, 0.50, {"aesthetic": 0.54})) == []  # within two standard errors
+    [warning] = watch.see(evaluation(30, 0.60, {"aesthetic": 0.50}))
+    assert "reward rises to 0.600" in warning
+    assert "aesthetic 0.550 to 0.500 since iteration 10" in warning
+    assert watch.see(evaluation(40, 0.70, {"aesthetic": 0.30})) == []
+
+
+def test_judges_that_fall_with_the_reward_are_no_hacking(watch):
+    for number, value in enumerate([0.6, 0.5, 0.4, 0.3]):
+        assert watch.see(evaluation(number, value, {"a": value})) == []
+
+
+def test_one_judge_of_three_may_fall(watch):
+    watch.see(evaluation(0, 0.3, {"a": 0.5, "b": 0.5, "c": 0.5}))
+    assert watch.see(evaluation(1, 0.5, {"a": 0.6, "b": 0.6, "c": 0.3})) == []
+    assert len(watch.see(evaluation(2, 0.6, {"a": 0.3, "b": 0.6, "c": 0.3}))) == 1
+
+
+def test_a_resumed_run_knows_what_was_given(watch, tmp_path):
+    records = [iteration(i, equal=0.75, std=0.0) for i in range(4)]
+    for record in records:
+        watch.see(record)
+    before = (tmp_path / WARNINGS).read_text()
+    resumed = Watch(tmp_path, 4, 4, records)
+    assert (tmp_path / WARNINGS).read_text() == before
+    following = iteration(5, equal=0.75, std=0.0)
+    assert resumed.see(following) == watch.see(following) and resumed.given == watch.given
+
+
+def test_metrics_of_an_iteration():
+    scores = {"a": np.array([[1.0, 1.0], [0.0, 1.0]]), "b": np.full((2, 2), 0.1)}
+    found = reward_metrics(scores, {"a": 2.0, "b": 1.0})
+    assert found["reward_mean"] == pytest.approx(1.6) and found["reward_std"] == pytest.approx(
+        2 * np.sqrt(3) / 4
+    )
+    assert found["groups_equal"] == 0.5
+    assert found["reward/a"] == 0.75 and found["reward_std/b"] == 0.0 and found["reward_std/a"] > 0
+
+
+def test_metrics_of_judges():
+    values = np.array([0.0, 1.0, 1.0, 0.0])
+    found = judge_metrics(2 * values, {"clip": values})
+    assert found == {
+        "eval/judge/clip": 0.5,
+        "standard_error/reward": pytest.approx(0.5),
+        "standard_error/judge/clip": pytest.approx(0.25),
+    }
+
+
+def test_gdpo_against_a_direct_computation():
+    """Each reward standardised in its group, summed by weight, then by the batch (arXiv 2601.05242)."""
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.normal(5, 100, (3, 4)), "b": rng.uniform(0, 0.01, (3, 4)), "c": np.full((3, 4), 0.1)}
+    weights = {"a": 1.0, "b": 0.5, "c": 9.0}
+    summed = [[0.0] * 4 for _ in range(3)]
+    for name, weight in weights.items():
+        for p in range(3):
+            group = scores[name][p].tolist()
+            mean = sum(group) / 4
+            spread = (sum((x - mean) ** 2 for x in group) / 4) ** 0.5
+            for k in range(4):
+                summed[p][k] += weight * (group[k] - mean) / max(spread, 1e-6)
+    flat = [x for row in summed for x in row]
+    mean = sum(flat) / 12
+    spread = (sum((x - mean) ** 2 for x in flat) / 12) ** 0.5
+    expected = [[(x - mean) / spread for x in row] for row in summed]
+    found = advantages(combine(scores, weights, "gdpo"), "global")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # the sum of the raw rewards follows the one with the largest spread, GDPO hears both
+    plain = advantages(combine(scores, weights, "sum"), "global")
+    assert abs(np.corrcoef(plain.ravel(), scores["b"].ravel())[0, 1]) < abs(
+        np.corrcoef(found.ravel(), scores["b"].ravel())[0, 1]
+    )
