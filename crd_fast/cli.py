@@ -256,6 +256,47 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
     console.print(f"report: {escape(str(write_report(run)))}", highlight=False)
 
 
+@app.command(name="serve-reward")
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="A reward's name, or module:name.", metavar="REWARD")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the reward. Repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8701,
+    token_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The environment variable with the token that clients must show."),
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Images a request.")] = 64,
+    max_megapixels: Annotated[int, typer.Option(min=1, help="All images of a request.")] = 64,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="A request's body.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="Requests at once; further ones are told to wait.")] = 16,
+) -> None:
+    """Score images for other processes and machines, over HTTP.
+
+    A recipe calls it with `rewards: {http: {url: "http://127.0.0.1:8701", token_env: NAME}}`. It listens to
+    this machine alone unless told otherwise, and to others only with a token.
+    """
+    try:
+        from crd_fast.rewards import server
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve-reward: needs {error.name}: pip install 'crd-fast[server]'") from None
+    from crd_fast.rewards.http import token_from
+
+    token = None if token_env is None else token_from(token_env)
+    limits = server.Limits(
+        images=max_images, pixels=max_megapixels * 2**20, bytes=max_megabytes * 2**20, requests=queue
+    )
+    with server.bind(host, port, token) as listening:
+        worker = server.Worker(reward, _settings(set_ or []))
+        address = f"http://{host}:{listening.getsockname()[1]}"
+        needed = "with a token" if token else "without a token"
+        console.print(f"serving {escape(reward)} at {address} {needed}", highlight=False)
+        server.serve(worker, listening, token, limits)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has, what will be used, what is missing and how to get it."""

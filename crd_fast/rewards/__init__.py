@@ -48,6 +48,13 @@ REWARDS = {
     "colorfulness": "crd_fast.rewards.image_statistics:Colorfulness",
     "diversity": "crd_fast.rewards.image_statistics:Diversity",
     "naturalness": "crd_fast.rewards.image_statistics:Naturalness",
+    "geneval_mask2former": "crd_fast.rewards.geneval_detector:Mask2FormerGenEval",
+    "pickscore": "crd_fast.rewards.preference:PickScore",
+    "clipscore": "crd_fast.rewards.preference:CLIPScore",
+    "aesthetic": "crd_fast.rewards.preference:Aesthetic",
+    "hpsv2": "crd_fast.rewards.preference:HPSv2",
+    "imagereward": "crd_fast.rewards.preference:ImageReward",
+    "http": "crd_fast.rewards.http:HttpReward",
 }
 CALL_IMAGES = 64
 ENGINE_SETTINGS = ("weight", "timeout", "retries")

@@ -61,6 +61,8 @@ def check_metadata(metadata: Mapping) -> list[Mapping]:
     clauses = metadata.get("include")
     if not isinstance(clauses, list) or not clauses:
         raise ValueError(f"include: expected a list of at least one clause, got {clauses!r}")
+    if not isinstance(metadata.get("exclude") or [], list):
+        raise ValueError(f"exclude: expected a list of clauses, got {metadata['exclude']!r}")
     for name in ("include", "exclude"):
         for clause in metadata.get(name) or ():
             if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
@@ -70,6 +72,8 @@ def check_metadata(metadata: Mapping) -> list[Mapping]:
                 raise ValueError(
                     f"{name}: `count` of {clause['class']!r}: expected an integer >= 1, got {count!r}"
                 )
+            if not isinstance(clause.get("color"), (str, type(None))):
+                raise ValueError(f"{name}: `color`: expected a string, got {clause['color']!r}")
     for i, clause in enumerate(clauses):
         if clause.get("position") is None:
             continue

@@ -1,0 +1,202 @@
+"""The reward that asks a server, `crd-fast serve-reward NAME` or anything that answers as it does.
+
+    rewards: {http: {weight: 1.0, url: "http://127.0.0.1:8701", token_env: REWARD_TOKEN}}
+
+See `crd_fast.rewards.server` for what is sent. Proxies and .netrc of the environment are not used.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import numbers
+import os
+import random
+import time
+from io import BytesIO
+from urllib.parse import urlsplit
+
+import numpy as np
+import urllib3
+from PIL import Image
+
+from crd_fast.errors import UserError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
+TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
+MAX_ANSWER = 2**20  # bytes
+CHECKED_AT_ONCE = 256  # prompts
+
+
+class HttpReward:
+    """Scores on a server.
+
+    url: of the server, without a path's last part. token_env: name of the environment variable that holds
+    the token. timeout: seconds for one answer. retries: how often a request is repeated that got no
+    connection, no answer in time, or 502 to 504, after 0.5, 1, 2, ... 10 s or as long as the server says.
+    batch: images a request.
+
+    Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense.
+    """
+
+    def __init__(
+        self, url: str, token_env: str | None = None, timeout: float = 60.0, retries: int = 8, batch: int = 16
+    ):
+        parts = urlsplit(str(url))
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise UserError(f"reward http: url: expected http://HOST:PORT, got {url!r}")
+        if not timeout > 0 or retries < 0 or batch < 1:
+            got = f"{timeout}, {retries}, {batch}"
+            raise UserError(f"reward http: expected timeout > 0, retries >= 0 and batch >= 1, got {got}")
+        self.url, self.timeout, self.retries, self.batch = str(url).rstrip("/"), timeout, retries, batch
+        self.headers = {"Accept-Encoding": "identity"}
+        if token_env is not None:
+            self.headers["Authorization"] = f"Bearer {token_from(token_env)}"
+        self._pool = urllib3.PoolManager(maxsize=8)
+
+    def setup(self, device: str) -> None:
+        """Waits until the server is ready, as long as the retries last."""
+        self._ask("GET", "/ready")
+
+    def check(self, metadata: list[dict]) -> None:
+        for start in range(0, len(metadata), CHECKED_AT_ONCE):
+            self._ask("POST", "/check", {"metadata": metadata[start : start + CHECKED_AT_ONCE]})
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            answer = self._ask(
+                "POST",
+                "/score",
+                {
+                    "images": [encode(image) for image in images[part]],
+                    "prompts": list(prompts[part]),
+                    "metadata": list(metadata[part]),
+                },
+            )
+            scores += self._scores(answer, len(images[part]))
+        return scores
+
+    def _scores(self, answer, count: int) -> list[float]:
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        good = isinstance(scores, list) and all(
+            isinstance(score, numbers.Real) and not isinstance(score, bool) and math.isfinite(score)
+            for score in scores
+        )
+        if not good or len(scores) != count:
+            raise UserError(
+                f'reward http: {self.url}: expected {{"scores": [{count} finite numbers]}}, got '
+                f"{_shortened(json.dumps(answer))}"
+            )
+        return scores
+
+    def _ask(self, method: str, path: str, content: dict | None = None):
+        """The answer's JSON, after as many tries as it takes and the settings allow."""
+        try:
+            body = None if content is None else json.dumps(content, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"reward http: metadata: expected what JSON can hold: {error}") from None
+        pause = FIRST_PAUSE
+        for tries_left in reversed(range(self.retries + 1)):
+            wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # clients that were turned away spread out
+            try:
+                status, headers, answer = self._once(method, path, body)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                problem = self._problem(error)
+            else:
+                if status not in TRY_AGAIN:
+                    return self._answered(status, answer)
+                problem = f"answered {status} {_detail(answer)}".rstrip()
+                if (headers.get("Retry-After") or "").isdecimal():
+                    wait += min(float(headers["Retry-After"]), LONGEST_PAUSE)
+            if not tries_left:
+                tried = f" (tried {self.retries + 1} times)" if self.retries else ""
+                raise UserError(f"reward http: {self.url}: {problem}{tried}")
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError
+
+    def _problem(self, error: Exception) -> str:
+        late = isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError))
+        if late and not isinstance(error, urllib3.exceptions.NewConnectionError):
+            return f"expected an answer within {self.timeout:g} s, got none"
+        return f"cannot be reached ({_cause(error)})"
+
+    def _answered(self, status: int, answer: bytes):
+        if status != 200:
+            raise UserError(f"reward http: {self.url}: refused with {status} {_detail(answer)}".rstrip())
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            got = _shortened(answer.decode("utf-8", "replace"))
+            raise UserError(f"reward http: {self.url}: expected JSON, got {got!r}") from None
+
+    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, dict, bytes]:
+        """One request: status, headers and at most MAX_ANSWER bytes, all within the timeout."""
+        deadline = time.monotonic() + self.timeout
+        headers = self.headers | ({"Content-Type": "application/json"} if body is not None else {})
+        response = self._pool.request(
+            method,
+            self.url + path,
+            body=body,
+            headers=headers,
+            timeout=self.timeout,
+            retries=False,
+            redirect=False,
+            preload_content=False,
+        )
+        answer = b""
+        try:
+            # as it comes: a server that sends a byte now and then must not outlive the timeout
+            while chunk := response.read1(65536):
+                answer += chunk
+                if len(answer) > MAX_ANSWER:
+                    raise UserError(f"reward http: {self.url}: expected at most {MAX_ANSWER} bytes, got more")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        except BaseException:
+            response.close()  # what is left unread must not be taken for the next answer
+            raise
+        response.release_conn()
+        return response.status, response.headers, answer
+
+
+def token_from(variable: str) -> str:
+    """The token in an environment variable. Raises UserError where there is none that HTTP can carry."""
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"token_env: expected {variable} in the environment, printable ASCII without spaces")
+    return token
+
+
+def encode(image: np.ndarray) -> str:
+    """One image, uint8 (height, width, 3), as PNG in base64."""
+    file = BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _detail(answer: bytes) -> str:
+    try:
+        detail = json.loads(answer)["detail"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""
+    return _shortened(detail if isinstance(detail, str) else json.dumps(detail))
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, such as `Connection refused`; the outer ones name addresses and objects."""
+    while True:
+        inner = error.__cause__ or error.__context__ or getattr(error, "reason", None)
+        inner = inner or next((part for part in error.args if isinstance(part, BaseException)), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _shortened(text: str, length: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."

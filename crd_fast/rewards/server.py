@@ -1,0 +1,312 @@
+"""A reward behind HTTP, so that one with awkward dependencies lives in an environment or machine of its own.
+
+    POST /score    {"images": [PNG in base64, ...], "prompts": [...], "metadata": [{...}, ...]}
+                   -> {"scores": [...]}, a number for each image
+    POST /check    {"metadata": [{"prompt": ...}, ...]} -> {}, or why one of them cannot be scored
+    GET  /ready    200 once the reward is loaded
+    GET  /health   200 as long as the process is up
+
+With a token every request but /health carries `Authorization: Bearer TOKEN`. What is wrong is answered with
+4xx and {"detail": one line}; a full queue with 503 and Retry-After; a reward that fails with 500. All images
+of a request have one size. Only PNG and JSON are ever decoded, in the one thread that also scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from PIL import Image
+from starlette.requests import ClientDisconnect
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import default_device, load
+from crd_fast.rewards.scoring import checked
+
+MAX_CONNECTIONS = 256
+PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
+POLL = 1.0  # seconds between looks at whether the client is still there
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may bring, and how many may wait.
+
+    bytes: of a body. images, pixels: of a request, all its images together. requests: at once, scored or
+    waiting. seconds: until a body is there.
+    """
+
+    bytes: int = 64 * 2**20
+    images: int = 64
+    pixels: int = 64 * 2**20
+    requests: int = 16
+    seconds: float = 60.0
+
+
+class Refused(Exception):
+    """A request that cannot be scored: the HTTP status and one line."""
+
+    def __init__(self, status: int, detail: str):
+        self.status, self.detail = status, detail
+
+
+class Worker:
+    """The reward and the one thread that loads it and scores with it."""
+
+    def __init__(self, name: str, settings: Mapping | None = None, device: str | None = None):
+        self.name = name
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward {name}")
+        self.loaded = self.thread.submit(self._load, settings, device)
+
+    def _load(self, settings: Mapping | None, device: str | None):
+        reward, _ = load(self.name, settings)
+        if hasattr(reward, "setup"):
+            reward.setup(device or default_device())
+        return reward
+
+    @property
+    def ready(self) -> bool:
+        return self.loaded.done() and self.loaded.exception() is None
+
+    def score(self, body: bytes, limits: Limits) -> dict:
+        images, prompts, metadata = parse_score(body, limits)
+        reward = self.loaded.result()
+        try:
+            values = getattr(reward, "score", reward)(images, prompts, metadata)
+        except UserError as error:
+            raise Refused(422, str(error)) from None
+        except Exception as error:
+            log.exception("reward %s failed", self.name)
+            raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
+        try:
+            return {"scores": checked(self.name, values, len(images)).tolist()}
+        except UserError as error:
+            raise Refused(500, str(error)) from None
+
+    def check(self, body: bytes, limits: Limits) -> dict:
+        metadata = _dicts(_fields(body, "metadata")["metadata"])
+        if not all(isinstance(entry.get("prompt"), str) for entry in metadata):
+            raise Refused(400, "metadata: expected a `prompt` in every entry")
+        reward = self.loaded.result()
+        try:
+            if hasattr(reward, "check"):
+                reward.check(metadata)
+        except UserError as error:
+            raise Refused(422, str(error)) from None
+        except Exception as error:
+            log.exception("reward %s failed", self.name)
+            raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
+        return {}
+
+
+def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()) -> FastAPI:
+    """The server's application. Its state is a count of requests; the work is the worker's."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    held = 0  # requests that are read, wait or are scored; only the event loop's thread counts
+
+    def authorise(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "expected the token as `Authorization: Bearer TOKEN`")
+
+    def loaded() -> None:
+        if not worker.ready:
+            raise HTTPException(503, "the reward is being loaded", headers={"Retry-After": "2"})
+
+    @contextmanager
+    def place():
+        nonlocal held
+        if held >= limits.requests:
+            raise HTTPException(503, "too many requests at once", headers={"Retry-After": "1"})
+        held += 1
+        try:
+            yield
+        finally:
+            held -= 1
+
+    async def answer(request: Request, work: Callable[[bytes, Limits], dict]) -> dict:
+        authorise(request)
+        loaded()
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise HTTPException(415, "expected Content-Type: application/json")
+        with place():
+            try:
+                body = await _read(request, limits)
+            except ClientDisconnect:
+                raise HTTPException(400, "the body ended early") from None
+            future = asyncio.get_running_loop().run_in_executor(worker.thread, work, body, limits)
+            del body
+            while not (await asyncio.wait({future}, timeout=POLL))[0]:
+                if await request.is_disconnected():
+                    future.cancel()  # nobody waits for it; if it is being scored already, it goes on
+                    raise HTTPException(400, "the client has gone")
+            try:
+                return future.result()
+            except Refused as refused:
+                raise HTTPException(refused.status, refused.detail) from None
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"reward": worker.name}
+
+    @app.get("/ready")
+    async def ready(request: Request) -> dict:
+        authorise(request)
+        loaded()
+        return {"reward": worker.name}
+
+    @app.post("/score")
+    async def score(request: Request) -> dict:
+        return await answer(request, worker.score)
+
+    @app.post("/check")
+    async def check(request: Request) -> dict:
+        return await answer(request, worker.check)
+
+    return app
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The body. One that is too long is dropped as it comes, or the client would not see the answer."""
+    chunks, length = [], 0
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for chunk in request.stream():
+                length += len(chunk)
+                if length <= limits.bytes:
+                    chunks.append(chunk)
+                elif length > 8 * limits.bytes:
+                    break
+                else:
+                    chunks.clear()
+    except TimeoutError:
+        raise HTTPException(408, f"expected the body within {limits.seconds:g} s") from None
+    if length > limits.bytes:
+        raise HTTPException(413, f"expected at most {limits.bytes} bytes")
+    return b"".join(chunks)
+
+
+def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], list[dict]]:
+    """Images, uint8 (N, height, width, 3), prompts and metadata. Raises Refused for anything else."""
+    fields = _fields(body, "images", "prompts", "metadata")
+    encoded, prompts, metadata = fields["images"], fields["prompts"], _dicts(fields["metadata"])
+    if not isinstance(encoded, list) or not all(isinstance(image, str) for image in encoded) or not encoded:
+        raise Refused(400, "images: expected a list of at least one PNG in base64")
+    if len(encoded) > limits.images:
+        raise Refused(413, f"images: expected at most {limits.images}, got {len(encoded)}")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise Refused(400, "prompts: expected a list of strings")
+    if not len(encoded) == len(prompts) == len(metadata):
+        raise Refused(
+            400, f"expected as many prompts and metadata as images ({len(encoded)}), got {len(prompts)} and "
+            f"{len(metadata)}",
+        )  # fmt: skip
+    files = []
+    for i, text in enumerate(encoded):
+        try:
+            files.append(base64.b64decode(text, validate=True))
+        except ValueError:
+            raise Refused(400, f"images: image {i} is not base64") from None
+        if _size(files[i], i) != _size(files[0], 0):
+            raise Refused(400, f"images: image {i} has another size than the first")
+    width, height = _size(files[0], 0)
+    if len(files) * width * height > limits.pixels:
+        raise Refused(413, f"images: expected at most {limits.pixels} pixels in all")
+    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
+    for i, file in enumerate(files):
+        try:
+            with Image.open(BytesIO(file), formats=["PNG"]) as image:
+                images[i] = image.convert("RGB")
+        except Exception:  # whatever a decoder raises on bytes that somebody sent
+            raise Refused(400, f"images: image {i} is a broken PNG") from None
+    return images, prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
+
+
+def _fields(body: bytes, *names: str) -> dict:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "expected JSON") from None
+    if not isinstance(fields, dict) or set(fields) != set(names):
+        raise Refused(400, f"expected an object with {', '.join(names)} and nothing else")
+    return fields
+
+
+def _dicts(metadata) -> list[dict]:
+    if not isinstance(metadata, list) or not all(isinstance(entry, dict) for entry in metadata):
+        raise Refused(400, "metadata: expected a list of objects")
+    return metadata
+
+
+def _size(file: bytes, i: int) -> tuple[int, int]:
+    """Width and height as the PNG's header states them, before anything is decoded."""
+    if not file.startswith(PNG_START) or file[12:16] != b"IHDR" or len(file) < 24:
+        raise Refused(400, f"images: image {i} is not a PNG")
+    return struct.unpack(">II", file[16:24])
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int, token: str | None) -> socket.socket:
+    """A listening socket. Raises UserError where the port is taken, or where others would need no token."""
+    if token is None and not is_loopback(host):
+        raise UserError(f"--host {host}: expected a token (see --token-env) where other machines can connect")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
+    return listening
+
+
+def serve(worker: Worker, listening: socket.socket, token: str | None, limits: Limits = Limits()) -> None:
+    """Answers until it is stopped. Raises what loading the reward raised."""
+    server = make_server(worker, token, limits)
+    worker.loaded.add_done_callback(lambda loaded: setattr(server, "should_exit", bool(loaded.exception())))
+    try:
+        server.run(sockets=[listening])
+    finally:
+        worker.thread.shutdown(wait=False, cancel_futures=True)
+    if worker.loaded.done() and not worker.loaded.cancelled():
+        worker.loaded.result()
+
+
+def make_server(worker: Worker, token: str | None, limits: Limits) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(worker, token, limits),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=10,
+        )
+    )

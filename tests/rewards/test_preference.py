@@ -1,0 +1,423 @@
+"""The preference scorers on tiny models of the same classes, against computations of their own."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import Rewards
+from crd_fast.rewards.clip import MEAN, STD, preprocess
+from crd_fast.rewards.preference import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
+
+PROMPTS = ["a red dog", "two cats left of a bus", "a red dog", "x" * 200]
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Neither square nor of the models' size, each of a colour of its own."""
+    rng = np.random.default_rng(0)
+    colors = np.array([(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 250)])[:, None, None]
+    return np.clip(colors + rng.integers(-80, 80, (4, 40, 56, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP of a few thousand weights and a tokenizer of single letters, as the hub would have them."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.save_pretrained(folder)
+    layers = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
+    config = CLIPConfig(
+        text_config=layers
+        | {
+            "vocab_size": len(words),
+            "hidden_size": 24,
+            "eos_token_id": len(words) - 1,
+            "bos_token_id": len(words) - 2,
+        },
+        vision_config=layers | {"hidden_size": 32, "image_size": SIDE, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = randomized(CLIPModel(config), seed=1)
+    model.logit_scale.data.fill_(3.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def randomized(model, seed):
+    """Weights large enough that every part of the model matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data = random_weight(name, parameter.shape, generator)
+    return model.eval()
+
+
+def random_weight(name, shape, generator):
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        return 1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise  # of norms; biases
+    return 1.5 * noise / math.prod(shape[1:]) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def theirs(clip_folder, images):
+    """Transformers' own forward pass over the images and given texts, and its processor's pixels."""
+    from transformers import CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    pixels = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
+
+    @torch.no_grad()
+    def run(texts):
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        return model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
+
+    return run, pixels
+
+
+def scored(reward, images, prompts=PROMPTS):
+    reward.setup("cpu")
+    return reward.score(images, prompts, [{}] * len(prompts))
+
+
+def test_preprocessing_is_the_processors(images, theirs):
+    torch.testing.assert_close(preprocess(images, SIDE), theirs[1], atol=1e-5, rtol=0)
+    upright = images.transpose(0, 2, 1, 3)
+    assert preprocess(upright, SIDE).shape == (4, 3, SIDE, SIDE)
+
+
+def test_pickscore(clip_folder, images, theirs):
+    expected = theirs[0](PROMPTS).logits_per_image.diagonal()
+    got = scored(PickScore(str(clip_folder)), images)
+    assert got == pytest.approx(expected.tolist(), rel=1e-4)
+    assert expected.std() > 0.1  # the models are not so small that everything is alike
+
+
+def test_clipscore(clip_folder, images, theirs):
+    out = theirs[0]([f"A photo depicts {prompt}" for prompt in PROMPTS])
+    cosines = (out.text_embeds * out.image_embeds).sum(dim=-1)
+    expected = [2.5 * max(float(cosine), 0.0) for cosine in cosines]
+    got = scored(CLIPScore(str(clip_folder)), images)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert min(cosines) < 0 < max(cosines)  # both sides of the clamp
+
+
+def test_batches_and_repeated_prompts_change_nothing(clip_folder, images):
+    for kind in (PickScore, CLIPScore):
+        together = scored(kind(str(clip_folder)), images)
+        alone = scored(kind(str(clip_folder), batch=1), images)
+        assert alone == pytest.approx(together, rel=1e-4, abs=1e-5)
+        swapped = scored(kind(str(clip_folder)), images[::-1].copy(), PROMPTS[::-1])
+        assert swapped[::-1] == pytest.approx(together, rel=1e-4, abs=1e-5)
+
+
+def aesthetic_head(width):
+    """The layers of christophschuhmann/improved-aesthetic-predictor."""
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_aesthetic(clip_folder, images, theirs, tmp_path, single):
+    torch.manual_seed(0)
+    head = nn.Linear(16, 1) if single else aesthetic_head(16)
+    prefix = "" if single else "layers."
+    torch.save({prefix + name: value for name, value in head.state_dict().items()}, tmp_path / "head.pth")
+    with torch.no_grad():
+        expected = head(theirs[0](PROMPTS).image_embeds)[:, 0].tolist()
+    got = scored(Aesthetic(str(clip_folder), head=str(tmp_path / "head.pth")), images)
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+class OpenClip(nn.Module):
+    """OpenCLIP's ViT with its names of the weights, smaller: 16 heads, as ViT-H-14 has."""
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.attn = nn.MultiheadAttention(width, 16, batch_first=True)
+            self.mlp = nn.Sequential()
+            self.mlp.add_module("c_fc", nn.Linear(width, 2 * width))
+            self.mlp.add_module("gelu", nn.GELU())
+            self.mlp.add_module("c_proj", nn.Linear(2 * width, width))
+
+        def forward(self, x, mask=None):
+            normed = self.ln_1(x)
+            x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+            return x + self.mlp(self.ln_2(x))
+
+    class Tower(nn.Module):
+        def __init__(self, width, layers):
+            super().__init__()
+            self.resblocks = nn.ModuleList(OpenClip.Block(width) for _ in range(layers))
+
+    class Visual(nn.Module):
+        def __init__(self, width=48, patch=8):
+            super().__init__()
+            self.class_embedding = nn.Parameter(torch.zeros(width))
+            self.positional_embedding = nn.Parameter(torch.zeros((SIDE // patch) ** 2 + 1, width))
+            self.proj = nn.Parameter(torch.zeros(width, 16))
+            self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+            self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.transformer = OpenClip.Tower(width, 3)
+
+        def forward(self, pixels):
+            x = self.conv1(pixels).flatten(2).transpose(1, 2)
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+            x = self.ln_pre(x)
+            for block in self.transformer.resblocks:
+                x = block(x)
+            return self.ln_post(x[:, 0]) @ self.proj
+
+    def __init__(self, vocabulary, width=32):
+        super().__init__()
+        self.visual = OpenClip.Visual()
+        self.transformer = OpenClip.Tower(width, 2)
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(77, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, 16))
+        self.logit_scale = nn.Parameter(torch.zeros([]))
+
+    def text(self, ids):
+        """ids: (N, 77), 0 after the end, whose id is the highest."""
+        x = self.token_embedding(ids) + self.positional_embedding
+        mask = torch.full((77, 77), -math.inf).triu(1)
+        for block in self.transformer.resblocks:
+            x = block(x, mask)
+        return self.ln_final(x)[torch.arange(len(x)), ids.argmax(dim=-1)] @ self.text_projection
+
+
+def test_hpsv2(clip_folder, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    model = randomized(OpenClip(len(tokenizer)), seed=2)
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    images = np.random.default_rng(1).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)  # nothing to scale
+
+    ids = tokenizer(PROMPTS, truncation=True, max_length=77).input_ids
+    ids = torch.tensor([row + [0] * (77 - len(row)) for row in ids])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    with torch.no_grad():
+        expected = F.cosine_similarity(model.text(ids), model.visual(pixels))
+    got = scored(HPSv2(str(tmp_path), tokenizer=str(clip_folder)), images)
+    assert got == pytest.approx(expected.tolist(), abs=1e-5)
+    assert expected.std() > 0.02
+    assert scored(HPSv2(str(tmp_path / "HPS_v2.1_compressed.pt"), str(clip_folder)), images) == got
+
+
+def test_hpsv2_pads_what_is_not_square(clip_folder, tmp_path):
+    model = randomized(OpenClip(1000), seed=2)
+    torch.save(model.state_dict(), tmp_path / "HPS_v2.1_compressed.pt")
+    reward = HPSv2(str(tmp_path), tokenizer=str(clip_folder))
+    reward.setup("cpu")
+    black = -torch.tensor(MEAN) / torch.tensor(STD)
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    for shape, band in (((64, 128), (8, 24)), ((16, 32), (8, 24)), ((33, 64), (8, 24))):
+        pixels = reward._pixels(np.full((1, *shape, 3), 255, dtype=np.uint8))[0]
+        assert pixels.shape == (3, SIDE, SIDE)
+        torch.testing.assert_close(pixels[:, band[0] : band[1]], white[:, None, None].expand(3, 16, SIDE))
+        torch.testing.assert_close(pixels[:, : band[0]], black[:, None, None].expand(3, 8, SIDE))
+        torch.testing.assert_close(pixels[:, band[1] :], black[:, None, None].expand(3, 8, SIDE))
+
+
+def blip_weights(vision=128, text=64, vocabulary=64, layers=2):
+    """ImageReward's names and shapes, smaller: heads of 64."""
+    shapes = {
+        "visual_encoder.cls_token": (1, 1, vision),
+        "visual_encoder.pos_embed": (1, 17, vision),
+        "visual_encoder.patch_embed.proj.weight": (vision, 3, 8, 8),
+        "visual_encoder.patch_embed.proj.bias": (vision,),
+        "visual_encoder.norm.weight": (vision,),
+        "visual_encoder.norm.bias": (vision,),
+        "text_encoder.embeddings.word_embeddings.weight": (vocabulary, text),
+        "text_encoder.embeddings.position_embeddings.weight": (40, text),
+        "text_encoder.embeddings.LayerNorm.weight": (text,),
+        "text_encoder.embeddings.LayerNorm.bias": (text,),
+        "vision_proj.weight": (16, vision),
+        "text_proj.weight": (16, text),
+    }
+    for n in range(layers):
+        block, layer = f"visual_encoder.blocks.{n}.", f"text_encoder.encoder.layer.{n}."
+        for name, out, inside in (
+            (block + "attn.qkv", 3 * vision, vision),
+            (block + "attn.proj", vision, vision),
+            (block + "mlp.fc1", 2 * vision, vision),
+            (block + "mlp.fc2", vision, 2 * vision),
+            *((f"{layer}attention.self.{part}", text, text) for part in ("query", "key", "value")),
+            (layer + "attention.output.dense", text, text),
+            (layer + "crossattention.self.query", text, text),
+            (layer + "crossattention.self.key", text, vision),
+            (layer + "crossattention.self.value", text, vision),
+            (layer + "crossattention.output.dense", text, text),
+            (layer + "intermediate.dense", 2 * text, text),
+            (layer + "output.dense", text, 2 * text),
+        ):
+            shapes[name + ".weight"], shapes[name + ".bias"] = (out, inside), (out,)
+        for name in (block + "norm1", block + "norm2"):
+            shapes[name + ".weight"] = shapes[name + ".bias"] = (vision,)
+        for part in ("attention.", "crossattention.", ""):
+            name = f"{layer}{part}output.LayerNorm"
+            shapes[name + ".weight"] = shapes[name + ".bias"] = (text,)
+    generator = torch.Generator().manual_seed(3)
+    return {name: random_weight(name, shape, generator) for name, shape in shapes.items()}
+
+
+def blip_state(w, pixels, ids, mask):
+    """The first token's state, from the weights alone: arXiv 2201.12086's encoder with cross-attention."""
+
+    def affine(x, name):
+        return F.linear(x, w[name + ".weight"], w[name + ".bias"])
+
+    def norm(x, name, eps):
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], eps)
+
+    def attend(q, k, v, bias=0.0):
+        q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.transpose(-1, -2) / 8 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    x = F.conv2d(
+        pixels, w["visual_encoder.patch_embed.proj.weight"], w["visual_encoder.patch_embed.proj.bias"], 8
+    )
+    x = x.flatten(2).transpose(1, 2)
+    x = (
+        torch.cat([w["visual_encoder.cls_token"].expand(len(x), -1, -1), x], 1)
+        + w["visual_encoder.pos_embed"]
+    )
+    for n in range(2):
+        name = f"visual_encoder.blocks.{n}."
+        x = x + affine(
+            attend(*affine(norm(x, name + "norm1", 1e-6), name + "attn.qkv").chunk(3, -1)), name + "attn.proj"
+        )
+        x = x + affine(F.gelu(affine(norm(x, name + "norm2", 1e-6), name + "mlp.fc1")), name + "mlp.fc2")
+    seen = norm(x, "visual_encoder.norm", 1e-6)
+
+    name = "text_encoder.embeddings."
+    y = w[name + "word_embeddings.weight"][ids] + w[name + "position_embeddings.weight"][: ids.shape[1]]
+    y = norm(y, name + "LayerNorm", 1e-12)
+    bias = torch.where(mask[:, None, None].bool(), 0.0, -math.inf)
+    for n in range(2):
+        name = f"text_encoder.encoder.layer.{n}."
+        for part, keys, hidden in (("attention", None, bias), ("crossattention", seen, 0.0)):
+            keys = y if keys is None else keys
+            own = f"{name}{part}.self."
+            read = attend(
+                affine(y, own + "query"), affine(keys, own + "key"), affine(keys, own + "value"), hidden
+            )
+            y = norm(y + affine(read, f"{name}{part}.output.dense"), f"{name}{part}.output.LayerNorm", 1e-12)
+        inner = affine(F.gelu(affine(y, name + "intermediate.dense")), name + "output.dense")
+        y = norm(y + inner, name + "output.LayerNorm", 1e-12)
+    return y[:, 0]
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    from transformers import BertTokenizer
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += ["##" + letter for letter in "abcdefghijklmnopqrstuvwxyz"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+def test_imagereward(bert_folder, tmp_path, images):
+    from transformers import BertTokenizer
+
+    weights = blip_weights()
+    torch.manual_seed(4)
+    head = aesthetic_head(64)  # the same layers, on the text's width
+    state = {f"blip.{name}": value for name, value in weights.items()}
+    state |= {f"mlp.layers.{name}": value for name, value in head.state_dict().items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    torch.save(state, tmp_path / "ImageReward.pt")
+
+    tokens = BertTokenizer.from_pretrained(bert_folder)(
+        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = blip_state(weights, preprocess(images, SIDE), tokens.input_ids, tokens.attention_mask)
+        expected = (head(states)[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    got = scored(ImageReward(str(tmp_path), tokenizer=str(bert_folder)), images)
+    assert got == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    assert states.std(dim=0).mean() > 0.05
+
+
+def test_from_a_recipe(clip_folder, images):
+    rewards = Rewards(
+        {"pickscore": {"weight": 0.5, "path": str(clip_folder)}, "clipscore": {"path": str(clip_folder)}}
+    )
+    values = rewards.score(images, [{"prompt": prompt} for prompt in PROMPTS])
+    assert values["pickscore"] == pytest.approx(scored(PickScore(str(clip_folder)), images), rel=1e-4)
+
+
+def refused(reward):
+    with pytest.raises(UserError) as error:
+        reward.setup("cpu")
+    message = str(error.value)
+    assert message.startswith(f"reward {reward.name}: ") and "\n" not in message and len(message) < 400
+    return message
+
+
+def test_what_is_missing_is_named(clip_folder, bert_folder, tmp_path):
+    assert "/nowhere: no such folder" in refused(PickScore("/nowhere"))
+    assert "expected config.json in this folder" in refused(PickScore(str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    assert "expected model.safetensors or pytorch_model.bin" in refused(PickScore(str(tmp_path)))
+    assert "expected tokenizer.json or vocab.json" in refused(
+        PickScore(str(clip_folder), tokenizer=str(tmp_path))
+    )
+    assert "expected HPS_v2.1_compressed.pt in this folder; it is on the hub" in refused(HPSv2(str(tmp_path)))
+    assert "no such file or folder; expected HPS_v2.1_compressed.pt" in refused(HPSv2("/nowhere/HPS.pt"))
+    assert "expected ImageReward.pt in this folder" in refused(ImageReward(str(tmp_path)))
+    message = refused(Aesthetic(str(clip_folder), head="/nowhere.pth"))
+    assert "no such file" in message and "sac+logos+ava1-l14-linearMSE.pth of christophschuhmann" in message
+
+
+def test_weights_of_something_else_are_refused(clip_folder, bert_folder, tmp_path):
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for file in clip_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3  # one layer more than there are weights for
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "found none for text_model.encoder.layers.2" in refused(PickScore(str(folder)))
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    assert "expected a folder with config.json and model.safetensors" in refused(PickScore(str(folder)))
+
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"garbage")
+    assert "expected a file of weights" in refused(HPSv2(str(file), tokenizer=str(clip_folder)))
+    torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, file)
+    assert "expected this scorer's own weights" in refused(HPSv2(str(file), tokenizer=str(clip_folder)))
+    assert "expected this scorer's own weights" in refused(ImageReward(str(file), tokenizer=str(bert_folder)))
+    assert "down to one number" in refused(Aesthetic(str(clip_folder), head=str(file)))
+    torch.save([1, 2], file)
+    assert "expected tensors by name" in refused(Aesthetic(str(clip_folder), head=str(file)))
+
+
+def test_settings_are_checked():
+    for kind in (PickScore, CLIPScore, Aesthetic, HPSv2, ImageReward):
+        with pytest.raises(UserError, match="batch: expected at least 1, got 0"):
+            kind(batch=0)

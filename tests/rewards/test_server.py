@@ -1,0 +1,424 @@
+"""The reward server and the reward that calls it, over real sockets on this machine."""
+
+import base64
+import concurrent.futures
+import http.server
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import urllib3
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import http as client
+
+server = pytest.importorskip("crd_fast.rewards.server", reason="needs fastapi and uvicorn")
+
+TOKEN = "correct-horse"
+REWARDS = '''
+import threading
+import numpy as np
+from crd_fast.errors import UserError
+
+gate = threading.Event()
+loading = threading.Event()
+
+class Brightness:
+    """The mean of an image, plus what its metadata adds."""
+    def __init__(self, gain=1.0):
+        self.gain = gain
+    def check(self, metadata):
+        for entry in metadata:
+            if "refuse" in entry["prompt"]:
+                raise UserError(f"prompt {entry['prompt']!r}: refused")
+    def score(self, images, prompts, metadata):
+        self.check(metadata)
+        return [
+            self.gain * float(image.mean()) + entry.get("add", 0) + len(prompt)
+            for image, prompt, entry in zip(images, prompts, metadata)
+        ]
+
+class Slow(Brightness):
+    def setup(self, device):
+        loading.wait(30)
+    def score(self, images, prompts, metadata):
+        gate.wait(30)
+        return super().score(images, prompts, metadata)
+
+def wrong(images, prompts, metadata):
+    return {"nan": [float("nan")] * len(images), "short": [0.0], "words": ["a"] * len(images)}[prompts[0]]
+
+def fails(images, prompts, metadata):
+    raise KeyError("somewhere")
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served_rewards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "served_rewards.py").write_text(REWARDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        import served_rewards
+
+        yield served_rewards
+
+
+@contextmanager
+def serving(reward, settings=None, token=TOKEN, **limits):
+    """A server in a thread of this process; gives its address."""
+    worker = server.Worker(f"served_rewards:{reward}", settings)
+    with server.bind("127.0.0.1", 0, token) as listening:
+        running = server.make_server(worker, token, server.Limits(**limits))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join()
+            worker.thread.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(served_rewards):
+    with serving("Brightness", bytes=200_000, images=8, pixels=8 * 64 * 64) as address:
+        wait_until_ready(address)
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("TOKEN", TOKEN)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+
+
+def wait_until_ready(address):
+    for _ in range(200):
+        if ask(address, "GET", "/ready")[0] == 200:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the reward was not loaded")
+
+
+def ask(address, method, path, body=None, token=TOKEN, content_type="application/json"):
+    headers = {"Content-Type": content_type} if body is not None else {}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    response = urllib3.request(method, address + path, body=body, headers=headers, retries=False, timeout=30)
+    return response.status, response.data, response.headers
+
+
+def pictures(count, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def request(pixels, **changed):
+    content = {
+        "images": [client.encode(image) for image in pixels],
+        "prompts": ["a"] * len(pixels),
+        "metadata": [{}] * len(pixels),
+    }
+    return json.dumps(content | changed).encode()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb(width, height):
+    """A few hundred bytes that claim to be a huge picture."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return base64.b64encode(
+        server.PNG_START + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    ).decode()
+
+
+# what is the matter, body, status, words of the answer
+IMAGE = client.encode(pictures(1)[0])
+BROKEN = base64.b64encode(base64.b64decode(IMAGE)[:200]).decode()
+BAD = [
+    ("not JSON", b"\x80\x04\x95pickle", 400, "expected JSON"),
+    ("nested too deeply", b"[" * 100_000, 400, "expected JSON"),
+    ("not UTF-8", b'{"images": "\xff"}', 400, "expected JSON"),
+    ("a list", b"[]", 400, "expected an object"),
+    ("nothing", b"", 400, "expected JSON"),
+    ("a key missing", b'{"images": [], "prompts": []}', 400, "expected an object"),
+    ("a key too many", request(pictures(1), more=1), 400, "and nothing else"),
+    ("no images", request([]), 400, "at least one PNG"),
+    ("images of numbers", request(pictures(1), images=[[1, 2]]), 400, "PNG in base64"),
+    ("not base64", request(pictures(1), images=["?" * 40]), 400, "image 0 is not base64"),
+    ("not ASCII", request(pictures(1), images=["é" * 40]), 400, "image 0 is not base64"),
+    ("not a PNG", request(pictures(1), images=[base64.b64encode(b"GIF89a" * 9).decode()]), 400, "not a PNG"),
+    ("half a PNG", request(pictures(1), images=[BROKEN]), 400, "image 0 is a broken PNG"),
+    ("a claim of no pixels", request(pictures(1), images=[bomb(0, 0)]), 400, "broken PNG"),
+    ("a small claim", request(pictures(1), images=[bomb(60, 60)]), 400, "broken PNG"),
+    ("a huge claim", request(pictures(1), images=[bomb(60_000, 60_000)]), 413, "pixels in all"),
+    ("too many pixels", request(pictures(3, 128)), 413, "pixels in all"),
+    ("too many images", request(pictures(9)), 413, "expected at most 8, got 9"),
+    ("two sizes", request([*pictures(1, 16), *pictures(1, 17)]), 400, "another size"),
+    ("prompts missing", request(pictures(2), prompts=["a"]), 400, "as many prompts"),
+    ("prompts of numbers", request(pictures(1), prompts=[1]), 400, "a list of strings"),
+    ("metadata of strings", request(pictures(1), metadata=["a"]), 400, "a list of objects"),
+    ("too long", request(pictures(1), prompts=["a" * 300_000]), 413, "at most 200000 bytes"),
+    ("a prompt that the reward refuses", request(pictures(1), prompts=["refuse me"]), 422, "refused"),
+]
+
+
+@pytest.mark.parametrize("why, body, status, words", BAD, ids=[case[0] for case in BAD])
+def test_bad_requests_are_refused_and_do_no_harm(address, why, body, status, words):
+    got, answer, _ = ask(address, "POST", "/score", body)
+    assert got == status
+    assert words in json.loads(answer)["detail"]
+    assert ask(address, "POST", "/score", request(pictures(1)))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "method, path, keywords, status",
+    [
+        ("POST", "/score", {"token": None}, 401),
+        ("POST", "/score", {"token": "wrong"}, 401),
+        ("POST", "/score", {"token": TOKEN + "x"}, 401),
+        ("POST", "/check", {"token": "é"}, 401),
+        ("GET", "/ready", {"token": None}, 401),
+        ("POST", "/score", {"content_type": "text/plain"}, 415),
+        ("POST", "/score", {"content_type": "multipart/form-data; boundary=x"}, 415),
+        ("PUT", "/score", {}, 405),
+        ("POST", "/admin", {}, 404),
+        ("GET", "/openapi.json", {}, 404),
+        ("GET", "/health", {"token": None}, 200),
+    ],
+)
+def test_other_requests(address, method, path, keywords, status):
+    body = request(pictures(1)) if method in ("POST", "PUT") else None
+    assert ask(address, method, path, body, **keywords)[0] == status
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00\x01garbage\r\n\r\n", b"POST /score HTTP/1.1\r\n", b""]
+)
+def test_what_is_not_http(address, sent):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(sent)
+    assert ask(address, "POST", "/score", request(pictures(1)))[0] == 200
+
+
+def test_scores_as_the_reward_itself_does(address, served_rewards):
+    images, prompts = pictures(20), ["x" * (i % 5) for i in range(20)]
+    metadata = [{"add": 1000 * i, "prompt": "not this one"} for i in range(20)]
+    reward = client.HttpReward(address, token_env="TOKEN", batch=8)
+    reward.setup("cpu")
+    reward.check([{"prompt": "fine"}] * 300)
+    local = served_rewards.Brightness()
+    expected = local.score(images, prompts, [{**m, "prompt": p} for m, p in zip(metadata, prompts)])
+    assert reward.score(images, prompts, metadata) == expected
+
+
+def test_prompts_are_refused_before_any_work(address):
+    reward = client.HttpReward(address, token_env="TOKEN")
+    with pytest.raises(UserError, match="refused with 422 prompt 'refuse this': refused"):
+        reward.check([{"prompt": "fine"}] * 300 + [{"prompt": "refuse this"}])
+
+
+def test_a_wrong_token_is_said_once(address, monkeypatch):
+    monkeypatch.setenv("TOKEN", "stale")
+    with pytest.raises(UserError, match="refused with 401 expected the token"):
+        client.HttpReward(address, token_env="TOKEN").setup("cpu")
+    monkeypatch.delenv("TOKEN")
+    with pytest.raises(UserError, match="expected TOKEN in the environment"):
+        client.HttpReward(address, token_env="TOKEN")
+
+
+def test_settings_reach_the_reward():
+    with serving("Brightness", {"gain": 0.0}, token=None) as address:
+        assert client.HttpReward(address).score(pictures(2), ["", "ab"], [{}, {}]) == [0.0, 2.0]
+
+
+def test_eight_clients_lose_nothing(address):
+    def one(number):
+        images = np.full((8, 16, 16, 3), number, dtype=np.uint8)
+        reward = client.HttpReward(address, token_env="TOKEN")
+        return [reward.score(images, [""] * 8, [{"add": i} for i in range(8)]) for _ in range(5)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(one, range(8)))
+    assert answers == [[[float(number + i) for i in range(8)]] * 5 for number in range(8)]
+
+
+def test_a_full_queue_says_so_and_clients_wait(served_rewards):
+    served_rewards.loading.set()
+    served_rewards.gate.clear()
+    with serving("Slow", requests=1) as address, concurrent.futures.ThreadPoolExecutor(4) as threads:
+        wait_until_ready(address)
+        first = threads.submit(ask, address, "POST", "/score", request(pictures(1)))
+        for _ in range(200):  # until the first request has its place
+            status, answer, headers = ask(address, "POST", "/check", b'{"metadata": []}')
+            if status == 503:
+                break
+            time.sleep(0.02)
+        assert (status, headers["Retry-After"]) == (503, "1") and b"too many requests" in answer
+        waiting = threads.submit(
+            client.HttpReward(address, token_env="TOKEN", retries=50).score, pictures(1), [""], [{}]
+        )
+        served_rewards.gate.set()
+        assert first.result()[0] == 200
+        assert len(waiting.result()) == 1
+
+
+def test_not_ready_until_the_reward_is_loaded(served_rewards):
+    served_rewards.loading.clear()
+    served_rewards.gate.set()
+    with serving("Slow") as address:
+        assert ask(address, "GET", "/health")[0] == 200
+        assert ask(address, "GET", "/ready")[0] == ask(address, "POST", "/score", b"{}")[0] == 503
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            ready = threads.submit(client.HttpReward(address, token_env="TOKEN").setup, "cpu")
+            served_rewards.loading.set()
+            ready.result()
+
+
+@pytest.mark.parametrize(
+    "reward, prompt, words",
+    [
+        ("wrong", "nan", "expected finite numbers, got nan"),
+        ("wrong", "short", "expected 2 values, got 1"),
+        ("wrong", "words", "expected finite numbers, got 'a'"),
+        ("fails", "", "KeyError: 'somewhere'"),
+    ],
+)
+def test_a_reward_that_fails_is_the_servers_fault(reward, prompt, words):
+    with serving(reward) as address:
+        wait_until_ready(address)
+        status, answer, _ = ask(address, "POST", "/score", request(pictures(2), prompts=[prompt] * 2))
+        assert status == 500 and words in json.loads(answer)["detail"]
+        with pytest.raises(UserError, match="refused with 500") as refused:
+            client.HttpReward(address, token_env="TOKEN").score(pictures(2), [prompt] * 2, [{}] * 2)
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@contextmanager
+def impostor(respond):
+    """A server that answers in its own way: `respond(handler)`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            respond(self)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):
+            pass  # the client hung up, as it should
+
+    with Server(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def says(body, status=200, **headers):
+    def respond(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return respond
+
+
+def drips(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(40):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "respond, words",
+    [
+        (says(b"<html>hello</html>"), "expected JSON, got '<html>hello</html>'"),
+        (says(b"[1.0, 2.0]"), 'expected {"scores": [2 finite numbers]}, got [1.0, 2.0]'),
+        (says(b'{"scores": [1.0]}'), 'expected {"scores": [2 finite numbers]}'),
+        (says(b'{"scores": [1.0, NaN]}'), "got {\"scores\": [1.0, NaN]}"),
+        (says(b'{"scores": [1.0, "2"]}'), "2 finite numbers"),
+        (says(b'{"scores": [1.0, true]}'), "2 finite numbers"),
+        (says(b'{"scores": null}'), "2 finite numbers"),
+        (says(b"", 302, Location="http://127.0.0.1:1/"), "refused with 302"),
+        (says(b"[" * 200_000), "expected JSON"),
+        (says(b"x" * 2_000_000), "bytes, got more"),
+        (says(b"", 503, Retry_After="0"), "answered 503 (tried 3 times)"),
+        (says(b"", 503, Retry_After="soon"), "answered 503 (tried 3 times)"),
+        (lambda handler: time.sleep(3), "expected an answer within 0.5 s, got none (tried 3 times)"),
+        (lambda handler: handler.connection.close(), "cannot be reached"),
+        (drips, "expected an answer within 0.5 s, got none (tried 3 times)"),
+    ],
+)  # fmt: skip
+def test_a_server_that_is_slow_or_answers_nonsense(respond, words):
+    timeout = 0.5 if "within" in words else 60
+    with impostor(respond) as address:
+        reward = client.HttpReward(address, timeout=timeout, retries=2)
+        with pytest.raises(UserError) as refused:
+            reward.score(pictures(2), ["a", "b"], [{}, {}])
+    message = str(refused.value)
+    assert message.startswith(f"reward http: {address}: ") and words in message
+    assert "\n" not in message and len(message) < 450
+
+
+def test_a_server_that_comes_back():
+    answers = iter([(b"", 503), (b"", 502), (b'{"scores": [4.0, 2.0]}', 200)])
+    with impostor(lambda handler: says(*next(answers))(handler)) as address:
+        assert client.HttpReward(address).score(pictures(2), ["", ""], [{}, {}]) == [4.0, 2.0]
+
+
+def test_a_server_that_is_down():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"cannot be reached \(Connection refused\) \(tried 3 times\)"):
+        client.HttpReward(address, retries=2).setup("cpu")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8701", "ftp://a", "http://", "http://a?b=c", 5])
+def test_addresses_are_checked(url):
+    with pytest.raises(UserError, match="url: expected http://HOST:PORT"):
+        client.HttpReward(url)
+
+
+def test_others_need_a_token():
+    for host in ("0.0.0.0", "192.0.2.1", "::"):
+        with pytest.raises(UserError, match="expected a token"):
+            server.bind(host, 0, None)
+    with server.bind("127.0.0.1", 0, None) as taken, pytest.raises(UserError, match="cannot listen there"):
+        server.bind("127.0.0.1", taken.getsockname()[1], None)
+
+
+def test_the_command_refuses_in_one_line(monkeypatch, capsys):
+    import crd_fast.cli
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["crd-fast", "serve-reward", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            crd_fast.cli.main()
+        assert ended.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "did you mean 'geneval'" in run("genevel", "--port", "0")
+    assert "unknown setting 'gian'" in run("served_rewards:Brightness", "--port", "0", "--set", "gian=2")
+    assert "expected a token" in run("geneval", "--host", "0.0.0.0", "--port", "0")
+    assert "expected NOTHING in the environment" in run("geneval", "--token-env", "NOTHING")
+    assert "expected KEY=VALUE" in run("geneval", "--port", "0", "--set", "gain")
