@@ -55,11 +55,12 @@ class PromptSource:
         """
         if self._entries is None:
             return self._drawn(np.random.default_rng((seed, iteration)), count)
-        drawn = []
+        drawn, orders = [], {}
         for position in range(iteration * count, (iteration + 1) * count):
             epoch, offset = divmod(position, len(self._entries))
-            order = np.random.default_rng((seed, epoch)).permutation(len(self._entries))
-            drawn.append(self._entries[order[offset]])
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(self._entries))
+            drawn.append(self._entries[orders[epoch][offset]])
         return drawn
 
     def all(self, limit: int | None = None) -> list[dict]:

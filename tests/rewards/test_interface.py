@@ -144,6 +144,12 @@ def test_timeout_and_retries_are_the_engine_s_unless_the_reward_has_them(mine):
     assert reward.timeout == 5.0 and engine == {}
 
 
+def test_an_address_is_the_reward_that_is_served_there():
+    reward, engine = load("http://127.0.0.1:8701", {"timeout": 5.0})
+    assert type(reward).__name__ == "HttpReward" and engine == {}
+    assert (reward.url, reward.timeout) == ("http://127.0.0.1:8701", 5.0)
+
+
 @pytest.mark.parametrize(
     "name, settings, words",
     [
@@ -206,7 +212,7 @@ def test_a_recipe_with_settings_survives_yaml(tmp_path):
     assert recipe.rewards["colorfulness"] == {"weight": 2, "timeout": 3}
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if ".http" not in REWARDS[name]])
+@pytest.mark.parametrize("name", REWARDS)
 def test_every_shipped_name_leads_to_a_class(name):
     module, _, attribute = REWARDS[name].partition(":")
     text = Path(importlib.util.find_spec(module).origin).read_text()  # its packages may be missing here
