@@ -182,12 +182,6 @@ class OCR:
         wanted = [normalized(target_text(prompt)) for prompt in prompts]
         return [text_score(normalized(read), text) for read, text in zip(self.read(images), wanted)]
 
-    def report(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict[str, float]:
-        """`exact`: the share of pictures that show the wanted text and no other."""
-        read = [normalized(text) for text in self.read(images)]
-        wanted = [normalized(target_text(prompt)) for prompt in prompts]
-        return {"exact": float(np.mean([a == b for a, b in zip(read, wanted)]))}
-
 
 class OCRDense:
     """How likely the recogniser finds the wanted text: scale / (scale - m), between 0 and 1, never flat.
