@@ -403,3 +403,11 @@ def test_judges_are_scored_at_evaluations_and_never_trained_on(run, mine, tmp_pa
         run("train", refused, "--output", tmp_path / "refused"),
         "reward ocr: expected a text in double quotes",
     )
+
+
+def test_a_reward_that_is_constant_is_warned_of_once(mine, tmp_path, caplog):
+    recipe = recipe_file(tmp_path, "rewards: {'mine:Thing': {sharpness: 7.0}}\n")
+    train(recipe, tmp_path / "run", ["evaluate.every=0", "train.iterations=5"])
+    warning = "iteration 4: reward mine:Thing was 7 for each of the last 32 images: it may be broken"
+    assert (tmp_path / "run" / "warnings.txt").read_text() == f"{warning}\n"
+    assert [r.getMessage() for r in caplog.records if r.name == "crd_fast"] == [f"warning: {warning}"]
