@@ -158,6 +158,8 @@ POSITION = [
         ABOVE, [found("dog", size=(40, 10)), found("cat", at=(0, 16), size=(40, 10))], True, True, 1,
     ),
     ("one on the other: no relation", LEFT, [found("dog"), found("cat")], False, False, 3 / 4),
+    ("(4 - 2) / 4 = 0.5 upwards", ABOVE, [found("dog"), found("cat", at=(0, 4))], False, False, 3 / 4),
+    ("shrinking stops at 0: |1| - 2", RIGHT, [found("dog", at=(1, 0)), found("cat")], False, False, 3 / 4),
     ("shrinking stops at 0 and never turns round", LEFT, [found("dog", at=(1, 0)), found("cat")], False, False, 3 / 4),
     ("(30 - 11) / 30 = 0.63, inside the cat's box", LEFT, [found("dog"), found("cat", at=(30, 0), size=(100, 100))], True, True, 1),
     ("(20 - 11) / 20 = 0.45", LEFT, [found("dog"), found("cat", at=(20, 0), size=(100, 100))], False, False, 3 / 4),

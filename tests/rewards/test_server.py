@@ -16,6 +16,7 @@ import pytest
 import urllib3
 
 from crd_fast.errors import UserError
+from crd_fast.rewards import Rewards
 from crd_fast.rewards import http as client
 
 server = pytest.importorskip("crd_fast.rewards.server", reason="needs fastapi and uvicorn")
@@ -219,6 +220,14 @@ def test_scores_as_the_reward_itself_does(address, served_rewards):
     local = served_rewards.Brightness()
     expected = local.score(images, prompts, [{**m, "prompt": p} for m, p in zip(metadata, prompts)])
     assert reward.score(images, prompts, metadata) == expected
+
+
+def test_from_a_recipe(address):
+    images, metadata = pictures(3), [{"prompt": "a" * i, "add": i} for i in range(3)]
+    rewards = Rewards({"http": {"url": address, "token_env": "TOKEN", "weight": 2.0}})
+    rewards.check(metadata)
+    expected = [float(image.mean()) + 2 * i for i, image in enumerate(images)]
+    assert rewards.score(images, metadata)["http"].tolist() == expected
 
 
 def test_prompts_are_refused_before_any_work(address):
