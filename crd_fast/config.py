@@ -30,7 +30,21 @@ class ModelConfig(Section):
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(64, gt=0)
     lora_targets: Literal["default"] | list[str] = "default"
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none", "int8", "nf4"] = "none"  # of the frozen layers under the adapters
+    text_length: Literal["default"] | int = "default"  # tokens a prompt is padded or cut to
+    guidance_embedding: float = Field(3.5, ge=0)  # where guidance was distilled into the model (FLUX.1-dev)
+    prompt_cache: str = "default"  # folder of encoded prompts; default: one for each text encoder in ~/.cache
+
+    @model_validator(mode="after")
+    def _sensible(self):
+        if self.method == "full" and self.quantization != "none":
+            raise ValueError(
+                f"quantization: expected none with method full (quantized weights cannot be trained), "
+                f"got {self.quantization}"
+            )
+        if self.text_length != "default" and self.text_length < 1:
+            raise ValueError(f"text_length: expected default or at least 1, got {self.text_length}")
+        return self
 
 
 class RolloutConfig(Section):

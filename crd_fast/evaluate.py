@@ -17,6 +17,7 @@ from crd_fast.watch import judge_metrics
 
 EVALUATION_SEED = 20_260_314
 GRID_COLUMNS, GRID_TILES = 8, 24
+DECODED = 32
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -59,7 +60,8 @@ class Evaluation:
             precision=self.recipe.train.precision,
             advance=advance,
         )
-        images = to_uint8(self.model.decode(latents))
+        # a few at a time: as floats, the images of an evaluation would take gigabytes
+        images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])
         values = self.rewards.score(images, self.metadata)
         metrics = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}

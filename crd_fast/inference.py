@@ -24,13 +24,13 @@ def load_source(source: str):
     """
     if source == "builtin":
         recipe = load_recipe("builtin")
-        return load_model(recipe.model, recipe.train), recipe
+        return load_model(recipe), recipe
     if not Path(source).exists():
         raise UserError(f"{source}: no such folder (expected a run, a checkpoint, or builtin)")
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
     recipe = build_recipe(state["recipe"], source=str(folder))
-    model = load_model(recipe.model, recipe.train)
+    model = load_model(recipe)
     check_same_model(state, model, folder)
     checkpoint.load(folder, make_weights(model, recipe))
     return model, recipe

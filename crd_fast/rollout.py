@@ -34,11 +34,14 @@ def autocast(device_type: str, precision: str):
 
 
 def guided_velocity(model, x, sigma, embeddings, empty, guidance_scale: float) -> torch.Tensor:
-    """uncond + w (cond - uncond), or cond alone where w <= 1. Both branches in one doubled batch."""
+    """The model's guidance, uncond + w (cond - uncond) in most, or cond alone where w <= 1.
+
+    Both branches in one doubled batch.
+    """
     if guidance_scale <= 1:
         return model.velocity(x, sigma, embeddings)
     conditional, unconditional = doubled_velocity(model, x, sigma, embeddings, empty)
-    return torch.lerp(unconditional.float(), conditional.float(), guidance_scale)
+    return model.guide(conditional, unconditional, guidance_scale)
 
 
 def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,13 +49,16 @@ def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, 
 
     empty: embeddings of the empty prompt, first axis 1.
     """
-    both = {key: torch.cat([value, empty[key].expand_as(value)]) for key, value in embeddings.items()}
+    unconditional = {key: empty[key].to(value.device).expand_as(value) for key, value in embeddings.items()}
+    both = {key: torch.cat([value, unconditional[key]]) for key, value in embeddings.items()}
     return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
 
 
-def prompt_device(embeddings: dict[str, torch.Tensor]) -> torch.device:
-    """Where the model runs is where its prompts are."""
-    return next(iter(embeddings.values())).device
+def chosen_prompts(
+    embeddings: dict[str, torch.Tensor], index: torch.Tensor, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Rows of each tensor, on `device`: embeddings of large models stay on the host but for a micro-batch."""
+    return {key: value[index.to(value.device)].to(device) for key, value in embeddings.items()}
 
 
 @torch.no_grad()
@@ -75,15 +81,14 @@ def generate(
 
     After each micro-batch of n samples, `advance(n)` is called, and `finished` with all latents so far.
     """
-    device = prompt_device(embeddings)
+    device = model.device
     shape = model.latent_shape(resolution)
-    sigmas = model.sigmas(steps).to(device)
+    sigmas = model.sigmas(steps, resolution).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)
     for start in range(0, len(seeds), micro_batch):
         chunk = slice(start, start + micro_batch)
         x = seeded_noise(seeds[chunk], shape, device)
-        index = prompt_index[chunk].to(device)
-        chosen = {key: value[index] for key, value in embeddings.items()}
+        chosen = chosen_prompts(embeddings, prompt_index[chunk], device)
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, precision):
                 velocity = guided_velocity(model, x, sigma.expand(len(x)), chosen, empty, guidance_scale)

@@ -21,7 +21,7 @@ from crd_fast.advantage import advantages, combine
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
-from crd_fast.models import load_model
+from crd_fast.models import load_model, lora_targets
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.rewards import Rewards
@@ -45,7 +45,7 @@ class Trainer:
         self.rewards = Rewards(recipe.rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
-        self.model = load_model(recipe.model, recipe.train)
+        self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
         self.weights = make_weights(self.model, recipe)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
         self.updater = Updater(
@@ -183,7 +183,7 @@ class Trainer:
     def _pairs(self, prompts: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
         """All (sample, timestep) pairs of some prompts; a group is a prompt at a timestep."""
         samples = advantage_PK.shape[1]
-        sigmas = self.model.sigmas(self.recipe.rollout.steps)
+        sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
         candidates = self.recipe.training_steps()
         wanted = self.recipe.train.timesteps
         count = len(candidates) if wanted == "all" else wanted
@@ -287,14 +287,29 @@ def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
     return [int((i + offset) * candidates / count) for i in range(count)]
 
 
+def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
+    """Every prompt that the run will draw or be evaluated on."""
+    count, iterations = recipe.rollout.prompts_per_iteration, recipe.train.iterations
+    if len(source.entries()) <= count * iterations:
+        yield from (entry["prompt"] for entry in source.entries())
+    else:
+        for iteration in range(iterations):
+            yield from (e["prompt"] for e in source.draw(count, recipe.train.seed, iteration))
+    yield from (e["prompt"] for e in PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts))
+
+
 def make_weights(model, recipe: Recipe):
     """The policy and its snapshots, as adapters or as whole copies."""
     config = recipe.model
     if config.method == "full":
         return FullWeights(model.transformer)
-    targets = model.lora_targets if config.lora_targets == "default" else config.lora_targets
     return LoraWeights(
-        model.transformer, config.lora_rank, config.lora_alpha, list(targets), recipe.train.seed
+        model.transformer,
+        config.lora_rank,
+        config.lora_alpha,
+        lora_targets(model, recipe),
+        recipe.train.seed,
+        model.lora_loader,
     )
 
 

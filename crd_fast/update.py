@@ -14,7 +14,7 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.rollout import autocast, doubled_velocity, seeded_noise
+from crd_fast.rollout import autocast, chosen_prompts, doubled_velocity, seeded_noise
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Updater:
         x0 = self._latents[pairs.sample]
         noise = seeded_noise(pairs.seed, x0.shape[1:], x0.device)
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
-        embeddings = {key: value[pairs.prompt] for key, value in self._embeddings.items()}
+        embeddings = chosen_prompts(self._embeddings, pairs.prompt, x0.device)
         return _Chunk(pairs, x0, noise, x, embeddings)
 
     @torch.no_grad()
@@ -206,6 +206,7 @@ class Updater:
             advantage_clip=self.advantage_clip,
             kl_weight=unit.anchor,
             denominator=denominator,
+            impl=self.loss.impl,
         )
 
     def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:

@@ -27,21 +27,25 @@ SNAPSHOTS = ("old", "sampler")
 class LoraWeights:
     """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
 
+    loader: the pipeline's mixin of diffusers, which knows how its LoRA files are written.
     Raises UserError if a target matches no linear layer.
     """
 
-    def __init__(self, network: torch.nn.Module, rank: int, alpha: float, targets: list[str], seed: int):
-        self.network = network
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        rank: int,
+        alpha: float,
+        targets: list[str],
+        seed: int,
+        loader=SD3LoraLoaderMixin,
+    ):
+        self.network, self.loader = network, loader
         network.requires_grad_(False)
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True
         )
-        names = [name for name, _ in network.named_modules()]
-        for target in targets:
-            if not any(name == target or name.endswith("." + target) for name in names):
-                raise UserError(
-                    f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}"
-                )
+        check_targets(network, targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with warnings.catch_warnings():
@@ -107,7 +111,7 @@ class LoraWeights:
         self.config.save_pretrained(folder / "peft")
         prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
         save_file(prefixed, folder / "peft" / "adapter_model.safetensors")
-        SD3LoraLoaderMixin.save_lora_weights(
+        self.loader.save_lora_weights(
             folder / "diffusers",
             transformer_lora_layers=state,
             transformer_lora_adapter_metadata=self.config.to_dict(),
@@ -158,6 +162,14 @@ class FullWeights:
     def save_policy(self, folder: Path) -> None:
         """The trained network, as diffusers saves and loads it."""
         self.network.save_pretrained(folder / "transformer")
+
+
+def check_targets(network: torch.nn.Module, targets: list[str]) -> None:
+    """Raises UserError for the first target that matches no linear layer, by the end of its name."""
+    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            raise UserError(f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}")
 
 
 def _blend(snapshot, policy, decay: float) -> None:

@@ -1,27 +1,109 @@
-"""Flow models, as the trainer sees them. `BuiltinModel` shows the interface."""
+"""Flow models, as the trainer sees them: the built-in one, and families of diffusers pipelines."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 
-from crd_fast.config import ModelConfig, TrainConfig
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models.builtin import BuiltinModel
+from crd_fast.models.base import FlowModel
+
+# By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
+FAMILIES = {
+    "StableDiffusion3Pipeline": ("sd3", "SD3Model", "Stable Diffusion 3 and 3.5"),
+    "FluxPipeline": ("flux", "FluxModel", "FLUX.1"),
+    "Flux2KleinPipeline": ("flux2", "Flux2KleinModel", "FLUX.2-klein"),
+    "QwenImagePipeline": ("qwen_image", "QwenImageModel", "Qwen-Image"),
+    "ZImagePipeline": ("z_image", "ZImageModel", "Z-Image"),
+    "SanaPipeline": ("sana", "SanaModel", "Sana"),
+}
 
 
-def load_model(config: ModelConfig, train: TrainConfig):
+def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     """The model that `model.path` names, on the GPU if there is one.
 
-    Raises UserError if it is none that is supported.
+    prompts: those that will be needed. They are encoded first, while no transformer is in memory.
+    Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
+    family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit.
     """
-    if config.path != "builtin":
-        raise UserError(f"model.path: expected builtin, got {config.path!r}")
-    if config.quantization != "none":
+    if recipe.model.path == "builtin":
+        return _load_builtin(recipe)
+    import diffusers
+    import transformers
+
+    from crd_fast.models import checks
+    from crd_fast.weights import check_targets
+
+    for library in (diffusers, transformers):  # bars of their own would run through ours
+        library.utils.logging.disable_progress_bar()
+    folder, model_class = _find(recipe.model.path)
+    checks.check_files(folder)
+    model = model_class(folder, recipe)
+    if recipe.model.method == "lora":
+        check_targets(model.transformer, lora_targets(model, recipe))
+    model.encode([*prompts, ""])
+    model.load(recipe.train.checkpointing)
+    return model
+
+
+def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
+    """The layers that the recipe adapts."""
+    wanted = recipe.model.lora_targets
+    return list(model.lora_targets if wanted == "default" else wanted)
+
+
+def _load_builtin(recipe: Recipe) -> FlowModel:
+    from crd_fast.models.builtin import BuiltinModel
+
+    if recipe.model.quantization != "none":
         raise UserError(
-            f"model.quantization: expected none for the built-in model, got {config.quantization}"
+            f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
     model = BuiltinModel.load()
     model.transformer.to("cuda" if torch.cuda.is_available() else "cpu")
-    if train.checkpointing:
+    if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     return model
+
+
+def _find(path: str) -> tuple[Path, type]:
+    """The pipeline's folder, downloaded if it is a hub id, and the adapter of its family."""
+    from crd_fast.models import checks
+
+    if Path(path).is_dir():
+        index = checks.read_index(Path(path))
+        return Path(path), _family(path, index)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise UserError(
+            f"model.path: expected builtin, the folder of a diffusers pipeline or a hub id like org/name, "
+            f"got {path!r}; supported: {supported()}"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        family = _family(path, DiffusionPipeline.load_config(path))
+        return Path(DiffusionPipeline.download(path)), family
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"model.path: {path!r} is no folder here, and cannot be downloaded: {reason}"
+        ) from None
+
+
+def _family(path: str, index: dict) -> type:
+    from importlib import import_module
+
+    found = index.get("_class_name")
+    if found not in FAMILIES:
+        raise UserError(f"model.path: {path}: {found} is not supported; supported: {supported()}")
+    module, name, _ = FAMILIES[found]
+    return getattr(import_module(f"crd_fast.models.{module}"), name)
+
+
+def supported() -> str:
+    """The families' names, for messages."""
+    return ", ".join(f"{name} ({pipeline})" for pipeline, (_, _, name) in FAMILIES.items())

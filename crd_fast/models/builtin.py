@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.loaders import SD3LoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import T5Config, T5EncoderModel
 
 from crd_fast import world
 from crd_fast.errors import UserError
+from crd_fast.models.base import FlowModel
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
 MAX_TOKENS = 12
@@ -85,13 +87,14 @@ def encode(tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str
     return {"states": states, "pooled": states.sum(1) / mask.sum(1, keepdim=True)}
 
 
-class BuiltinModel:
+class BuiltinModel(FlowModel):
     """A flow model as the trainer sees it: prompts to embeddings, velocities, latents to images.
 
     transformer: the network that is trained. Latents are pixels in [-1, 1], (B, 3, 32, 32) float32.
     """
 
     name = "builtin"
+    lora_loader = SD3LoraLoaderMixin
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -120,7 +123,7 @@ class BuiltinModel:
         embeddings = encode(self.tokenizer, self.text_encoder, prompts)
         return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
-    def sigmas(self, steps: int) -> torch.Tensor:
+    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
         """The scheduler's own noise levels: (steps + 1,), from 1 to 0, even before the shift."""
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
         return self.scheduler.sigmas.clone()

@@ -1,0 +1,22 @@
+"""What the trainer asks of a flow model, where most models answer alike."""
+
+from __future__ import annotations
+
+import torch
+
+
+class FlowModel:
+    """A flow model as the trainer sees it. `BuiltinModel` and `PipelineModel` say what the rest is.
+
+    name, lora_targets; transformer: the network that is trained; device: where it runs.
+    `latent_shape(resolution)`, `encode_prompts(prompts)`, `sigmas(steps, resolution)`,
+    `velocity(x, sigma, embeddings)`, `decode(latents)`, and for what leaves as a LoRA `lora_loader`.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def guide(self, conditional, unconditional, guidance_scale: float) -> torch.Tensor:
+        """The guided velocity of the rollout: uncond + w (cond - uncond), float32."""
+        return torch.lerp(unconditional.float(), conditional.float(), guidance_scale)

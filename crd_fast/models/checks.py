@@ -1,0 +1,70 @@
+"""Is this folder a whole pipeline? Asked before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from crd_fast.errors import UserError
+
+INDEX = "model_index.json"
+
+
+def read_index(folder: Path) -> dict:
+    """model_index.json. Raises UserError if the folder has none."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path: {folder}: expected a diffusers pipeline, found no {INDEX}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {folder / INDEX} cannot be read: {error}") from None
+    if not isinstance(index, dict):
+        raise UserError(f"model.path: {folder / INDEX}: expected an object, got {type(index).__name__}")
+    return index
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError naming the first file that a component of the pipeline lacks or that is cut short."""
+    for name, part in read_index(folder).items():
+        if not isinstance(part, list) or part[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise UserError(f"model.path: {folder}: {name} ({part[1]}) is missing")
+        needed = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        if name.startswith(("tokenizer", "feature_extractor")):
+            continue
+        _must_exist(folder / name / needed)
+        if name != "scheduler":
+            _check_weights(folder / name)
+
+
+def _check_weights(folder: Path) -> None:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if indexes and not (folder / "diffusion_pytorch_model.safetensors").exists():
+        shards = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / shard for shard in sorted(set(shards))]
+    if not files:
+        raise UserError(f"model.path: {folder}: expected weights in .safetensors files, found none")
+    for file in files:
+        _must_exist(file)
+        _check_length(file)
+
+
+def _must_exist(file: Path) -> None:
+    if not file.exists():
+        raise UserError(f"model.path: {file} is missing")
+
+
+def _check_length(file: Path) -> None:
+    """A safetensors file says in its header how long it is."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size
+        try:
+            header = json.loads(opened.read(length)) if length < size else None
+            end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"model.path: {file} is damaged, it has no safetensors header") from None
+    if size < 8 + length + end:
+        raise UserError(f"model.path: {file} is cut short: expected {8 + length + end} bytes, got {size}")

@@ -1,0 +1,57 @@
+"""FLUX.2-klein (Flux2KleinPipeline)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+from crd_fast.models.pipeline import JOINT_ATTENTION, PipelineModel
+
+
+class Flux2KleinModel(PipelineModel):
+    """Latents (B, 128, h, w), four of the VAE's to one, normalized by the VAE's batch norm; time in 0 to 1.
+
+    The text states are three layers of Qwen3 side by side, padding included.
+    """
+
+    name = "FLUX.2-klein"
+    pipeline = Flux2KleinPipeline
+    text_length = 512
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        # a block with one stream has its projections in one layer with those of the MLP
+        singles = range(self.transformer.config.num_single_layers)
+        outputs = (f"single_transformer_blocks.{i}.attn.to_out" for i in singles)
+        return (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", *outputs)
+
+    def _latent(self, size: int) -> tuple[int, int, int]:
+        side = size // self.size_multiple
+        return (4 * self.pipe.vae.config.latent_channels, side, side)
+
+    def _shift(self, steps: int, resolution: int) -> float:
+        return compute_empirical_mu((resolution // self.size_multiple) ** 2, steps)
+
+    def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
+        states, _ = pipe.encode_prompt([prompt], device=self.device, max_sequence_length=self.text_length)
+        return {"states": states[0]}
+
+    def velocity(self, x, sigma, embeddings):
+        states = embeddings["states"].to(self.dtype)
+        tokens = self.transformer(
+            hidden_states=self.pipe._pack_latents(x.to(self.dtype)),
+            timestep=sigma,
+            guidance=None,
+            encoder_hidden_states=states,
+            txt_ids=self.pipe._prepare_text_ids(states).to(x.device),
+            img_ids=self.pipe._prepare_latent_ids(x).to(x.device),
+            return_dict=False,
+        )[0]
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+    def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipe.vae
+        mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+        std = torch.sqrt(variance + vae.config.batch_norm_eps)
+        return self.pipe._unpatchify_latents(latents * std + mean)

@@ -1,0 +1,263 @@
+"""A diffusers pipeline as the trainer sees it. Each family is a subclass in a file of its own.
+
+Latents are the tensor in which the pipeline draws its noise, one image (C, h, w): what a transformer wants
+packed into tokens is packed and unpacked in `velocity`. So a sample has the noise that the pipeline draws
+from a generator with the sample's seed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.models import prompt_cache
+from crd_fast.models.base import FlowModel
+from crd_fast.models.quantize import quantize
+
+
+class PipelineModel(FlowModel):
+    """What the families share: loading, prompts, the schedule, decoding.
+
+    Loads in the order that needs least memory: `__init__` reads configs alone, `encode` has only the text
+    encoders, `load` brings transformer and VAE. Base weights and text encoders are in bfloat16 when LoRA
+    trains in bf16, else in float32; the VAE is in float32.
+
+    Attributes of a family: name; pipeline: its class; lora_targets: the attention projections; text_length:
+    tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay.
+    """
+
+    name: str
+    pipeline: type[DiffusionPipeline]
+    lora_targets: tuple[str, ...]
+    text_length: int
+    unquantized: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder, self.config = folder, recipe.model
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        half = recipe.train.precision == "bf16" and recipe.model.method == "lora"
+        self.dtype = torch.bfloat16 if half else torch.float32
+        if recipe.model.text_length != "default":
+            self.text_length = recipe.model.text_length
+        self._index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.scheduler = self._scheduler()
+        self.pipe = self._skeleton()
+        self.lora_loader = self.pipeline
+        self.size_multiple = self._size_multiple()
+        self.latent_shape(recipe.rollout.resolution)
+        self._cache: prompt_cache.PromptCache | None = None
+
+    # -- what a family says ---------------------------------------------------------------------------
+
+    def _size_multiple(self) -> int:
+        """Images have sides of a multiple of this. Two latents make a token in most families."""
+        return 2 * self.pipe.vae_scale_factor
+
+    def _max_size(self) -> int | None:
+        """The largest side in pixels, where the network has one."""
+        return None
+
+    def _latent(self, size: int) -> tuple[int, int, int]:
+        """The latent's shape for a side of `size` pixels."""
+        side = size // self.pipe.vae_scale_factor
+        return (self.pipe.vae.config.latent_channels, side, side)
+
+    def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
+        """One prompt, tensors without a batch axis. pipe: with text encoders, on `self.device`."""
+        raise NotImplementedError
+
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """d x / d sigma. x: (B, C, h, w) float32; sigma: (B,); embeddings with a first axis of B."""
+        raise NotImplementedError
+
+    def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE decodes them."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+    def _shift(self, steps: int, resolution: int) -> float:
+        """mu of the schedule's shift, by the number of image tokens."""
+        config = self.scheduler.config
+        return calculate_shift(
+            (resolution // self.size_multiple) ** 2,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    def _steps(self, steps: int) -> dict:
+        """What the pipeline gives to `set_timesteps` for its own schedule."""
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    # -- what the trainer asks ------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        return self.pipe.transformer
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) for images of resolution x resolution. Raises UserError if there can be none."""
+        multiple, largest = self.size_multiple, self._max_size()
+        if resolution % multiple:
+            below = max(resolution - resolution % multiple, multiple)
+            raise UserError(
+                f"rollout.resolution: expected a multiple of {multiple} for {self.name}, got {resolution} "
+                f"(next to it: {below}, {below + multiple})"
+            )
+        if largest is not None and resolution > largest:
+            raise UserError(
+                f"rollout.resolution: expected at most {largest} for {self.name}, got {resolution}"
+            )
+        return self._latent(resolution)
+
+    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
+        """The pipeline's own noise levels: (steps + 1,), falling to 0."""
+        settings = self._steps(steps)
+        if self.scheduler.config.use_dynamic_shifting:
+            settings["mu"] = self._shift(steps, resolution)
+        self.scheduler.set_timesteps(**settings)
+        return self.scheduler.sigmas.clone()
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of P prompts on the host, each tensor with a first axis of P.
+
+        From the cache; what is not there yet is encoded first. The empty prompt is encoded as the pipeline
+        encodes its empty negative prompt.
+        """
+        self.encode(prompts)
+        found = [self._cache.get(prompt) for prompt in prompts]
+        return {key: torch.stack([embeddings[key] for embeddings in found]) for key in found[0]}
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, height, width, 3), float32 in [0, 1], on the host.
+
+        The VAE is on the device only meanwhile, and decodes one image at a time.
+        """
+        vae = self.pipe.vae.to(self.device)
+        images = []
+        for latent in latents.to(self.device, vae.dtype).split(1):
+            image = vae.decode(self._to_vae(latent), return_dict=False)[0]
+            images.append(self._pixels(image).cpu())
+        if self.device.type != "cpu":
+            vae.to("cpu")
+        return torch.cat(images)
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pipe.image_processor.postprocess(images, output_type="pt").permute(0, 2, 3, 1)
+
+    # -- loading --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> None:
+        """Encodes the prompts that the cache does not have, then frees the text encoders."""
+        if self._cache is None:
+            self._cache = prompt_cache.open_cache(self.config.prompt_cache, self.encoder_identity())
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        if not missing:
+            return
+        pipe = self.pipeline.from_pretrained(
+            self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
+        )
+        for name, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and name != "transformer":
+                module.to(self.device)
+        for prompt in missing:  # one at a time: how a prompt comes out must not depend on its neighbours
+            embeddings = self._encode(pipe, prompt)
+            self._cache.put(prompt, {key: value.cpu().contiguous() for key, value in embeddings.items()})
+        del pipe
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load(self, checkpointing: bool) -> None:
+        """Transformer and VAE, as the recipe wants them."""
+        transformer = self._class("transformer").from_pretrained(
+            self.folder, subfolder="transformer", dtype=self.dtype
+        )
+        transformer.requires_grad_(False).eval()
+        if self.config.quantization != "none":
+            quantize(transformer, self.config.quantization, self.dtype, self.device, self.unquantized)
+        transformer.to(self.device)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        vae.requires_grad_(False).eval()
+        vae.enable_tiling()
+        self.pipe.register_modules(transformer=transformer, vae=vae)
+
+    def encoder_identity(self) -> dict[str, str | int]:
+        """What makes the same embeddings: text encoders and tokenizers, and how they are used."""
+        parts = [
+            name for name, part in self._index.items() if isinstance(part, list) and part[0] == "transformers"
+        ]
+        return {
+            "family": self.name,
+            "text_length": self.text_length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "encoders": prompt_cache.fingerprint([self.folder / part for part in sorted(parts)]),
+        }
+
+    def _class(self, component: str) -> type:
+        return getattr(diffusers, self._index[component][1])
+
+    def _empty(self, component: str) -> torch.nn.Module:
+        cls = self._class(component)
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(self.folder, subfolder=component))
+
+    def _skeleton(self) -> DiffusionPipeline:
+        """The pipeline without weights: its shapes, its packing, its image processor."""
+        arguments = {
+            key: None if isinstance(value, list) else value
+            for key, value in self._index.items()
+            if not key.startswith("_")
+        }
+        arguments |= {
+            "transformer": self._empty("transformer"),
+            "vae": self._empty("vae"),
+            "scheduler": self.scheduler,
+        }
+        return self.pipeline(**arguments)
+
+    def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        found = self._index["scheduler"][1]
+        if found != "FlowMatchEulerDiscreteScheduler":
+            raise UserError(
+                f"{self.folder / 'scheduler'}: expected FlowMatchEulerDiscreteScheduler, got {found}"
+            )
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+
+
+# The attention projections of a block with an image and a text stream.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+def padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    """(L, D) with zeros up to (length, D)."""
+    return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

@@ -1,0 +1,73 @@
+"""Sana (SanaPipeline)."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+from crd_fast.errors import UserError
+from crd_fast.models.pipeline import PipelineModel
+
+
+class SanaModel(PipelineModel):
+    """Latents (B, 32, h, w) at a 32nd of the image's side; time in 0 to 1000; Gemma's states with a mask.
+
+    Published pipelines come with a second-order solver; here its flow schedule is walked by Euler steps,
+    which is that solver at order 1. Prompts are encoded behind the pipeline's instruction, the empty one
+    without it.
+    """
+
+    name = "Sana"
+    pipeline = SanaPipeline
+    lora_targets = tuple(
+        f"{attention}.{layer}"
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_v", "to_out.0")
+    )
+    text_length = 300
+
+    def _size_multiple(self) -> int:
+        return self.pipe.vae_scale_factor
+
+    def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        own = self._class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
+        if isinstance(own, FlowMatchEulerDiscreteScheduler):
+            return own
+        if not own.config.get("use_flow_sigmas"):
+            raise UserError(
+                f"{self.folder / 'scheduler'}: expected a flow schedule, got {type(own).__name__}"
+            )
+        return FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
+
+    def _steps(self, steps: int) -> dict:
+        if self._index["scheduler"][1] == "FlowMatchEulerDiscreteScheduler":
+            return {"num_inference_steps": steps}
+        return super()._steps(steps)  # within 0.1 % those of the solver, which begins at 0.999
+
+    def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
+        defaults = inspect.signature(type(pipe).__call__).parameters
+        instruction = defaults["complex_human_instruction"].default
+        states, mask, _, _ = pipe.encode_prompt(
+            [prompt],
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.text_length,
+            complex_human_instruction=instruction if prompt else None,
+        )
+        return {"states": states[0], "mask": mask[0]}
+
+    def velocity(self, x, sigma, embeddings):
+        config = self.transformer.config
+        predicted = self.transformer(
+            x.to(self.dtype),
+            encoder_hidden_states=embeddings["states"].to(self.dtype),
+            encoder_attention_mask=embeddings["mask"],
+            timestep=sigma * 1000 * config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return predicted[:, : config.in_channels]  # the rest, if any, is a learned variance
+
+    def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents / self.pipe.vae.config.scaling_factor

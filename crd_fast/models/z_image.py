@@ -1,0 +1,41 @@
+"""Z-Image and Z-Image-Turbo (ZImagePipeline)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ZImagePipeline
+
+from crd_fast.models.pipeline import PipelineModel, padded
+
+
+class ZImageModel(PipelineModel):
+    """Latents (B, 16, h, w), which the network takes as a list; captions of Qwen3, each of its own length.
+
+    The network's time runs from noise at 0 to the image at 1, and it predicts the negative velocity. The
+    pipeline counts guidance from 0, cond + g (cond - uncond); everywhere here it is g + 1.
+    """
+
+    name = "Z-Image"
+    pipeline = ZImagePipeline
+    lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    text_length = 512
+
+    def _max_size(self) -> int:
+        return min(self.pipe.transformer.config.axes_lens[1:]) * self.size_multiple
+
+    def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
+        (states,), _ = pipe.encode_prompt(
+            [prompt],
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+        )
+        return {"states": padded(states, self.text_length), "length": torch.tensor(len(states))}
+
+    def velocity(self, x, sigma, embeddings):
+        states = embeddings["states"].to(self.dtype)
+        captions = [state[:length] for state, length in zip(states, embeddings["length"].tolist())]
+        images = list(x.to(self.dtype).unsqueeze(2).unbind(0))
+        time = (1000 - sigma * 1000) / 1000  # to the bit as the pipeline has it
+        predicted = self.transformer(images, time, captions, return_dict=False)[0]
+        return -torch.stack(predicted).squeeze(2)

@@ -1,0 +1,156 @@
+"""Tiny pipelines of the real classes, built once, and recipes small enough for them."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from crd_fast.config import build_recipe
+from crd_fast.rollout import generate
+from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
+
+RESOLUTION, STEPS = 64, 3
+PROMPTS = ["a red circle", "two blue squares on a green table"]
+GUIDANCE = 4.5
+# what the pipelines call guidance by the empty prompt of strength w
+GUIDED = {
+    "sd3": lambda w: {"guidance_scale": w},
+    "flux": lambda w: {"true_cfg_scale": w, "negative_prompt": [""] * 3},
+    "flux2-klein": lambda w: {"guidance_scale": w},
+    "qwen-image": lambda w: {"true_cfg_scale": w, "negative_prompt": [""] * 3},
+    "z-image": lambda w: {"guidance_scale": w - 1},
+    "sana": lambda w: {"guidance_scale": w},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a family's tiny pipeline."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def make(family):
+        if not (folder / family).exists():
+            make_tiny_pipeline(family, folder / family)
+        return folder / family
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Prompts are cached in a folder of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(prompts_file):
+    """A recipe for the pipeline in a folder, with overrides as on the command line."""
+
+    def build(folder, *overrides):
+        values = {
+            "model": {"path": str(folder), "lora_rank": 4, "lora_alpha": 8},
+            "rollout": {
+                "prompts": str(prompts_file),
+                "prompts_per_iteration": 2,
+                "samples_per_prompt": 3,
+                "steps": STEPS,
+                "resolution": RESOLUTION,
+            },
+            "rewards": {"tests.models.conftest:brightness": 1.0},
+            "loss": {"guidance_scale": GUIDANCE, "beta": 10.0},
+            "snapshots": {"old": "0/0.25/0.005/0.999", "sampler": "0/0/0.1/0.9"},
+            "train": {
+                "iterations": 2,
+                "timesteps": 2,
+                "micro_batch": 3,
+                "optimizer": "adamw",
+                "learning_rate": 0.01,
+                "precision": "fp32",
+            },
+            "evaluate": {"every": 0, "prompts": str(prompts_file)},
+            "checkpoint": {"every": 2},
+        }
+        return build_recipe(values, overrides)
+
+    return build
+
+
+def brightness(images, prompts, metadata):
+    """A reward."""
+    return [float(image.mean()) / 255 for image in images]
+
+
+def load_pipeline(folder):
+    """The pipeline as a user loads it. Sana's solver is replaced by Euler steps with its shift."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if isinstance(pipe.scheduler, DPMSolverMultistepScheduler):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+    return pipe
+
+
+SAMPLE_PROMPTS, SEEDS = (0, 0, 1), (11, 12, 13)
+
+
+@torch.no_grad()
+def by_pipeline(pipe, family, guidance_scale=1.0):
+    """Images and the last latents, as the transformer had them, of three samples by the pipeline itself."""
+    latents = {}
+
+    def keep(pipe, step, timestep, values):
+        latents.update(values)
+        return values
+
+    settings = GUIDED[family](guidance_scale)
+    if family == "sana":
+        settings["use_resolution_binning"] = False
+        if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            settings["sigmas"] = [1 - i / STEPS for i in range(STEPS)]
+    images = pipe(
+        prompt=[PROMPTS[i] for i in SAMPLE_PROMPTS],
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_inference_steps=STEPS,
+        output_type="pt",
+        callback_on_step_end=keep,
+        **settings,
+    ).images
+    return images.permute(0, 2, 3, 1), latents["latents"]
+
+
+def by_rollout(model, guidance_scale=1.0, micro_batch=3):
+    """The same three samples by ours."""
+    latents = generate(
+        model,
+        model.encode_prompts(PROMPTS),
+        torch.tensor(SAMPLE_PROMPTS),
+        torch.tensor(SEEDS),
+        resolution=RESOLUTION,
+        steps=STEPS,
+        guidance_scale=guidance_scale,
+        empty=model.encode_prompts([""]),
+        micro_batch=micro_batch,
+        precision="fp32",
+    )
+    return model.decode(latents), latents
+
+
+def packed(pipe, latents):
+    """As the pipeline hands latents to its transformer."""
+    if not hasattr(pipe, "_pack_latents"):
+        return latents
+    if "Flux2" in type(pipe).__name__:
+        return pipe._pack_latents(latents)
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+ALL = list(FAMILIES)
