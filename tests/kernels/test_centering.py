@@ -30,7 +30,7 @@ def measured(inputs, impl="reference", rows=slice(None), **keywords):
 def test_ragged_groups(impl, group, temperature, loss_type):
     inputs = make(batch=len(group), shape=(5,), groups=group)
     keywords = {"temperature": temperature, "loss_type": loss_type}
-    coefficients = center(measured(inputs, impl), inputs["advantage"], inputs["group"], **keywords)
+    coefficients = center(measured(inputs, impl), inputs["advantage"], inputs["group"], impl=impl, **keywords)
     wanted = crd(inputs, **keywords)
     gradient = velocity_grad(
         inputs["policy"], inputs["ref_cond"], inputs["x0"], inputs["noise"], coefficients, impl=impl
@@ -58,7 +58,7 @@ def test_micro_batches_give_the_whole_to_the_bit(impl, micro_batch, dtype):
 
     parts = [slice(i, i + micro_batch) for i in range(0, batch, micro_batch)]
     stats = Stats.cat([measured(inputs, impl, rows, **keywords) for rows in parts])
-    coefficients = center(stats, inputs["advantage"], inputs["group"])
+    coefficients = center(stats, inputs["advantage"], inputs["group"], impl=impl)
     gradients = [
         velocity_grad(
             *(inputs[name][rows] for name in ("policy", "ref_cond", "x0", "noise")),
@@ -74,25 +74,30 @@ def test_micro_batches_give_the_whole_to_the_bit(impl, micro_batch, dtype):
     assert policy.grad.abs().max() > 0
 
 
-def test_centering_over_the_micro_batch_would_be_seen():
+def test_centering_over_the_micro_batch_would_be_seen(impl):
     """The bug that the three steps avoid: centered alone, a sample has no policy gradient at all."""
     inputs = make(batch=6, groups=(0,))
     stats = measured(inputs)
-    whole = center(stats, inputs["advantage"], inputs["group"])
-    alone = center(stats[2], inputs["advantage"][2:3], inputs["group"][2:3])
+    whole = center(stats, inputs["advantage"], inputs["group"], impl=impl)
+    alone = center(stats[2], inputs["advantage"][2:3], inputs["group"][2:3], impl=impl)
     assert whole.c1[2] != 0 and alone.c1[0] == 0
 
 
 @pytest.mark.parametrize("temperature", [math.inf, 0.5])
-def test_group_by_group_adds_up_to_the_whole(temperature):
+def test_group_by_group_adds_up_to_the_whole(impl, temperature):
     inputs = make(batch=11, groups=(4, 4, 1, 9, 1))
     stats, group = measured(inputs), inputs["group"]
-    whole = center(stats, inputs["advantage"], group, temperature=temperature)
+    whole = center(stats, inputs["advantage"], group, temperature=temperature, impl=impl)
     losses = []
     for g in group.unique():
         rows = group == g
         part = center(
-            stats[rows], inputs["advantage"][rows], group[rows], temperature=temperature, denominator=11
+            stats[rows],
+            inputs["advantage"][rows],
+            group[rows],
+            temperature=temperature,
+            denominator=11,
+            impl=impl,
         )
         losses.append(part.loss)
         assert relative_error(part.c1, whole.c1[rows]) < 1e-12
@@ -100,12 +105,12 @@ def test_group_by_group_adds_up_to_the_whole(temperature):
     assert relative_error(sum(losses), whole.loss) < 1e-12
 
 
-def test_kl_weight_multiplies_the_anchor():
+def test_kl_weight_multiplies_the_anchor(impl):
     inputs = make()
     stats = measured(inputs)
     weight = torch.tensor([0.0, 2.0, 0.0, 2.0, 2.0, 0.0, 0.5])
-    plain = center(stats, inputs["advantage"], inputs["group"])
-    got = center(stats, inputs["advantage"], inputs["group"], kl_weight=weight)
+    plain = center(stats, inputs["advantage"], inputs["group"], impl=impl)
+    got = center(stats, inputs["advantage"], inputs["group"], kl_weight=weight, impl=impl)
     a = inputs["advantage"].clamp(-5, 5) / 10 + 0.5
     wanted = ((1e-4 + a * (0.1 - 1e-4)) * weight * stats.kl).mean()
     assert relative_error(got.kl_loss, wanted) < 1e-12
@@ -113,12 +118,12 @@ def test_kl_weight_multiplies_the_anchor():
     assert torch.equal(got.c1, plain.c1) and torch.equal(got.policy_loss, plain.policy_loss)
 
 
-def test_samples_without_a_reference_have_no_anchor():
+def test_samples_without_a_reference_have_no_anchor(impl):
     inputs = make()
     without = {**inputs, "ref_cond": None}
     tensors = [without[name] for name in ("policy", *NAMES)]
     stats = Stats.cat([measured(inputs)[:3], measure(*tensors, impl="reference")[3:]])
-    coefficients = center(stats, inputs["advantage"], inputs["group"])
+    coefficients = center(stats, inputs["advantage"], inputs["group"], impl=impl)
     assert (coefficients.c2[:3] > 0).all() and not coefficients.c2[3:].any()
     assert not stats.kl[3:].any() and not stats.old_kl[3:].any()
 
@@ -129,15 +134,15 @@ def test_many_samples_in_blocks(monkeypatch):
 
     inputs = make(batch=37, shape=(3,), groups=(0, 1, 2, 1, 0, 5))
     stats = measured(inputs)
-    whole = center(stats, inputs["advantage"], inputs["group"], temperature=0.5)
+    whole = center(stats, inputs["advantage"], inputs["group"], temperature=0.5, impl="reference")
     monkeypatch.setattr(groups, "BLOCK", 100)
-    blocks = center(stats, inputs["advantage"], inputs["group"], temperature=0.5)
+    blocks = center(stats, inputs["advantage"], inputs["group"], temperature=0.5, impl="reference")
     assert torch.equal(whole.c1, blocks.c1) and torch.equal(whole.loss, blocks.loss)
 
 
-def test_large_advantages_do_not_overflow_the_softmax():
+def test_large_advantages_do_not_overflow_the_softmax(impl):
     inputs = make() | {"advantage": torch.tensor([1e30, -1e30, math.inf, 0, 1, 2, 3])}
-    coefficients = center(measured(inputs), inputs["advantage"], inputs["group"], temperature=1e-3)
+    coefficients = center(measured(inputs), inputs["advantage"], inputs["group"], temperature=1e-3, impl=impl)
     assert coefficients.loss.isfinite() and coefficients.c1.isfinite().all()
 
 

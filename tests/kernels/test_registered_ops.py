@@ -3,6 +3,7 @@
 import pytest
 import torch
 from crd_kernels import center, crd_loss, measure, velocity_grad
+from crd_kernels.centering.ops import center_op
 from crd_kernels.velocity import ops
 from kernel_oracle import make
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +28,13 @@ def test_opcheck(impl, dtype):
         ops.attach_gradient_op,
         (loss, policy.clone().requires_grad_(), None, cond, None, x0, noise, None, c1, c2, None, 1.0, impl),
     )
+
+
+def test_opcheck_of_centering():
+    rows = torch.rand(4, 5)
+    ids = torch.tensor([3, 3, -1, 3, -1])
+    settings = (None, [1.0, 0.1, 1e-4, 5.0, 0.5], True, "bce")
+    torch.library.opcheck(center_op, (*rows.unbind(0), torch.randn(5), ids, None, 12, *settings))
 
 
 def test_compiles_without_a_graph_break(impl):
@@ -57,7 +65,7 @@ def test_three_steps_compile_without_a_graph_break(impl):
 
     def gradient(policy):
         stats = measure(policy, *(x[name] for name in TENSORS[1:5]), impl=impl)
-        coefficients = center(stats, x["advantage"], x["group"], temperature=0.5, loss_type="bce")
+        coefficients = center(stats, x["advantage"], x["group"], temperature=0.5, loss_type="bce", impl=impl)
         return velocity_grad(policy, *(x[name] for name in TENSORS[2:5]), coefficients[0:4], impl=impl)
 
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")

@@ -1,16 +1,15 @@
 """center: from per-sample statistics to the losses and the two gradient coefficients of each sample.
 
-B scalars in, B scalars out: plain torch on the device, the same for every implementation, no host sync.
-Everything is computed in float64 (it costs nothing at this size) and returned in the statistics' dtype.
+B scalars in, B scalars out, in float64 whatever the dtype of the statistics: torch ops on the device and no
+host sync (reference.py), on the CPU one call of C++ (center.cpp).
 """
 
 import torch
-import torch.nn.functional as F
 
-from .. import checks
+from .. import checks, dispatch
+from . import reference
 from .coefficients import Coefficients
-from .distributed import gather
-from .groups import group_means
+from .ops import center_op
 
 
 @torch.no_grad()
@@ -30,6 +29,7 @@ def center(
     kl_weight=None,  # (B,) float
     denominator=None,
     process_group=None,
+    impl="auto",
 ):
     """Losses and gradient coefficients of centered reward distillation.
 
@@ -60,6 +60,7 @@ def center(
     Source: arXiv 2603.14128.
     """
     _check(stats, advantage, group, kl_weight)
+    impl = dispatch.choose(impl, stats.implicit_reward.device)
     checks.number("beta", beta, above=0)
     checks.number("kl_min", kl_min, at_least=0)
     checks.number("kl_beta", kl_beta)
@@ -72,49 +73,26 @@ def center(
     if denominator is not None:
         checks.number("denominator", denominator, above=0)
 
-    reward = stats.implicit_reward.double()
-    a = advantage.double().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
-    a = a.clamp(0, 1)
-    ids = torch.zeros_like(group) if centering == "batch" else group
-    samples, mine, all_reward, all_a = len(stats), slice(None), reward, a
-    if process_group is not None:
-        (all_reward, all_a, ids), mine, ranks = gather(process_group, reward, a, ids.long())
-        samples = all_reward.shape[0] / ranks
-    samples = samples if denominator is None else denominator
-
-    directions = [None] if temperature == float("inf") else [all_a / temperature, -all_a / temperature]
-    policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
-    for logits in directions:
-        centers = group_means(torch.stack([all_reward, all_a]), logits, ids)
-        r_centered, a_centered = reward - centers[0, mine], a - centers[1, mine]
-        loss, derivative = _terms(r_centered, a_centered, beta, loss_type)
-        share = advantage_clip / beta / samples / len(directions)
-        policy_loss = policy_loss + share * loss.sum()
-        slope = slope + share * derivative
-
-    k = kl_min + a * (kl_beta - kl_min) if reward_adaptive_kl else torch.full_like(a, kl_beta)
-    if kl_weight is not None:
-        k = k * kl_weight.double()
-    kl_loss = (k * stats.kl.double()).sum() / samples
-
-    dtype = stats.implicit_reward.dtype
-    return Coefficients(
-        loss=(policy_loss + kl_loss).to(dtype),
-        policy_loss=policy_loss.to(dtype),
-        kl_loss=kl_loss.to(dtype),
-        c1=(-2 / stats.n * slope / stats.policy_scale.double()).to(dtype),
-        c2=(2 / stats.n / samples * k * stats.anchored.double()).to(dtype),
+    if centering == "batch":
+        group = torch.zeros_like(group)
+    arguments = (
+        stats.implicit_reward,
+        stats.policy_scale,
+        stats.kl,
+        stats.anchored,
+        advantage,
+        group,
+        kl_weight,
+        stats.n,
+        None if denominator is None else float(denominator),
+        [float(value) for value in (beta, kl_beta, kl_min, advantage_clip, temperature)],
+        bool(reward_adaptive_kl),
+        loss_type,
     )
-
-
-def _terms(r_centered, a_centered, beta, loss_type):
-    """Each sample's term of the policy loss (before c / beta / B) and its derivative with respect to r_i."""
-    if loss_type == "mse":
-        delta = beta * r_centered - a_centered
-        return delta**2, 2 * beta * delta
-    logits, labels = beta * r_centered, a_centered.sigmoid()
-    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return loss, beta * (logits.sigmoid() - labels)
+    if impl == "cpu" and process_group is None:
+        losses, coefficients = center_op(*arguments)
+        return Coefficients(*losses.unbind(0), *coefficients.unbind(0))
+    return reference.center(*arguments, process_group)
 
 
 def _check(stats, advantage, group, kl_weight):

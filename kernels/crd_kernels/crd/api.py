@@ -94,6 +94,7 @@ def crd_loss(
             kl_weight=kl_weight,
             denominator=denominator,
             process_group=process_group,
+            impl=impl,
         )
     return CRDOutput(
         loss=attach_gradient(

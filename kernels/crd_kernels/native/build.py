@@ -17,7 +17,11 @@ import warnings
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-SOURCES = [PACKAGE / "velocity" / "velocity.cpp", PACKAGE / "noise" / "interpolate.cpp"]
+SOURCES = [
+    PACKAGE / "velocity" / "velocity.cpp",
+    PACKAGE / "centering" / "center.cpp",
+    PACKAGE / "noise" / "interpolate.cpp",
+]
 HEADERS = [PACKAGE / "native" / "latents.h", PACKAGE / "native" / "philox.h"]
 # The two -fno flags let square roots and selections vectorise; results and NaN stay IEEE's.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -99,5 +103,7 @@ def _declare(lib):
     lib.crd_measure.argtypes = [pointer, real, real, word, word, pointer, pointer, word]
     lib.crd_gradient.argtypes = [pointer, real, word, pointer, pointer, pointer, word]
     lib.crd_interpolate.argtypes = [pointer, pointer, word, word]
-    lib.crd_measure.restype = lib.crd_gradient.restype = lib.crd_interpolate.restype = None
+    lib.crd_center.argtypes = [pointer, pointer, pointer]
+    for function in (lib.crd_measure, lib.crd_gradient, lib.crd_center, lib.crd_interpolate):
+        function.restype = None
     return lib
