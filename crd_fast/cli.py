@@ -138,20 +138,46 @@ def evaluate(
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. Default: the recipe's.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="geneval: its rules alone, and the table that papers print.", metavar="NAME"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark's reward. Repeatable."),
+    ] = None,
 ) -> None:
     """Score a checkpoint on prompts it was not trained on.
 
     Prints every reward's mean and what the rewards report, for GenEval the share of correct images by
     category.
+
+    `--benchmark geneval` takes the recipe's GenEval reward, or else the built-in world's detector for the
+    built-in model and Mask2Former with CLIP for others, and held-out prompts of the six categories; with
+    `--prompts evaluation_metadata.jsonl --samples 4` it is the published benchmark.
     """
     from rich.table import Table
 
+    from crd_fast import benchmark as benchmarks
     from crd_fast.inference import evaluate_checkpoint
 
+    settings = _settings(set_ or [])
+    if benchmark not in (None, benchmarks.GENEVAL):
+        raise UserError(f"--benchmark: expected {benchmarks.GENEVAL}, got {benchmark!r}")
+    if benchmark is None and settings:
+        raise UserError("--set: is for the reward of a --benchmark")
     with console.status("evaluating"):
         metrics = evaluate_checkpoint(
-            source, prompts=prompts, samples_per_prompt=samples, guidance_scale=guidance_scale, steps=steps
+            source,
+            prompts=prompts,
+            change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
+            samples_per_prompt=samples,
+            guidance_scale=guidance_scale,
+            steps=steps,
         )
+    if benchmark:
+        console.print(benchmarks.geneval_table(source, metrics))
+        return
     table = Table(title=escape(f"{source}: {metrics.pop('eval/images')} images"))
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,12 +37,21 @@ def load_source(source: str):
     return model, recipe
 
 
-def evaluate_checkpoint(source: str, prompts: str | None = None, **overrides) -> dict[str, float]:
-    """Metrics named `eval/...`. `overrides`: keys of the recipe's section `evaluate`; None keeps it."""
+def evaluate_checkpoint(
+    source: str,
+    prompts: str | None = None,
+    change: Callable[[dict], dict] = lambda values: values,
+    **overrides,
+) -> dict[str, float]:
+    """Metrics named `eval/...`.
+
+    change: the recipe's values to those that are used, before the overrides. overrides: keys of the section
+    `evaluate`; None keeps it.
+    """
     model, recipe = load_source(source)
-    changed = {key: value for key, value in {"prompts": prompts, **overrides}.items() if value is not None}
-    values = recipe.model_dump()
-    values["evaluate"] |= changed
+    values = change(recipe.model_dump())
+    overrides = {"prompts": prompts, **overrides}
+    values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
     evaluation = Evaluation(
         model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch)

@@ -171,5 +171,6 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
 
 
 def _line(error: Exception) -> str:
-    """What a library said, as one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What a library said first, as one short line."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__

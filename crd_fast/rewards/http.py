@@ -41,7 +41,12 @@ class HttpReward:
     """
 
     def __init__(
-        self, url: str, token_env: str | None = None, timeout: float = 60.0, retries: int = 8, batch: int = 16
+        self,
+        url: str,
+        token_env: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 8,
+        batch: int = 16,
     ):
         parts = urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:

@@ -90,7 +90,7 @@ class Worker:
             values = getattr(reward, "score", reward)(images, prompts, metadata)
         except UserError as error:
             raise Refused(422, str(error)) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("reward %s failed", self.name)
             raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
         try:
@@ -108,7 +108,7 @@ class Worker:
                 reward.check(metadata)
         except UserError as error:
             raise Refused(422, str(error)) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("reward %s failed", self.name)
             raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
         return {}

@@ -1,0 +1,89 @@
+"""`crd-fast eval --benchmark geneval`: which detector, which prompts, and the table."""
+
+import json
+
+import pytest
+
+from crd_fast.benchmark import geneval_recipe, geneval_table
+from crd_fast.config import build_recipe, load_recipe
+
+
+def recipe(path, rewards, eval_rewards=None):
+    values = {"model": {"path": path}, "rewards": rewards, "evaluate": {"prompts": "mine.jsonl", "steps": 7}}
+    return values | {"eval_rewards": eval_rewards or {}}
+
+
+@pytest.mark.parametrize(
+    "path, rewards, judges, expected, prompts",
+    [
+        ("builtin", {"geneval": 1.0}, {}, {"geneval": {"weight": 1.0}}, "builtin-heldout"),
+        ("builtin", {"mine:reward": 1.0}, {}, {"geneval": {"weight": 1.0}}, "builtin-heldout"),
+        ("sd3", {"ocr": 1.0}, {}, {"geneval_mask2former": {"weight": 1.0, "batch": 2}}, "geneval-heldout"),
+        (
+            "sd3",
+            {"ocr": 1.0},
+            {"geneval_mask2former": {"path": "/models/m2f", "weight": 0.1}},
+            {"geneval_mask2former": {"path": "/models/m2f", "weight": 1.0, "batch": 2}},
+            "geneval-heldout",
+        ),
+    ],
+)
+def test_the_recipes_own_detector_comes_first(path, rewards, judges, expected, prompts):
+    settings = {"batch": 2} if "sd3" in path else None
+    values = geneval_recipe(recipe(path, rewards, judges), settings)
+    assert values["rewards"] == expected and values["eval_rewards"] == {}
+    assert values["evaluate"] == {"prompts": prompts, "steps": 7}
+
+
+def test_what_comes_out_is_a_recipe():
+    values = geneval_recipe(load_recipe("builtin").model_dump())
+    assert build_recipe(values).evaluate.prompts == "builtin-heldout"
+
+
+def test_the_table_has_the_papers_columns():
+    metrics = {"eval/images": 8, "eval/overall": 0.5, "eval/counting": 0.25, "eval/color_attr": 0.751}
+    table = geneval_table("run", metrics)
+    titles = [column.header for column in table.columns]
+    assert titles == [
+        "Overall",
+        "Single object",
+        "Two object",
+        "Counting",
+        "Colors",
+        "Position",
+        "Color attribution",
+    ]
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells == ["0.50", "-", "-", "0.25", "-", "-", "0.75"]
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    import crd_fast.cli
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["crd-fast", "eval", *arguments])
+        monkeypatch.setattr(crd_fast.cli.console, "_width", 200)
+        with pytest.raises(SystemExit) as ended:
+            crd_fast.cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    path = tmp_path / "evaluation_metadata.jsonl"
+    entry = {
+        "tag": "colors",
+        "include": [{"class": "circle", "count": 1, "color": "red"}],
+        "prompt": "a red circle",
+    }
+    path.write_text(json.dumps(entry) + "\n")
+    code, out, _ = run(
+        "builtin", "--benchmark", "geneval", "--prompts", str(path), "--samples", "2", "--steps", "2"
+    )
+    assert code == 0 and "GenEval of builtin: 2 images" in out
+    rows = [line for line in out.splitlines() if "Color attribution" in line]
+    assert len(rows) == 1 and rows[0].index("Overall") < rows[0].index("Single object") < rows[0].index(
+        "Colors"
+    )
+    code, _, err = run("builtin", "--benchmark", "genevil")
+    assert code == 2 and "expected geneval, got 'genevil'" in err
+    code, _, err = run("builtin", "--set", "path=here")
+    assert code == 2 and "--benchmark" in err
