@@ -29,6 +29,8 @@ def case(name, dtype=torch.float64, shape=(3, 5, 7)):
         ),
         "awm": (*awm, {"kl_beta": 0.2, "advantage_clip": 2.0, **guidance}),
         "awm_without_reference": (*awm[:2], [policy, None, x0, noise, advantage], {}),
+        "awm_off_policy": (*awm, {"old": old, **guidance, "kl_beta": 0.2}),
+        "awm_clipped": (*awm, {"old": old, "clip_range": 0.02}),
         "nft": (*nft, {"kl_beta": 0.3, **guidance}),
         "nft_small_beta": (*nft, {"beta": 0.1, "advantage_clip": 2.0}),
         "nft_plain": (*nft, {"beta": 2.0, "adaptive_weighting": False}),
@@ -41,6 +43,8 @@ NAMES = [
     "flow_matching_weighted",
     "awm",
     "awm_without_reference",
+    "awm_off_policy",
+    "awm_clipped",
     "nft",
     "nft_small_beta",
     "nft_plain",
@@ -90,6 +94,24 @@ def test_error_is_that_of_the_policy(impl, name):
         x0, noise = tensors[3], tensors[4]
     wanted = (tensors[0] - (noise - x0)).pow(2).flatten(1).mean(1)
     assert relative_error(out.error, wanted) < 1e-11
+
+
+def test_awm_with_equal_policy_and_old_has_the_gradient_of_its_on_policy_form(impl):
+    x = make(batch=4)
+    gradients = []
+    for old in (None, x["old"]):
+        policy = x["old"].clone().requires_grad_()
+        awm_loss(policy, None, x["x0"], x["noise"], x["advantage"], old=old, impl=impl).loss.backward()
+        gradients.append(policy.grad)
+    assert relative_error(*gradients) < 1e-11
+
+
+def test_awm_clips_some_samples_and_not_others():
+    _, definition, tensors, keywords = case("awm_clipped")
+    policy = tensors[0].clone().requires_grad_()
+    definition(policy, *tensors[1:], **keywords).backward()
+    moved = policy.grad.flatten(1).abs().sum(1) > 0
+    assert moved.any() and not moved.all()
 
 
 def test_equal_policy_and_old_leave_nft_the_flow_matching_gradient_of_its_advantage(impl):

@@ -22,6 +22,8 @@ def awm_loss(
     x0,
     noise,
     advantage,
+    old=None,
+    clip_range=None,
     ref_uncond=None,
     guidance_scale=1.0,
     kl_beta=0.0,
@@ -29,7 +31,12 @@ def awm_loss(
 ):
     error = per_sample_mean((policy - (noise - x0)) ** 2)
     a = advantage.clamp(-advantage_clip, advantage_clip)
-    return (a * error).mean() + kl_beta * _kl(policy, ref_cond, ref_uncond, guidance_scale)
+    kl = kl_beta * _kl(policy, ref_cond, ref_uncond, guidance_scale)
+    if old is None:
+        return (a * error).mean() + kl
+    ratio = (per_sample_mean((old - (noise - x0)) ** 2) - error).exp()
+    bound = float("inf") if clip_range is None else clip_range
+    return -torch.minimum(a * ratio, a * ratio.clamp(1 - bound, 1 + bound)).mean() + kl
 
 
 def nft_loss(
