@@ -1,5 +1,7 @@
 """GenEval with Mask2Former and CLIP: tiny models of the same classes, the steps between them by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -345,6 +347,24 @@ def test_training_and_held_out_prompts_are_thousands_and_disjoint():
     assert not prompts & set(turned)
     for entry in held_out[::50]:
         check_metadata(entry)
+
+
+def test_training_prompts_without_those_of_a_file(tmp_path, monkeypatch):
+    from tools.geneval_prompts import main
+
+    taken = [coco_prompts.two_object("cat", "dog"), coco_prompts.position("cat", "below", "dog")]
+    taken += [coco_prompts.counting("bus", 2), coco_prompts.color_attr("red", "dog", "blue", "cat")]
+    (tmp_path / "benchmark.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in taken))
+    arguments = [str(tmp_path / "train.jsonl"), "--without", str(tmp_path / "benchmark.jsonl")]
+    monkeypatch.setattr("sys.argv", ["geneval_prompts", *arguments])
+    main()
+    written = {entry["prompt"] for entry in read_prompts(tmp_path / "train.jsonl")}
+    every = {entry["prompt"] for entry in PromptSource("geneval").entries()}
+    missing = every - written
+    assert written < every and len(missing) <= 2 + 8 + 1 + 2
+    gone = ("a photo of a cat and a dog", "a photo of a dog and a cat", "a photo of two buses")
+    assert not written & {*gone, "a photo of a dog above a cat", "a photo of a cat left of a dog"}
+    assert not any(" bus" not in p and " dog" not in p for p in missing)
 
 
 def test_draws_give_every_category_its_share():

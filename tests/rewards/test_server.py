@@ -6,6 +6,7 @@ import http.server
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -431,3 +432,10 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys):
     assert "expected a token" in run("geneval", "--host", "0.0.0.0", "--port", "0")
     assert "expected NOTHING in the environment" in run("geneval", "--token-env", "NOTHING")
     assert "expected KEY=VALUE" in run("geneval", "--port", "0", "--set", "gain")
+
+    import crd_fast.rewards
+
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "crd_fast.rewards.server")
+    monkeypatch.delattr(crd_fast.rewards, "server")
+    assert "needs fastapi: pip install 'crd-fast[server]'" in run("geneval")
