@@ -95,7 +95,12 @@ class Mask2FormerGenEval(WorldGenEval):
 
 
 class Mask2Former:
-    """Detections as `geneval.judge` takes them, with a `mask`, bool (height, width), and no colour yet."""
+    """Detections as `geneval.judge` takes them, with a `mask`, bool (height, width), and no colour yet.
+
+    least: class probabilities up to this are left out; no score is higher than its class's probability.
+    """
+
+    least = geneval.THRESHOLD
 
     def __init__(self, path: str, device: str):
         from transformers import Mask2FormerForUniversalSegmentation
@@ -116,7 +121,7 @@ class Mask2Former:
         for logits, masks in zip(out.class_queries_logits, out.masks_queries_logits):
             masks = _resized(masks[None], pixels.shape[2:])[..., : size[0], : size[1]]
             masks = _resized(masks, images.shape[1:3])[0]
-            found.append(instances(logits, masks))
+            found.append(instances(logits, masks, self.least))
         return found
 
     def pixels(self, images: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -130,13 +135,15 @@ class Mask2Former:
         return pad((pixels - mean) / std, (0, -size[1] % MULTIPLE, 0, -size[0] % MULTIPLE)), size
 
 
-def instances(logits: torch.Tensor, masks: torch.Tensor) -> list[dict]:
+def instances(logits: torch.Tensor, masks: torch.Tensor, least: float = 0.0) -> list[dict]:
     """logits: (queries, classes + 1), the last for no object; masks: logits, (queries, height, width)."""
     probabilities = logits.softmax(dim=-1)[:, :-1]
     classes = probabilities.shape[1]
     best = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
     found = []
     for probability, index in zip(best.values.tolist(), best.indices.tolist()):
+        if probability <= least:
+            break
         mask = masks[index // classes]
         inside = mask > 0
         if not inside.any():

@@ -124,7 +124,9 @@ def test_one_query_may_be_two_classes_and_an_empty_mask_is_nothing():
     logits[1, DOG] = 0.0
     found = instances(logits, torch.stack([block(8, 8, 1, 1, 5, 5), torch.full((8, 8), -3.0)]))
     assert sorted(d["label"] for d in found if d["score"] > 0.3) == ["cat", "dog"]
-    assert len(instances(class_logits(*[(DOG, 0.5)] * 5), torch.ones(5, 4, 4))) == 100
+    many = class_logits(*[(DOG, 0.5)] * 5)
+    assert len(instances(many, torch.ones(5, 4, 4))) == 100
+    assert len(instances(many, torch.ones(5, 4, 4), least=0.3)) == 5
 
 
 def test_an_object_is_cut_out_on_grey():
@@ -159,11 +161,13 @@ def test_detections_are_those_of_the_models_own_processor(mask2former_folder):
     from transformers import Mask2FormerForUniversalSegmentation
 
     detector = Mask2Former(str(mask2former_folder), "cpu")
+    detector.least = 0.0  # random weights are sure of nothing
     model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former_folder).eval()
     images = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
     with torch.no_grad():
         found = detector(images)
         out = model(pixel_values=detector.pixels(images)[0])
+    assert all(len(detections) > 10 for detections in found)
     for detections, logits, masks in zip(found, out.class_queries_logits, out.masks_queries_logits):
         masks = torch.nn.functional.interpolate(masks[None], (800, 800), mode="bilinear")
         masks = torch.nn.functional.interpolate(masks, (24, 24), mode="bilinear")[0]
