@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
+
+from crd_fast.errors import UserError
+
+logger = logging.getLogger("crd_fast")
 
 
 def seeded_noise(seeds: torch.Tensor, shape: tuple[int, ...], device="cpu") -> torch.Tensor:
@@ -61,6 +66,27 @@ def chosen_prompts(
     return {key: value[index.to(value.device)].to(device) for key, value in embeddings.items()}
 
 
+class MicroBatch:
+    """How many samples go through the network at once, halved where they do not fit.
+
+    No result depends on it but by rounding: noise comes from a sample's own seed, and groups are exact.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Raises UserError where nothing is left to halve."""
+        if self.size == 1:
+            raise UserError(f"out of memory at micro-batch 1: {str(error).partition('.')[0]}") from error
+        logger.warning(
+            "warning: out of memory at micro-batch %d, going on with %d", self.size, self.size // 2
+        )
+        self.size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -72,7 +98,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     empty: dict[str, torch.Tensor],
-    micro_batch: int,
+    micro_batch: MicroBatch | int,
     precision: str,
     advance: Callable[[int], None] = lambda count: None,
     finished: Callable[[torch.Tensor], None] = lambda latents: None,
@@ -85,15 +111,27 @@ def generate(
     shape = model.latent_shape(resolution)
     sigmas = model.sigmas(steps, resolution).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)
-    for start in range(0, len(seeds), micro_batch):
-        chunk = slice(start, start + micro_batch)
+    if isinstance(micro_batch, int):
+        micro_batch = MicroBatch(micro_batch)
+
+    def integrate(chunk: slice) -> torch.Tensor:
         x = seeded_noise(seeds[chunk], shape, device)
         chosen = chosen_prompts(embeddings, prompt_index[chunk], device)
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, precision):
                 velocity = guided_velocity(model, x, sigma.expand(len(x)), chosen, empty, guidance_scale)
             x = x + (next_sigma - sigma) * velocity.float()
-        latents[chunk] = x
-        advance(len(x))
-        finished(latents[: chunk.stop])
+        return x
+
+    done = 0
+    while done < len(seeds):
+        chunk = slice(done, min(done + micro_batch.size, len(seeds)))
+        try:
+            latents[chunk] = integrate(chunk)
+        except torch.OutOfMemoryError as error:
+            micro_batch.halve(error)
+            continue
+        advance(chunk.stop - done)
+        done = chunk.stop
+        finished(latents[:done])
     return latents

@@ -26,7 +26,7 @@ from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.scoring import PromptScoring, Scoring
-from crd_fast.rollout import generate, seed_table
+from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.runlog import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.update import Pairs, Updater
 from crd_fast.watch import Watch, reward_metrics
@@ -56,9 +56,8 @@ class Trainer:
             precision=recipe.train.precision,
             micro_batch=resolve_micro_batch(recipe.train.micro_batch),
         )
-        self.evaluation = Evaluation(
-            self.model, recipe, self.rewards, resolve_micro_batch(recipe.rollout.micro_batch)
-        )
+        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
+        self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch)
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
@@ -145,7 +144,7 @@ class Trainer:
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 empty=self.empty,
-                micro_batch=resolve_micro_batch(config.micro_batch),
+                micro_batch=self.rollout_micro_batch,
                 precision=self.recipe.train.precision,
                 advance=advance,
                 finished=PromptScoring(
@@ -323,8 +322,8 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
-def resolve_micro_batch(micro_batch: int | str) -> int:
-    return AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch
+def resolve_micro_batch(micro_batch: int | str) -> MicroBatch:
+    return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch)
 
 
 def describe(model) -> dict:

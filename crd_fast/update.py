@@ -14,7 +14,7 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.rollout import autocast, chosen_prompts, doubled_velocity, seeded_noise
+from crd_fast.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,18 @@ class Updater:
     """
 
     def __init__(
-        self, model, weights, loss: LossConfig, *, advantage_clip: float, precision: str, micro_batch: int
+        self,
+        model,
+        weights,
+        loss: LossConfig,
+        *,
+        advantage_clip: float,
+        precision: str,
+        micro_batch: MicroBatch | int,
     ):
         self.model, self.weights, self.loss = model, weights, loss
-        self.advantage_clip, self.precision, self.micro_batch = advantage_clip, precision, micro_batch
+        self.advantage_clip, self.precision = advantage_clip, precision
+        self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
         self,
@@ -75,15 +83,24 @@ class Updater:
     ) -> dict[str, float]:
         """Adds d loss / d parameters of the policy to `.grad`. Returns the step's losses and statistics.
 
-        `advance(n)` is called after each n pairs.
+        `advance(n)` is called after each n pairs. Where memory runs out, `.grad` is cleared and the step
+        starts again with half the micro-batch.
         """
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
-        totals: dict[str, torch.Tensor] = {}
         pairs = pairs.to(latents.device)
+        while True:
+            try:
+                return self._accumulate(pairs, advance)
+            except torch.OutOfMemoryError as error:
+                self.micro_batch.halve(error)
+            for parameter in self.weights.trained():
+                parameter.grad = None
+
+    def _accumulate(self, pairs: Pairs, advance: Callable[[int], None]) -> dict[str, float]:
+        totals: dict[str, torch.Tensor] = {}
+        size = self.micro_batch.size
         for unit in self._units(pairs):
-            chunks = [
-                self._prepare(unit[i : i + self.micro_batch]) for i in range(0, len(unit), self.micro_batch)
-            ]
+            chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
             measured = self._update(unit, chunks, len(pairs), advance)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
@@ -97,7 +114,7 @@ class Updater:
         _, sizes = torch.unique_consecutive(pairs.group, return_counts=True)
         start = stop = 0
         for size in sizes.tolist():
-            if stop > start and stop + size - start > self.micro_batch:
+            if stop > start and stop + size - start > self.micro_batch.size:
                 yield pairs[start:stop]
                 start = stop
             stop += size
@@ -154,11 +171,12 @@ class Updater:
         """Predictions of old and of the reference; the latter only for the pairs that are anchored."""
         with self.weights.use("old"), self._autocast(chunk):
             chunk.old = self.model.velocity(chunk.x, chunk.pairs.sigma, chunk.embeddings)
-        anchored = chunk.pairs.anchor > 0
-        if not self.loss.anchored or not anchored.any():
+        anchored = chunk.pairs.anchor.nonzero().flatten()
+        if not self.loss.anchored or not len(anchored):
             return
         # every pair needs some reference; where the anchor has no weight any finite one will do
-        chunk.ref_cond = chunk.old if anchored.all() else chunk.old.clone()
+        whole = len(anchored) == len(chunk.pairs)
+        chunk.ref_cond = chunk.old if whole else chunk.old.clone()
         x, sigma = chunk.x[anchored], chunk.pairs.sigma[anchored]
         embeddings = {key: value[anchored] for key, value in chunk.embeddings.items()}
         with self.weights.use("reference"), self._autocast(chunk):
@@ -166,7 +184,7 @@ class Updater:
                 ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
             else:
                 ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
-        if anchored.all():
+        if whole:
             chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
             return
         chunk.ref_cond[anchored] = ref_cond

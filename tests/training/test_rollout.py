@@ -56,11 +56,27 @@ def test_rollout_is_diffusers_euler(model, guidance_scale):
             unconditional = predict(x, timestep, empty)
             velocity = unconditional + guidance_scale * (velocity - unconditional)
         x = scheduler.step(velocity, timestep, x).prev_sample
-    torch.testing.assert_close(rollout(model, 3, guidance_scale), x, rtol=1e-4, atol=1e-4)
+    # guidance multiplies the rounding of two branches in one batch
+    torch.testing.assert_close(rollout(model, 3, guidance_scale), x, rtol=1e-3, atol=1e-3)
 
 
 def test_micro_batch_does_not_change_the_samples(model):
     torch.testing.assert_close(rollout(model, 1), rollout(model, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_out_of_memory_halves_the_micro_batch(model, monkeypatch):
+    wanted = rollout(model, 1)
+    velocity, sizes = model.velocity, []
+
+    def small_memory(x, *arguments):
+        sizes.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return velocity(x, *arguments)
+
+    monkeypatch.setattr(model, "velocity", small_memory)
+    assert torch.equal(rollout(model, 4), wanted)
+    assert sizes[:3] == [3, 2, 1] and set(sizes[3:]) == {1}
 
 
 def test_prompts_matter(model):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crd_fast.config import LossConfig
+from crd_fast.errors import UserError
 from crd_fast.rollout import seed_table, seeded_noise
 from crd_fast.trainer import draw_timesteps
 from crd_fast.update import Pairs, Updater
@@ -130,6 +131,31 @@ def test_micro_batch_does_not_matter_for_any_loss(setting, temperature, centerin
     _, whole = gradients(setting, 100, **settings)
     _, split = gradients(setting, 5, **settings)
     torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-10)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, monkeypatch, caplog):
+    wanted_metrics, wanted = gradients(setting, 4)
+    model = setting[0]
+    velocity = model.velocity
+
+    def small_memory(x, *arguments):
+        result = velocity(x, *arguments)
+        if len(x) > 4 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return result
+
+    monkeypatch.setattr(model, "velocity", small_memory)
+    metrics, gradient = gradients(setting, 16)
+    assert metrics == wanted_metrics and torch.equal(gradient, wanted)
+    assert "micro-batch 16, going on with 8" in caplog.text
+
+    monkeypatch.setattr(model, "velocity", raise_out_of_memory)
+    with pytest.raises(UserError, match="out of memory at micro-batch 1: CUDA out of memory"):
+        gradients(setting, 2)
+
+
+def raise_out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
 
 def test_forwards_per_pair(setting):
