@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,20 +18,21 @@ from crd_fast.rollout import generate, seed_table
 from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
 
 
-def load_source(source: str):
+def load_source(source: str, prompts: Iterable[str] = ()):
     """The model with the policy's weights active, and the recipe that made it.
 
     source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
+    prompts: those that will be needed and were not in the run.
     """
     if source == "builtin":
         recipe = load_recipe("builtin")
-        return load_model(recipe), recipe
+        return load_model(recipe, prompts), recipe
     if not Path(source).exists():
         raise UserError(f"{source}: no such folder (expected a run, a checkpoint, or builtin)")
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
     recipe = build_recipe(state["recipe"], source=str(folder))
-    model = load_model(recipe)
+    model = load_model(recipe, prompts)
     check_same_model(state, model, folder)
     checkpoint.load(folder, make_weights(model, recipe))
     return model, recipe
@@ -71,7 +72,7 @@ def sample_grid(
     seed: int = 0,
 ) -> None:
     """Writes a PNG: a row of `samples` pictures for each prompt."""
-    model, recipe = load_source(source)
+    model, recipe = load_source(source, prompts)
     config = recipe.evaluate
     latents = generate(
         model,

@@ -40,6 +40,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
 
     for library in (diffusers, transformers):  # bars of their own would run through ours
         library.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
     folder, model_class = _find(recipe.model.path)
     checks.check_files(folder)
     model = model_class(folder, recipe)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from crd_fast.errors import UserError
 
 IDENTITY = "encoder.json"
-PIECES, PIECE_BYTES = 16, 1 << 16
+PIECES, PIECE_BYTES = 16, 1 << 16  # read of a large file
 
 
 class PromptCache:
@@ -63,7 +63,9 @@ def open_cache(setting: str, identity: dict[str, str | int]) -> PromptCache:
         folder.mkdir(parents=True, exist_ok=True)
         found = _read_identity(folder)
         if found is None:
-            (folder / IDENTITY).write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            partial = folder / f".{IDENTITY}.{os.getpid()}"  # other processes may be doing the same
+            partial.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            os.replace(partial, folder / IDENTITY)
             found = identity
     except OSError as error:
         raise UserError(f"model.prompt_cache: {folder} cannot be used: {error.strerror}") from None
@@ -81,7 +83,7 @@ def _read_identity(folder: Path) -> dict | None:
     try:
         identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(
                 f"model.prompt_cache: {folder} holds something else (no {IDENTITY} in it)"
             ) from None

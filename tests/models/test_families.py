@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
 
 from crd_fast.models import load_model
 from crd_fast.runlog import read_metrics
@@ -48,6 +49,33 @@ def test_sana_is_its_own_solver_at_order_one(tiny, recipe):
     torch.testing.assert_close(model.sigmas(STEPS, RESOLUTION), pipe.scheduler.sigmas, rtol=1e-3, atol=0)
     _, latents = by_rollout(model)
     assert (latents - expected).norm() / expected.norm() < 0.03
+
+
+def test_a_hub_id_is_downloaded_and_takes_the_same_way(tiny, recipe, monkeypatch):
+    config = DiffusionPipeline.load_config(tiny("z-image"))
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda path: {"org/name": config}[path])
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda path: {"org/name": tiny("z-image")}[path])
+    assert load_model(recipe("org/name")).name == "Z-Image"
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tiny, recipe, tmp_path):
+    def trained(run):
+        return load_file(run / "checkpoints" / "iteration-000002" / "training.safetensors")
+
+    whole = recipe(tiny("sd3"), "model.quantization=nf4", "train.precision=bf16", "model.text_length=8")
+    half = recipe(
+        tiny("sd3"),
+        "model.quantization=nf4",
+        "train.precision=bf16",
+        "model.text_length=8",
+        "train.iterations=1",
+    )
+    Trainer(whole, tmp_path / "whole").run()
+    Trainer(half, tmp_path / "resumed").run()
+    Trainer(whole, tmp_path / "resumed", resume=True).run()
+    expected, found = trained(tmp_path / "whole"), trained(tmp_path / "resumed")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("family", ALL)

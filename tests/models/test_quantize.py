@@ -108,6 +108,7 @@ def test_training(tiny, recipe, tmp_path, kind):
         f"model.quantization={kind}",
         "train.precision=bf16",
         "train.micro_batch=1",
+        "train.steps_per_iteration=1",
         "model.text_length=8",
     )
     trainer = Trainer(settings, tmp_path / "run")
@@ -118,6 +119,8 @@ def test_training(tiny, recipe, tmp_path, kind):
     assert len(records) == 2
     assert all(math.isfinite(value) for record in records for value in record.values())
     assert all(record["grad_norm"] > 0 for record in records)
+    assert records[0]["implicit_reward_abs"] == 0  # policy and old are equal, to the bit
+    assert records[1]["implicit_reward_abs"] > 0
 
 
 def test_layers_by_name(tiny, recipe):
