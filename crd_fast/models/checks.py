@@ -39,16 +39,21 @@ def check_files(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if indexes and not (folder / "diffusion_pytorch_model.safetensors").exists():
-        shards = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / shard for shard in sorted(set(shards))]
-    if not files:
-        raise UserError(f"model.path: {folder}: expected weights in .safetensors files, found none")
-    for file in files:
+    for file in _weights(folder):
         _must_exist(file)
         _check_length(file)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that diffusers or transformers will load: one, or the shards that an index names."""
+    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise UserError(f"model.path: {folder}: expected weights in .safetensors files, found none")
 
 
 def _must_exist(file: Path) -> None:
