@@ -1,8 +1,9 @@
-"""The command line: crd-fast train, eval, sample, score, report, doctor."""
+"""The command line: crd-fast train, plan, eval, sample, score, report, doctor."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,10 @@ def train(
         int | None, typer.Option(min=1, help="Same as --set train.iterations=N.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Same as --set train.seed=S.")] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose micro-batches that fit this much, like 24GB, by the plan."),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
     ] = False,
@@ -76,6 +81,7 @@ def train(
         if (
             recipe is not None
             or output is not None
+            or gpu_memory is not None
             or any(not o.startswith("train.iterations=") for o in overrides)
         ):
             raise UserError(
@@ -90,6 +96,11 @@ def train(
         loaded = load_recipe(recipe or "builtin", overrides)
         name = Path(recipe or "builtin").stem
         output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    if gpu_memory is not None:
+        from crd_fast.plan_fit import for_training, parse_memory
+
+        with console.status("planning"):
+            loaded = for_training(loaded, parse_memory(gpu_memory))
     if print_config:
         print(loaded.to_yaml(), end="")
         return
@@ -99,10 +110,12 @@ def train(
 def _run_training(recipe, output: Path, resume: bool) -> None:
     from crd_fast.runlog import refuse_existing
 
-    if not resume:
+    main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
+    console.quiet = not main
+    if main and not resume:
         refuse_existing(output)
     with console.status("loading torch, the model and the prompts"):
-        from crd_fast.progress import Bars, before_and_after
+        from crd_fast.progress import Bars, Quiet, before_and_after
         from crd_fast.report import write_report
         from crd_fast.runlog import read_metrics
         from crd_fast.trainer import Trainer
@@ -112,17 +125,76 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
     if trainer.iteration:
         console.print(f"resuming after iteration {trainer.iteration}", highlight=False)
     with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
-        trainer.progress = bars
+        trainer.progress = bars if main else Quiet()
         finished = trainer.run()
-    table = before_and_after(read_metrics(output))
-    if table is not None:
-        console.print(table)
-    console.print(f"report: {escape(str(write_report(output)))}", highlight=False)
+    if main:
+        table = before_and_after(read_metrics(output))
+        if table is not None:
+            console.print(table)
+        console.print(f"report: {escape(str(write_report(output)))}", highlight=False)
     if not finished:
         console.print(
             f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}"
         )
         raise typer.Exit(130)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or the name of one that ships.", metavar="[RECIPE]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="A card's memory, like 24GB: which settings fit it.")
+    ] = None,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the plan as JSON as well. Never overwritten."),
+    ] = None,
+) -> None:
+    """Say what a recipe will take on a GPU before anything is downloaded or loaded.
+
+    Peak memory of each phase by part, forwards and FLOPs of an iteration; with `--gpu`, the largest
+    micro-batches that fit and, where 1 does not, the cheapest settings that make it fit. The code that trains
+    runs on tensors without content; kernels' own temporaries are not in it.
+
+    `model.path` may be a folder with a pipeline's configs, builtin, or one of the models whose configs ship:
+    sd3.5-medium, sd3.5-large, flux.1-dev, flux.2-klein-4b, qwen-image, z-image, sana-1.6b, or their hub ids.
+
+    - `crd-fast plan --set model.path=sd3.5-medium --set model.quantization=nf4 --gpu 8GB`
+    """
+    import json
+
+    from crd_fast.config import load_recipe
+
+    if json_ is not None and json_.exists():
+        raise UserError(f"--json {json_}: already exists; choose another name")
+    loaded = load_recipe(recipe or "builtin", set_ or [])
+    with console.status("planning"):
+        from crd_fast import plan_fit
+
+        if gpu is None:
+            found, lines = plan_fit.Planner(loaded).plan(), []
+        else:
+            fits = list(plan_fit.fit(loaded, plan_fit.parse_memory(gpu)))
+            found, lines = fits[-1].plan, [plan_fit.verdict(fit) for fit in fits]
+    console.print(plan_fit.table(found, escape(loaded.model.path)))
+    for line in [*plan_fit.summary(found).splitlines(), *lines]:
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    if json_ is not None:
+        result = {"model": loaded.model.path, **found.to_json()}
+        if gpu is not None:
+            result |= {"gpu_bytes": fits[-1].memory, "needed_bytes": fits[-1].needed, "verdicts": lines}
+            result["overrides"] = fits[-1].overrides
+        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if gpu is not None and fits[-1].missing:
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")

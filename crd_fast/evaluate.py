@@ -11,8 +11,9 @@ from PIL import Image
 
 from crd_fast.config import Recipe
 from crd_fast.prompts import PromptSource
+from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
-from crd_fast.rollout import generate, seed_table
+from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.watch import judge_metrics
 
 EVALUATION_SEED = 20_260_314
@@ -28,9 +29,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 class Evaluation:
     """The held-out prompts of a recipe, encoded once."""
 
-    def __init__(self, model, recipe: Recipe, rewards: Rewards, micro_batch: int):
+    def __init__(self, model, recipe: Recipe, rewards: Rewards, micro_batch: MicroBatch, ranks: Ranks):
         config = recipe.evaluate
-        self.model, self.recipe, self.rewards, self.micro_batch = model, recipe, rewards, micro_batch
+        self.model, self.recipe, self.rewards = model, recipe, rewards
+        self.micro_batch, self.ranks = micro_batch, ranks
         entries = PromptSource(config.prompts).all(config.max_prompts)
         self.judges = Rewards(recipe.eval_rewards)
         for judge in (rewards, self.judges):
@@ -45,13 +47,17 @@ class Evaluation:
         return len(self.metadata)
 
     def run(self, advance=lambda count: None) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights."""
+        """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights.
+
+        Each rank makes its part of the images; the main process scores them and alone returns metrics.
+        """
         config = self.recipe.evaluate
+        own = torch.arange(len(self)).tensor_split(self.ranks.count)[self.ranks.rank]
         latents = generate(
             self.model,
             self.embeddings,
-            self.prompt_index,
-            self.seeds,
+            self.prompt_index[own],
+            self.seeds[own],
             resolution=self.recipe.rollout.resolution,
             steps=config.steps,
             guidance_scale=config.guidance_scale,
@@ -62,6 +68,9 @@ class Evaluation:
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])
+        images = self.ranks.gather(images)
+        if not self.ranks.main:
+            return {}, images
         values = self.rewards.score(images, self.metadata)
         metrics = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}

@@ -13,6 +13,7 @@ from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, tile, to_uint8
 from crd_fast.models import load_model
+from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.rollout import generate, seed_table
 from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
@@ -55,7 +56,7 @@ def evaluate_checkpoint(
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
     evaluation = Evaluation(
-        model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch)
+        model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch), Ranks()
     )
     metrics, _ = evaluation.run()
     return metrics

@@ -24,6 +24,7 @@ from crd_fast.evaluate import Evaluation, to_uint8
 from crd_fast.models import load_model, lora_targets
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
+from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.rollout import MicroBatch, generate, seed_table
@@ -42,10 +43,13 @@ class Trainer:
     def __init__(self, recipe: Recipe, output: Path, resume: bool = False, progress=None):
         self.recipe, self.output = recipe, output
         self.progress = progress or Quiet()
+        self.ranks = Ranks()
+        check_ranks(recipe, self.ranks.count)
         self.rewards = Rewards(recipe.rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
-        self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
+        with self.ranks.main_first():  # it fills the cache of encoded prompts
+            self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
         self.weights = make_weights(self.model, recipe)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
         self.updater = Updater(
@@ -57,7 +61,7 @@ class Trainer:
             micro_batch=resolve_micro_batch(recipe.train.micro_batch),
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
-        self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch)
+        self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
@@ -66,12 +70,13 @@ class Trainer:
             check_same_model(checkpoint.read_state(saved[-1]), self.model, saved[-1])
             state = checkpoint.load(saved[-1], self.weights, self.optimizer)
             self.iteration, self.step = state["iteration"], state["step"]
-        # a run that was stopped before its first checkpoint starts over, in the same folder
-        self.log = RunLog(output, recipe, after=(self.iteration if saved else -1) if resume else None)
-        rollout = recipe.rollout
-        self.watch = Watch(
-            output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
-        )
+        if self.ranks.main:
+            # a run that was stopped before its first checkpoint starts over, in the same folder
+            self.log = RunLog(output, recipe, after=(self.iteration if saved else -1) if resume else None)
+            rollout = recipe.rollout
+            self.watch = Watch(
+                output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
+            )
 
     def run(self) -> bool:
         """Trains to the recipe's last iteration. False if Ctrl-C ended it earlier."""
@@ -81,16 +86,19 @@ class Trainer:
     def _run(self, stop_requested) -> bool:
         if self.iteration == 0 and self.recipe.evaluate.every:
             self._log_evaluation({"iteration": 0, "step": 0})
-        while self.iteration < self.recipe.train.iterations and not stop_requested():
+        stopped = False
+        while self.iteration < self.recipe.train.iterations and not stopped:
             record = self._iterate()
             if self._due(self.recipe.evaluate.every):
                 self._log_evaluation(record)
             else:
                 self._log(record)
-            if self._due(self.recipe.checkpoint.every) or stop_requested():
+            stopped = self.ranks.any(stop_requested())
+            if self._due(self.recipe.checkpoint.every) or stopped:
                 self.save()
             self.progress.iteration_done(record)
-        self.log.close()
+        if self.ranks.main:
+            self.log.close()
         return self.iteration >= self.recipe.train.iterations
 
     def _due(self, every: int) -> bool:
@@ -99,14 +107,18 @@ class Trainer:
     def _iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
+        shares = np.array_split(
+            np.arange(self.recipe.rollout.prompts_per_iteration), self.recipe.train.steps_per_iteration
+        )
+        own = own_prompts(shares, self.ranks.rank, self.ranks.count)
         with self._reward_failures(), self.rewards.start() as scoring:
-            metadata, embeddings, latents_N = self._rollout(scoring)
+            embeddings, latents_N = self._rollout(own, scoring)
             clock.append(time.perf_counter())
-            scores_PK = self._scores(scoring, len(metadata))
+            scores_PK = self._scores(shares, scoring)
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
         advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
-        updates = self._update(latents_N, advantage_PK, embeddings)
+        updates = self._update(shares, own, latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             self.weights.blend(name, decay)
@@ -125,21 +137,23 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _rollout(self, scoring: Scoring) -> tuple[list[dict], dict[str, torch.Tensor], torch.Tensor]:
-        """K samples of each of P prompts by the sampler: metadata (P), embeddings (P), latents (P * K).
+    def _rollout(self, own: np.ndarray, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """K samples of each of this rank's prompts by the sampler: embeddings (P), latents (P * K).
 
-        The samples of a prompt go to `scoring` as soon as all are there.
+        own: which of the iteration's prompts. A prompt's samples go to `scoring` as soon as all are there.
         """
         config = self.recipe.rollout
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
-        metadata = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
+        drawn = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
+        metadata = [drawn[prompt] for prompt in own]
+        seeds = self._seeds(ROLLOUT, count * samples).view(count, samples)[torch.from_numpy(own)]
         embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
-        with self.weights.use("sampler"), self.progress.phase("rollout", count * samples) as advance:
+        with self.weights.use("sampler"), self.progress.phase("rollout", seeds.numel()) as advance:
             latents_N = generate(
                 self.model,
                 embeddings,
-                torch.arange(count).repeat_interleave(samples),
-                self._seeds(ROLLOUT, count * samples),
+                torch.arange(len(own)).repeat_interleave(samples),
+                seeds.flatten(),
                 resolution=config.resolution,
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
@@ -151,26 +165,31 @@ class Trainer:
                     scoring, lambda latents: to_uint8(self.model.decode(latents)), metadata, samples
                 ),
             )
-        return metadata, embeddings, latents_N
+        return embeddings, latents_N
 
-    def _scores(self, scoring: Scoring, prompts: int) -> dict[str, np.ndarray]:
-        """Each reward's values, (P, K): what is left of the scoring once the rollout has ended."""
-        samples = self.recipe.rollout.samples_per_prompt
-        with self.progress.phase("rewards", prompts * samples) as advance:
+    def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
+        """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
+        config = self.recipe.rollout
+        shape = config.prompts_per_iteration, config.samples_per_prompt
+        with self.progress.phase("rewards", math.prod(shape) // self.ranks.count) as advance:
             scores = scoring.results()
-            advance(prompts * samples)
-        return {name: values.reshape(prompts, samples) for name, values in scores.items()}
+            advance(math.prod(shape) // self.ranks.count)
+        order = np.concatenate([own_prompts(shares, r, self.ranks.count) for r in range(self.ranks.count)])
+        return {
+            name: self.ranks.gather(values).reshape(shape)[np.argsort(order)]
+            for name, values in scores.items()
+        }
 
-    def _update(self, latents_N, advantage_PK, embeddings) -> dict[str, float]:
+    def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
-        config = self.recipe.train
-        shares = np.array_split(np.arange(len(advantage_PK)), config.steps_per_iteration)
-        pairs_by_step = [self._pairs(prompts, advantage_PK) for prompts in shares]
+        pairs_by_step = [self._pairs(prompts, own, advantage_PK) for prompts in shares]
         collected = []
         with self.progress.phase("update", sum(map(len, pairs_by_step))) as advance:
             for pairs in pairs_by_step:
                 metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty, advance)
-                norm = torch.nn.utils.clip_grad_norm_(self.weights.trained(), config.max_grad_norm)
+                metrics = self.ranks.mean(metrics)
+                self.ranks.average_gradients(self.weights.trained())
+                norm = torch.nn.utils.clip_grad_norm_(self.weights.trained(), self.recipe.train.max_grad_norm)
                 metrics["grad_norm"] = float(norm)
                 self._check_finite(metrics)
                 self.optimizer.step()
@@ -179,8 +198,12 @@ class Trainer:
                 collected.append(metrics)
         return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
 
-    def _pairs(self, prompts: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
-        """All (sample, timestep) pairs of some prompts; a group is a prompt at a timestep."""
+    def _pairs(self, prompts: np.ndarray, own: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
+        """The (sample, timestep) pairs of those prompts that are this rank's own.
+
+        A group is a prompt at a timestep. What is random is drawn for all ranks' pairs, so that it does not
+        depend on their number.
+        """
         samples = advantage_PK.shape[1]
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
         candidates = self.recipe.training_steps()
@@ -196,42 +219,50 @@ class Trainer:
         timestep = torch.tensor(chosen).repeat_interleave(samples)
         fraction = self.recipe.loss.anchor_fraction
         anchored = self._generator(ANCHOR, int(prompts[0])).random(len(sample)) < fraction
-        return Pairs(
-            sample=sample,
-            prompt=prompt,
+        row = torch.full((len(advantage_PK),), -1)  # of a prompt among the own
+        row[torch.from_numpy(own)] = torch.arange(len(own))
+        pairs = Pairs(
+            sample=row[prompt] * samples + sample % samples,
+            prompt=row[prompt],
             sigma=sigmas[timestep],
             seed=seeds[sample * self.recipe.rollout.steps + timestep],
             group=group,
             advantage=torch.from_numpy(advantage_PK).float().flatten()[sample],
             anchor=torch.from_numpy(anchored).float() / fraction,
         )
+        return pairs[row[prompt] >= 0]
 
     def _log_evaluation(self, record: dict) -> None:
         started = time.perf_counter()
         with self.progress.phase("evaluation", len(self.evaluation)) as advance:
             metrics, images = self.evaluation.run(advance)
+        if not self.ranks.main:
+            return
         record |= metrics | {"seconds_eval": time.perf_counter() - started}
         grid = self.evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
         self._log(record, grid)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
-        self.log.write(record, grid)
-        self.watch.see(record)
+        if self.ranks.main:
+            self.log.write(record, grid)
+            self.watch.see(record)
 
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
-        checkpoint.save(
-            self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
-            self.weights,
-            self.optimizer,
-            {
-                "iteration": self.iteration,
-                "step": self.step,
-                "model": describe(self.model),
-                "recipe": self.recipe.model_dump(),
-            },
-            keep=self.recipe.checkpoint.keep,
-        )
+        if self.ranks.main:
+            checkpoint.save(
+                self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
+                self.weights,
+                self.optimizer,
+                {
+                    "iteration": self.iteration,
+                    "step": self.step,
+                    "model": describe(self.model),
+                    "recipe": self.recipe.model_dump(),
+                },
+                keep=self.recipe.checkpoint.keep,
+            )
+        self.ranks.wait()
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -284,6 +315,23 @@ def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
     Systematic sampling: with `offset` uniform in [0, 1) every index is drawn with the same probability.
     """
     return [int((i + offset) * candidates / count) for i in range(count)]
+
+
+def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
+    """A rank's prompts: every optimizer step's share is dealt out in turn."""
+    return np.concatenate([share[rank::ranks] for share in shares])
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raises UserError where the prompts cannot be dealt out evenly."""
+    count, steps = recipe.rollout.prompts_per_iteration, recipe.train.steps_per_iteration
+    if ranks > 1 and count % (ranks * steps):
+        raise UserError(
+            f"rollout.prompts_per_iteration: expected a multiple of {ranks * steps} for {ranks} processes "
+            f"and {steps} optimizer steps, got {count}"
+        )
+    if ranks > 1 and recipe.loss.centering == "batch":
+        raise UserError("loss.centering: expected prompt for several processes, got batch")
 
 
 def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:

@@ -1,0 +1,66 @@
+"""Two processes train as one does at the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crd_fast.config import load_recipe
+from crd_fast.errors import UserError
+from crd_fast.trainer import check_ranks, own_prompts
+
+SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(inside, small, tmp_path):
+    code, _, errors = inside("train", small, *SETTINGS, "--output", tmp_path / "one")
+    assert code == 0, errors
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"]
+    train = ["-m", "crd_fast", "train", small, *SETTINGS, "--output", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*map(str, launch + train)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("report:") == 1
+
+    pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
+    assert [one["iteration"] for one, _ in pairs] == [0, 1, 2]
+    for one, two in pairs:
+        assert one.keys() == two.keys()
+        for name in one:
+            if not name.startswith("seconds") and name != "peak_rss_bytes":
+                assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-7), name
+
+    weights = [
+        load_file(next((tmp_path / name / "checkpoints").glob("*002/training.safetensors")))
+        for name in ("one", "two")
+    ]
+    names = [name for name in weights[0] if name.startswith("weights/policy") and "lora_B" in name]
+    one, two = (torch.cat([tensors[name].flatten() for name in names]) for tensors in weights)
+    assert one.norm() > 0  # lora_B starts at zero
+    assert (two - one).norm() < 1e-3 * one.norm()
+
+
+def test_every_prompt_has_one_owner():
+    shares = np.array_split(np.arange(8), 2)
+    owners = [own_prompts(shares, rank, 2).tolist() for rank in range(2)]
+    assert owners == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert own_prompts(shares, 0, 1).tolist() == list(range(8))
+
+
+def test_prompts_that_cannot_be_dealt_out_are_refused():
+    recipe = load_recipe("builtin", ["rollout.prompts_per_iteration=6", "train.steps_per_iteration=2"])
+    check_ranks(recipe, 1)
+    with pytest.raises(UserError, match=r"rollout.prompts_per_iteration: expected a multiple of 4 .* got 6"):
+        check_ranks(recipe, 2)
