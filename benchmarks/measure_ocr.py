@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],  # of the machine, other work included
         "words": len(words),
         "word": measure(OCR(mode="word"), words, wanted),
     }

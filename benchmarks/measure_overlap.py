@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -62,6 +63,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],  # of the machine, other work included
         "images": PROMPTS * SAMPLES,
         "micro_batch": arguments.micro_batch,
         "seconds_rollout_alone": alone,
