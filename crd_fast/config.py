@@ -33,6 +33,7 @@ class ModelConfig(Section):
     quantization: Literal["none", "int8", "nf4"] = "none"  # of the frozen layers under the adapters
     text_length: Literal["default"] | int = "default"  # tokens a prompt is padded or cut to
     guidance_embedding: float = Field(3.5, ge=0)  # where guidance was distilled into the model (FLUX.1-dev)
+    attention: str = "default"  # diffusers' backend: native, flash, sage, ...; default: what the model has
     prompt_cache: str = "default"  # folder of encoded prompts; default: one for each text encoder in ~/.cache
 
     @model_validator(mode="after")
@@ -134,6 +135,7 @@ class TrainConfig(Section):
     timestep_range: float = Field(0.99, gt=0, le=1)
     micro_batch: Literal["auto"] | int = "auto"
     checkpointing: bool = True
+    compile: bool = False  # torch.compile of the blocks that repeat
     optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
     learning_rate: float = Field(3.0e-4, gt=0)
     weight_decay: float = Field(1.0e-4, ge=0)

@@ -21,7 +21,7 @@ from crd_fast.advantage import advantages, combine
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
-from crd_fast.models import load_model, lora_targets
+from crd_fast.models import compile_blocks, load_model, lora_targets
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.ranks import Ranks
@@ -51,6 +51,8 @@ class Trainer:
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
         self.weights = make_weights(self.model, recipe)
+        if recipe.train.compile:
+            compile_blocks(self.model.transformer)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
         self.updater = Updater(
             self.model,

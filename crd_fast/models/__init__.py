@@ -48,7 +48,37 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
         check_targets(model.transformer, lora_targets(model, recipe))
     model.encode([*prompts, ""])
     model.load(recipe.train.checkpointing)
+    choose_attention(model.transformer, recipe.model.attention)
     return model
+
+
+def choose_attention(network: torch.nn.Module, backend: str) -> None:
+    """Sets diffusers' attention backend. Raises UserError where it cannot be used."""
+    if backend == "default":
+        return
+    processors = [getattr(module, "processor", None) for module in network.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise UserError(
+            f"model.attention: expected default for {type(network).__name__}, which has one, got {backend}"
+        )
+    try:
+        network.set_attention_backend(backend)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"model.attention: {backend}: {str(error).strip().splitlines()[0]}") from None
+
+
+def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
+    """torch.compile of the blocks that repeat, with room for every set of weights at every batch size.
+
+    The compiled forwards with and without gradient are different code: equal policy and snapshot then predict
+    equally to rounding, not to the bit.
+    """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    for blocks in network.children():
+        if isinstance(blocks, torch.nn.ModuleList):
+            for block in blocks:
+                block.compile(dynamic=False, backend=backend)
 
 
 def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
@@ -68,6 +98,7 @@ def _load_builtin(recipe: Recipe) -> FlowModel:
     model.transformer.to("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
+    choose_attention(model.transformer, recipe.model.attention)
     return model
 
 
