@@ -59,7 +59,7 @@ def bandwidth():
 def timed(benchmark, bandwidth, device):
     """timed(phase, run, nbytes, setup=None): runs the benchmark, records bytes and share of the bandwidth."""
 
-    def measure(phase, run, nbytes, setup=None, rounds=10):
+    def measure(phase, run, nbytes, setup=None, rounds=30):
         import nvtx
 
         def once(*args):
