@@ -175,13 +175,21 @@ class PipelineModel(FlowModel):
         pipe = self.pipeline.from_pretrained(
             self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
         )
-        for name, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module) and name != "transformer":
-                module.to(self.device)
+        encoders = [
+            module
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module) and name != "transformer"
+        ]
+        device, size = self._device, sum(p.nbytes for encoder in encoders for p in encoder.parameters())
+        if device.type == "cuda" and not encodes_on_gpu(size, torch.cuda.mem_get_info()[0]):
+            self._device = torch.device("cpu")  # slow, but only once
+        for encoder in encoders:
+            encoder.to(self.device)
         for prompt in missing:  # one at a time: how a prompt comes out must not depend on its neighbours
             embeddings = self._encode(pipe, prompt)
             self._cache.put(prompt, {key: value.cpu().contiguous() for key, value in embeddings.items()})
-        del pipe
+        self._device = device
+        del pipe, encoders, encoder
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -243,6 +251,11 @@ class PipelineModel(FlowModel):
                 f"{self.folder / 'scheduler'}: expected FlowMatchEulerDiscreteScheduler, got {found}"
             )
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+
+
+def encodes_on_gpu(weights: int, free: int) -> bool:
+    """Whether text encoders of so many bytes work there, with a fifth more for what they compute."""
+    return weights + weights // 5 <= free
 
 
 # The attention projections of a block with an image and a text stream.

@@ -1,0 +1,360 @@
+"""What a recipe takes, before anything is loaded: peak bytes by phase and part, forwards, FLOPs.
+
+The code that trains runs on fake tensors, so that the plan cannot drift from it: `generate`, `decode`,
+`Updater.accumulate`, the optimizer. Of what repeats itself one round is run: of the rollout's steps one
+forward, of a group's micro-batches two, which is enough because each further one only adds what it holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from crd_fast.config import Recipe
+from crd_fast.memory import GEMM_4BIT, LiveBytes, Peak
+from crd_fast.plan_model import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
+from crd_fast.rollout import generate
+from crd_fast.trainer import make_weights, resolve_micro_batch
+from crd_fast.update import Pairs, Updater
+
+PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")
+PARTS = (
+    "base weights",
+    "adapters",
+    "snapshots",
+    "optimizer",
+    "gradients",
+    "text encoders",
+    "VAE",
+    "latents",  # with the prompts of a micro-batch and the predictions of the frozen branches
+    "activations",  # what the policy's forward with gradient leaves
+    "workspace",  # the rest: forwards without gradient, recomputed blocks, the backward pass
+)
+
+
+@dataclass
+class Plan:
+    """Peaks on the GPU by phase; what one iteration computes."""
+
+    phases: dict[str, Peak]
+    micro_batch: int  # of the update
+    rollout_micro_batch: int
+    parameters: int  # of the network, without adapters
+    trained: int
+    forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
+    flops: dict[str, float] = field(default_factory=dict)  # of one iteration: rollout, update
+
+    @property
+    def peak(self) -> int:
+        return max(peak.bytes for peak in self.phases.values())
+
+    @property
+    def worst(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: self.phases[name].bytes)
+
+    def to_json(self) -> dict:
+        return {
+            "peak_bytes": self.peak,
+            "peak_phase": self.worst,
+            "phases": {name: {"bytes": p.bytes, "parts": p.parts} for name, p in self.phases.items()},
+            "micro_batch": self.micro_batch,
+            "rollout_micro_batch": self.rollout_micro_batch,
+            "parameters": self.parameters,
+            "trained_parameters": self.trained,
+            "forwards_per_sample_and_timestep": self.forwards,
+            "flops_per_iteration": self.flops,
+        }
+
+
+class Planner:
+    """The recipe's model on fake tensors, to be planned at several micro-batches.
+
+    Raises UserError for what `load_model` would refuse, and for a model whose configs are not here.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.live, self.flops = LiveBytes(), Flops()
+        self.model = fake_model(recipe, self.mode)
+        self.parameters = count_parameters(self.model.transformer)
+        self.live.move(tensors_of(self.model.transformer), "base weights")
+        with fakes(self.mode), self.live, self.live.in_part("snapshots"):
+            self.weights = make_weights(self.model, recipe)
+            self.trained = self.weights.trained()
+            if recipe.model.method == "lora":
+                self.live.move(self.trained, "adapters")
+            self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
+            self.live.move(self.optimizer, "optimizer")
+        self.embeddings = fake_embeddings(self.model, 2, self.mode)
+        self.empty = {key: value[:1] for key, value in self.embeddings.items()}
+        self.live.move(self.embeddings, "latents")
+        self.encoding = self._encode()
+        self.forwards: dict[tuple, tuple] = {}  # peak, FLOPs, shape and dtype of those without gradient
+
+    def plan(self, micro_batch: int | None = None, rollout_micro_batch: int | None = None) -> Plan:
+        """The plan at these micro-batches, by default the recipe's."""
+        recipe, rollout = self.recipe, self.recipe.rollout
+        samples = rollout.prompts_per_iteration * rollout.samples_per_prompt
+        result = Plan(
+            {},
+            micro_batch or resolve_micro_batch(recipe.train.micro_batch).size,
+            min(rollout_micro_batch or resolve_micro_batch(rollout.micro_batch).size, samples),
+            self.parameters,
+            sum(parameter.numel() for parameter in self.trained),
+        )
+        self.live.peaks.clear()
+        with Unknown(), self.flops, self.live, self.live.in_part("latents"):
+            self._rollout(result, samples)
+            self._update(result, samples)
+            self._step()
+            with self.live.in_phase("checkpoint"):
+                pass
+        peaks = self.live.peaks | ({"encode": self.encoding} if self.encoding else {})
+        result.phases = {name: peaks[name] for name in PHASES if name in peaks}
+        return result
+
+    def _latents(self, count: int) -> torch.Tensor:
+        with self.mode:
+            return torch.empty(count, *self.model.latent_shape(self.recipe.rollout.resolution))
+
+    def _rollout(self, result: Plan, samples: int) -> None:
+        """One micro-batch, two steps and the decoding of one sample, beside the latents of all."""
+        count, rollout = result.rollout_micro_batch, self.recipe.rollout
+        others = self._latents(samples - count)
+        flops = self.flops.total
+
+        def decode(latents: torch.Tensor) -> None:
+            before = self.flops.total
+            result.flops["rollout"] = (before - flops) / 2 / count * samples * rollout.steps
+            self._decode()
+            result.flops["decode"] = (self.flops.total - before) * samples
+
+        with self.live.in_phase("rollout"), watched(self) as watch, self.weights.use("sampler"):
+            generate(
+                self.model,
+                self.embeddings,
+                torch.zeros(count, dtype=torch.int64),
+                torch.zeros(count, dtype=torch.int64),
+                resolution=rollout.resolution,
+                steps=2,
+                guidance_scale=rollout.guidance_scale,
+                empty=self.empty,
+                micro_batch=count,
+                precision=self.recipe.train.precision,
+                finished=decode,
+            )
+        result.forwards["rollout"] = watch.samples["sampler"] / 2 / count
+        del others
+
+    def _decode(self) -> None:
+        vae = getattr(getattr(self.model, "pipe", None), "vae", torch.nn.Module())
+        with self.live.in_phase("decode"), fakes(self.mode), self.live.in_part("workspace"):
+            self.live.move(tensors_of(vae), "VAE")
+            self.model.decode(self._latents(1))
+            self.live.release(tensors_of(vae))
+
+    def _update(self, result: Plan, samples: int) -> None:
+        """A unit of whole groups if it fits, or two micro-batches of a group and what the others hold."""
+        recipe, micro_batch = self.recipe, result.micro_batch
+        group, prompts = recipe.rollout.samples_per_prompt, recipe.rollout.prompts_per_iteration
+        timesteps = recipe.train.timesteps
+        timesteps = len(recipe.training_steps()) if timesteps == "all" else timesteps
+        of_step = math.ceil(prompts / recipe.train.steps_per_iteration) * timesteps * group
+        unit = group
+        if recipe.loss.centering == "batch":
+            unit = of_step
+        elif micro_batch >= group:
+            unit = min(micro_batch // group * group, of_step)
+        split = unit > micro_batch
+        count = 2 * micro_batch if split else unit
+        updater = Updater(
+            self.model,
+            self.weights,
+            recipe.loss,
+            advantage_clip=recipe.advantage.clip,
+            precision=recipe.train.precision,
+            micro_batch=micro_batch,
+        )
+        zeros = torch.zeros(count, dtype=torch.int64)
+        pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)
+        latents = self._latents(samples)
+        with self.mode, self.live.in_part("gradients"):
+            for parameter in self.trained:  # those of earlier micro-batches
+                parameter.grad = torch.zeros_like(parameter)
+        flops, before = self.flops.total, self.live.live["latents"]
+        with self.live.in_phase("measure"), watched(self) as watch:
+            updater.accumulate(pairs, latents, self.embeddings, self.empty)
+        if split:
+            more = round((unit - count) / count * (watch.held - before))
+            for name in ("measure", "update"):
+                peak = self.live.peaks[name]
+                parts = peak.parts | {"latents": peak.parts["latents"] + more}
+                self.live.peaks[name] = Peak(peak.bytes + more, parts)
+        fraction = {"reference": recipe.loss.anchor_fraction}
+        for name, of_all in watch.samples.items():
+            result.forwards[name] = of_all / count * fraction.get(name, 1.0)
+        result.flops["update"] = (self.flops.total - flops) / count * prompts * group * timesteps
+
+    def _step(self) -> None:
+        """The optimizer. On a GPU torch's AdamW takes all parameters at once, with roots of the moments."""
+        with self.live.in_phase("step"), self.live.in_part("workspace"), self.mode:
+            if self.recipe.train.optimizer == "adamw":
+                roots = [torch.empty_like(parameter) for parameter in self.trained]
+                del roots
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _encode(self) -> Peak | None:
+        """All text encoders at once, and one prompt through each, before anything else is loaded."""
+        if self.model.name == "builtin":  # its encoder stays on the host
+            return None
+        live = LiveBytes()
+        encoders = fake_encoders(self.model, self.mode)
+        live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
+        with Unknown(), live, live.in_phase("encode"), torch.no_grad():
+            for encoder, tokens in encoders.values():
+                encoder(input_ids=torch.ones(1, tokens, dtype=torch.int64), output_hidden_states=True)
+        return live.peaks["encode"]
+
+
+class Watch:
+    """Sees every forward of the model: which phase it is, of which part its tensors are.
+
+    A forward without gradient that was run before, with as many samples and the same layers, is not run
+    again: its peak and its FLOPs are remembered. Nor is a second one with gradient.
+    """
+
+    def __init__(self, planner: Planner):
+        self.planner, self.live = planner, planner.live
+        self.velocity, self.use = planner.model.velocity, planner.weights.use
+        self.active = "policy"
+        self.samples: Counter[str] = Counter()  # by set of weights
+        self.held = 0  # bytes of latents when all is measured
+        self._before_gradient: int | None = None  # FLOPs
+
+    @contextmanager
+    def use_of(self, name: str) -> Iterator[None]:
+        self.active = name
+        with self.use(name):
+            yield
+        self.active = "policy"
+
+    def velocity_of(self, x, sigma, embeddings):
+        gradient = torch.is_grad_enabled()
+        self.samples[self.active] += len(x)
+        if self.live.phase in ("measure", "update"):
+            self.live.phase = "update" if gradient else "measure"
+        run = self._with_gradient if gradient else self._without_gradient
+        return run(x, sigma, embeddings)
+
+    def _with_gradient(self, x, sigma, embeddings):
+        flops = self.planner.flops
+        if self._before_gradient is not None:
+            flops.total += flops.total - self._before_gradient
+            with self.planner.mode:
+                return torch.empty(x.shape).requires_grad_()
+        self.held, self._before_gradient = self.live.live["latents"], flops.total
+        with self.live.in_part("activations"):
+            result = self.velocity(x, sigma, embeddings)
+        self.live.part = "workspace"  # of the backward pass, which comes next
+        return result
+
+    def _without_gradient(self, x, sigma, embeddings):
+        planner, live, key = self.planner, self.live, (self.active == "reference", len(x))
+        if key in planner.forwards:
+            peak, flops, shape, dtype = planner.forwards[key]
+            live.note(peak)
+            planner.flops.total += flops
+            with planner.mode:
+                return torch.empty(shape, dtype=dtype)
+        before, flops, kept = live.total, planner.flops.total, live.peaks.get(live.phase, Peak())
+        live.peaks[live.phase] = Peak()
+        with live.in_part("workspace"):
+            result = self.velocity(x, sigma, embeddings)
+        live.move(result, "latents")
+        peak = live.peaks[live.phase]
+        live.peaks[live.phase] = max(kept, peak, key=lambda p: p.bytes)
+        # tables that the model made at its first forward stay, and are no part of the next one
+        stays = live.total - before - result.untyped_storage().nbytes()
+        of_it = peak.bytes - before - stays
+        planner.forwards[key] = of_it, planner.flops.total - flops, result.shape, result.dtype
+        return result
+
+
+@contextmanager
+def watched(planner: Planner) -> Iterator[Watch]:
+    """Within this context forwards go through a `Watch`."""
+    watch = Watch(planner)
+    planner.model.velocity, planner.weights.use = watch.velocity_of, watch.use_of
+    try:
+        yield watch
+    finally:
+        del planner.model.velocity, planner.weights.use
+
+
+class Flops(TorchDispatchMode):
+    """Counts floating point operations of matrix products, convolutions and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(t.shape for t in args[:3]))
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+        elif func.name() == GEMM_4BIT:
+            self.total += 2 * args[0].numel() * args[2][0]
+        return result
+
+
+def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Tensors as the optimizer keeps them. AdamW: two moments like the parameter.
+
+    bitsandbytes' 8-bit AdamW: two bytes an element and two float32 scales for 256 of them; in float32 for
+    tensors with less than 4096 elements.
+    """
+    state = []
+    for parameter in parameters:
+        count = parameter.numel()
+        if name == "adamw" or count < 4096:
+            dtype = parameter.dtype if name == "adamw" else torch.float32
+            state += [torch.empty(count, dtype=dtype) for _ in range(2)]
+        else:
+            state += [torch.empty(count, dtype=torch.uint8) for _ in range(2)]
+            state += [torch.empty(math.ceil(count / 256)) for _ in range(2)]
+    return state
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, and what bitsandbytes keeps beside 4-bit weights."""
+    tensors = [*module.parameters(), *module.buffers()]
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            tensors += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+            state = state.state2
+    return tensors
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    """Of the network, also where 4-bit weights are packed."""
+    packed = {
+        id(p): math.prod(p.quant_state.shape) for p in network.parameters() if hasattr(p, "quant_state")
+    }
+    return sum(packed.get(id(p), p.numel()) for p in network.parameters())

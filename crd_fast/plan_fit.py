@@ -1,0 +1,196 @@
+"""Which settings bring a recipe under a GPU's memory, cheapest first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from crd_fast.config import Recipe, build_recipe
+from crd_fast.errors import UserError
+from crd_fast.models.pipeline import encodes_on_gpu
+from crd_fast.plan import PARTS, Plan, Planner
+from crd_fast.trainer import AUTO_MICRO_BATCH
+
+GIB = 1 << 30
+# What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
+RESERVED = 3 * GIB // 4
+# By what they cost: seconds, rounding of the moments, rounding of the base, another method.
+SAVINGS = (
+    "train.checkpointing=true",
+    "train.optimizer=adamw8bit",
+    "model.quantization=int8",
+    "model.quantization=nf4",
+    "model.method=lora",
+)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `24GB` or `24GiB`: both are 24 * 2^30, as cards are sold. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UserError(f"GPU memory: expected a size like 24GB, got {text!r}")
+    return round(float(match[1]) * GIB)
+
+
+@dataclass
+class Fit:
+    """A recipe that was made to fit, or the nearest to it: overrides on top of it, and its plan."""
+
+    overrides: list[str]
+    plan: Plan
+    memory: int
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most on the GPU."""
+        phases = {name: peak.bytes for name, peak in self.plan.phases.items()}
+        if "encode" in phases and not self.encodes_on_gpu:
+            del phases["encode"]
+        return max(phases, key=phases.get)
+
+    @property
+    def encodes_on_gpu(self) -> bool:
+        """Text encoders that do not fit work on the host."""
+        encode = self.plan.phases.get("encode")
+        return encode is None or encodes_on_gpu(encode.parts["text encoders"], self.memory - RESERVED)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of GPU memory, with what the driver takes."""
+        return self.plan.phases[self.phase].bytes + RESERVED
+
+    @property
+    def missing(self) -> int:
+        return max(self.needed - self.memory, 0)
+
+
+def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iterator[Fit]:
+    """The recipe at the micro-batches that fit, and on from there with one saving after the other.
+
+    Ends with the first that fits, or with all savings. Micro-batches that the recipe names stay where they
+    do, and are 1 where they do not.
+    """
+    overrides: list[str] = []
+    for saving in ("", *savings):
+        if saving:
+            changed = _with(recipe, [*overrides, saving])
+            if changed is None or changed == _with(recipe, overrides):
+                continue
+            overrides = [*overrides, saving]
+        found = _largest(_with(recipe, overrides), memory)
+        found.overrides = overrides + found.overrides
+        yield found
+        if not found.missing:
+            return
+
+
+def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
+    """None if the overrides contradict the rest of the recipe."""
+    try:
+        return build_recipe(recipe.model_dump(), overrides)
+    except UserError:
+        return None
+
+
+def _largest(recipe: Recipe, memory: int) -> Fit:
+    """The largest micro-batches that fit, and if none does 1."""
+    planner = Planner(recipe)
+
+    def at(update: int, rollout: int) -> Fit:
+        return Fit([], planner.plan(update, rollout), memory)
+
+    named = recipe.train.micro_batch, recipe.rollout.micro_batch
+    if "auto" not in named:
+        found = at(*named)
+        if not found.missing:
+            return found
+    one, two = at(1, 1), at(2, 2)
+    if one.missing:
+        update = rollout = 1
+    else:
+        room = memory - RESERVED
+        update = _affine(one.plan, two.plan, ("measure", "update"), room)
+        rollout = _affine(one.plan, two.plan, ("rollout", "decode"), room)
+    group = recipe.rollout.samples_per_prompt
+    whole = max(AUTO_MICRO_BATCH // group * group, group)
+    update = min(update, whole) // group * group if update >= group else update
+    update = min(update, *(n for n in named[:1] if n != "auto"), whole)
+    rollout = min(rollout, *(n for n in named[1:] if n != "auto"), AUTO_MICRO_BATCH)
+    found = at(update, rollout)
+    while found.missing and (update > 1 or rollout > 1):  # the estimate was too high
+        if found.phase in ("rollout", "decode") and rollout > 1:
+            rollout = rollout * 4 // 5 if rollout > 4 else rollout - 1
+        else:
+            update = update - group if update > group else max(update * 4 // 5, 1)
+        found = at(update, rollout)
+    if update != named[0]:
+        found.overrides.append(f"train.micro_batch={update}")
+    if rollout != named[1]:
+        found.overrides.append(f"rollout.micro_batch={rollout}")
+    return found
+
+
+def _affine(one: Plan, two: Plan, phases: tuple[str, ...], room: int) -> int:
+    """The largest micro-batch by the straight line through the peaks at 1 and 2."""
+    sizes = []
+    for name in phases:
+        first, second = one.phases[name].bytes, two.phases[name].bytes
+        sizes.append(1 + (room - first) // max(second - first, 1))
+    return max(min(sizes), 1)
+
+
+def verdict(found: Fit) -> str:
+    """One line: whether it fits, in which phase it needs most, and with which settings."""
+    settings = " ".join(f"--set {override}" for override in found.overrides) or "as it is"
+    fits = f"{found.missing / GIB:.1f} GB too much" if found.missing else "fits"
+    note = "" if found.encodes_on_gpu else "; the text encoders do not fit and work on the host"
+    return f"{found.needed / GIB:.1f} GB in {found.phase}, {fits}: {settings}{note}"
+
+
+def for_training(recipe: Recipe, memory: int, progress: Callable[[str], None] = lambda text: None) -> Recipe:
+    """The recipe at the micro-batches that fit. Raises UserError, one line, where none does."""
+    tried = []
+    for found in fit(recipe, memory):
+        tried.append(found)
+        progress(" ".join(found.overrides) or "as it is")
+    first, last = tried[0], tried[-1]
+    if not first.missing:
+        return build_recipe(recipe.model_dump(), first.overrides)
+    settings = " ".join(f"--set {override}" for override in last.overrides)
+    outcome = "nearest" if last.missing else "it fits"
+    raise UserError(
+        f"--gpu-memory {memory / GIB:g}GB: the plan needs {first.needed / GIB:.1f} GB at micro-batch 1 "
+        f"(phase {first.phase}), {first.missing / GIB:.1f} GB too much; {outcome} with {settings}: "
+        f"{last.needed / GIB:.1f} GB"
+    )
+
+
+def table(plan: Plan, title: str) -> Table:
+    """Peaks in GB (2^30 bytes) by phase and part."""
+    parts = [part for part in PARTS if any(part in peak.parts for peak in plan.phases.values())]
+    result = Table(title=title)
+    result.add_column("GB")
+    for phase in plan.phases:
+        result.add_column(phase, justify="right")
+    for part in parts:
+        sizes = (peak.parts.get(part, 0) for peak in plan.phases.values())
+        result.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))
+    result.add_section()
+    result.add_row("peak", *(f"{peak.bytes / GIB:.2f}" for peak in plan.phases.values()), style="bold")
+    return result
+
+
+def summary(plan: Plan) -> str:
+    """Forwards and FLOPs, a line each."""
+    forwards = ", ".join(f"{name} {n:g}" for name, n in plan.forwards.items() if name != "rollout")
+    total = sum(n for name, n in plan.forwards.items() if name != "rollout")
+    flops = ", ".join(f"{name} {value / 1e15:.3g}" for name, value in plan.flops.items())
+    return (
+        f"parameters: {plan.parameters:,}, trained: {plan.trained:,}\n"
+        f"micro-batches: {plan.micro_batch} in the update, {plan.rollout_micro_batch} in the rollout\n"
+        f"forwards for each sample and timestep of the update: {total:g} ({forwards})\n"
+        f"PFLOP an iteration: {sum(plan.flops.values()) / 1e15:.3g} ({flops})"
+    )

@@ -1,0 +1,205 @@
+"""Models of fake tensors: the real classes, built from configs alone, with shapes and dtypes but no memory.
+
+The fakes say that they are on the CPU. What a GPU would have beside them is not modelled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.models import _family, checks
+from crd_fast.models.base import FlowModel
+
+CONFIGS = Path(__file__).parent / "models" / "configs"
+HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
+    "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-4b",
+    "Qwen/Qwen-Image": "qwen-image",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Tongyi-MAI/Z-Image-Turbo": "z-image",
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": "sana-1.6b",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
+}
+CLIP_TOKENS = 77
+
+
+class Unknown(TorchDispatchMode):
+    """A fake tensor has no value to branch on or to log; within this context it is 0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 0.0
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Within this context every new tensor is a fake one, and modules are moved by replacing parameters."""
+    with mock.patch.object(nn.Module, "_apply", _replace), mode:
+        yield
+
+
+def _replace(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+    """As nn.Module._apply, which cannot exchange the content of a fake parameter."""
+    for child in module.children() if recurse else ():
+        _replace(child, function)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        data = parameter.data
+        if (new := function(data)) is not data:
+            module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+def config_folder(path: str) -> Path:
+    """The folder with the configs of `model.path`: its own, or those that ship for a name or a hub id."""
+    name = HUB_IDS.get(path, path)
+    if Path(path).is_dir():
+        return Path(path)
+    if (CONFIGS / name).is_dir():
+        return CONFIGS / name
+    names = ", ".join(shipped())
+    raise UserError(
+        f"model.path: no configs of {path!r} here; a plan knows builtin, {names}, their hub ids, and folders "
+        f"of diffusers pipelines"
+    )
+
+
+def shipped() -> list[str]:
+    """Models whose configs ship with the package."""
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+
+
+def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
+    """The recipe's model on fake tensors, as `load_model` makes it on real ones."""
+    if recipe.model.path == "builtin":
+        return _fake_builtin(recipe, mode)
+    from crd_fast.models import pipeline
+
+    folder = config_folder(recipe.model.path)
+    model = _family(str(folder), checks.read_index(folder))(folder, recipe)
+    model._device = torch.device("cpu")
+    find = model._class
+
+    class Empty:
+        """A diffusers class whose pretrained weights are fake."""
+
+        def __init__(self, component: str):
+            self.cls = find(component)
+
+        def from_pretrained(self, folder, subfolder, dtype):
+            network = self.cls.from_config(self.cls.load_config(folder, subfolder=subfolder))
+            return nn.Module.to(network, dtype)
+
+    model._class = Empty
+    with fakes(mode), mock.patch.object(pipeline, "quantize", _quantize):
+        model.load(recipe.train.checkpointing)
+    model._class = find
+    return model
+
+
+def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
+    from crd_fast.models.builtin import BuiltinModel, make_transformer
+
+    with fakes(mode):
+        transformer = make_transformer()
+    transformer.requires_grad_(False).eval()
+    if recipe.train.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return BuiltinModel(transformer, None, None)
+
+
+def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+    """What `encode_prompts` returns for prompts of the greatest length.
+
+    Lengths and masks are real: the models read them.
+    """
+    config = model.transformer.config
+    if model.name == "builtin":
+        from crd_fast.models.builtin import MAX_TOKENS
+
+        tokens, dtype = MAX_TOKENS, torch.float32
+    else:
+        tokens, dtype = model.text_length, model.dtype
+        tokens += CLIP_TOKENS if model.name.startswith("Stable Diffusion 3") else 0
+    width = next(
+        config[key] for key in ("joint_attention_dim", "caption_channels", "cap_feat_dim") if key in config
+    )
+    with mode:
+        embeddings = {"states": torch.empty(prompts, tokens, width, dtype=dtype)}
+        if "pooled_projection_dim" in config:
+            embeddings["pooled"] = torch.empty(prompts, config["pooled_projection_dim"], dtype=dtype)
+    if model.name in ("Qwen-Image", "Z-Image"):
+        embeddings["length"] = torch.full((prompts,), tokens)
+    if model.name == "Sana":
+        embeddings["mask"] = torch.ones(prompts, tokens, dtype=torch.int64)
+    return embeddings
+
+
+def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.Module, int]]:
+    """The pipeline's text encoders, each with the number of tokens it reads."""
+    import transformers
+
+    encoders = {}
+    for name, part in model._index.items():
+        if isinstance(part, list) and part[0] == "transformers" and name.startswith("text_encoder"):
+            config = transformers.AutoConfig.from_pretrained(model.folder / name)
+            cls = getattr(transformers, part[1])
+            if hasattr(config, "projection_dim") and hasattr(config, "text_config"):
+                config = config.text_config
+            with fakes(mode):
+                encoder = cls(config).to(model.dtype).eval()
+            encoders[name] = encoder, CLIP_TOKENS if "CLIP" in part[1] else model.text_length
+    return encoders
+
+
+@unset_fake_temporarily()  # what bitsandbytes makes beside the weights is real, and kept for later use
+def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, ...] = ()) -> None:
+    """As `crd_fast.models.quantize.quantize`, with 4-bit weights in ordinary parameters: bitsandbytes' own
+    class of parameters cannot hold a fake tensor."""
+    from crd_fast.models import quantize
+
+    if kind != "nf4":
+        quantize.quantize(network, kind, dtype, device, keep)
+        return
+    import bitsandbytes as bnb
+
+    for name in quantize.quantized_layers(network, keep):
+        parent, _, child = name.rpartition(".")
+        parent = network.get_submodule(parent)
+        layer = getattr(parent, child)
+        new = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        codes, state = bnb.functional.quantize_4bit(
+            layer.weight.data, compress_statistics=True, quant_type="nf4"
+        )
+        new.weight = nn.Parameter(codes, requires_grad=False)
+        new.weight.quant_state = state
+        new.bias = layer.bias
+        new.train()
+        setattr(parent, child, new)
