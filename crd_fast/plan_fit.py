@@ -90,9 +90,10 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
 def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     """None if the overrides contradict the rest of the recipe."""
     try:
-        return build_recipe(recipe.model_dump(), overrides)
+        changed = build_recipe(recipe.model_dump(), overrides)
     except UserError:
         return None
+    return None if changed.model.path == "builtin" and changed.model.quantization != "none" else changed
 
 
 def _largest(recipe: Recipe, memory: int) -> Fit:
@@ -107,11 +108,10 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
         found = at(*named)
         if not found.missing:
             return found
-    one, two = at(1, 1), at(2, 2)
-    if one.missing:
-        update = rollout = 1
-    else:
-        room = memory - RESERVED
+    one = at(1, 1)
+    update = rollout = 1
+    if not one.missing:
+        two, room = at(2, 2), memory - RESERVED
         update = _affine(one.plan, two.plan, ("measure", "update"), room)
         rollout = _affine(one.plan, two.plan, ("rollout", "decode"), room)
     group = recipe.rollout.samples_per_prompt
@@ -119,7 +119,7 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
     update = min(update, whole) // group * group if update >= group else update
     update = min(update, *(n for n in named[:1] if n != "auto"), whole)
     rollout = min(rollout, *(n for n in named[1:] if n != "auto"), AUTO_MICRO_BATCH)
-    found = at(update, rollout)
+    found = one if update == rollout == 1 else at(update, rollout)
     while found.missing and (update > 1 or rollout > 1):  # the estimate was too high
         if found.phase in ("rollout", "decode") and rollout > 1:
             rollout = rollout * 4 // 5 if rollout > 4 else rollout - 1

@@ -119,6 +119,10 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
 def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     from crd_fast.models.builtin import BuiltinModel, make_transformer
 
+    if recipe.model.quantization != "none":
+        raise UserError(
+            f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
+        )
     with fakes(mode):
         transformer = make_transformer()
     transformer.requires_grad_(False).eval()
