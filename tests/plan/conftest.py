@@ -1,0 +1,102 @@
+"""A real run of what a plan predicts, with its live bytes counted."""
+
+import pytest
+import torch
+
+from crd_fast.config import build_recipe
+from crd_fast.memory import LiveBytes
+from crd_fast.models import load_model
+from crd_fast.plan import tensors_of
+from crd_fast.rollout import generate
+from crd_fast.trainer import make_optimizer, make_weights
+from crd_fast.update import Pairs, Updater
+from tests.models.conftest import own_cache, tiny  # noqa: F401
+
+GROUP, PROMPTS, TOKENS = 6, 2, 24
+PROMPT = "a red circle left of a blue square"  # tiny tokenizers read letters: it fills all tokens
+
+
+@pytest.fixture
+def recipe():
+    def build(path, *overrides):
+        values = {
+            "model": {"path": str(path), "lora_rank": 4},
+            "rollout": {"prompts_per_iteration": PROMPTS, "samples_per_prompt": GROUP, "steps": 3},
+            "train": {"optimizer": "adamw"},
+        }
+        if str(path) != "builtin":
+            values["model"]["text_length"] = TOKENS
+            values["rollout"]["resolution"] = 64
+        return build_recipe(values, overrides)
+
+    return build
+
+
+class Real:
+    """The recipe's model, weights and optimizer on real tensors, the optimizer with a step behind it."""
+
+    def __init__(self, recipe):
+        self.recipe, self.live = recipe, LiveBytes()
+        self.model = load_model(recipe, [PROMPT])
+        self.live.move(tensors_of(self.model.transformer), "base weights")
+        with self.live:
+            self.weights = make_weights(self.model, recipe)
+            trained = self.weights.trained()
+            optimizer = make_optimizer(recipe, trained)
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.optimizer = optimizer
+        self.embeddings = self.model.encode_prompts([PROMPT] * 2)
+        self.empty = {key: value[:1] for key, value in self.embeddings.items()}
+        self.live.add(self.embeddings)
+
+    def generate(self, micro_batch):
+        count, rollout = GROUP * PROMPTS, self.recipe.rollout
+        with self.weights.use("sampler"):
+            return generate(
+                self.model,
+                self.embeddings,
+                torch.zeros(count, dtype=torch.int64),
+                torch.arange(count),
+                resolution=rollout.resolution,
+                steps=rollout.steps,
+                guidance_scale=rollout.guidance_scale,
+                empty=self.empty,
+                micro_batch=micro_batch,
+                precision=self.recipe.train.precision,
+            )
+
+    def update(self, latents, micro_batch):
+        """Two groups: the second finds the gradients of the first."""
+        count = 2 * GROUP
+        prompt = torch.zeros(count, dtype=torch.int64)
+        pairs = Pairs(
+            sample=torch.arange(count),
+            prompt=prompt,
+            sigma=torch.full((count,), 0.5),
+            seed=torch.arange(count),
+            group=torch.arange(2).repeat_interleave(GROUP),
+            advantage=torch.linspace(-1, 1, count),
+            anchor=torch.ones(count),
+        )
+        updater = Updater(
+            self.model,
+            self.weights,
+            self.recipe.loss,
+            advantage_clip=5.0,
+            precision=self.recipe.train.precision,
+            micro_batch=micro_batch,
+        )
+        updater.accumulate(pairs, latents, self.embeddings, self.empty)
+
+    def peaks(self, micro_batch):
+        """Bytes of rollout and update."""
+        with self.live, self.live.in_phase("rollout"):
+            latents = self.generate(micro_batch)
+        with self.live, self.live.in_phase("update"):
+            self.update(latents, micro_batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        found = {name: self.live.peaks.pop(name).bytes for name in ("rollout", "update")}
+        return found

@@ -1,0 +1,82 @@
+"""Settings that fit a GPU, through the command line too."""
+
+import json
+
+import pytest
+
+from crd_fast.cli import main
+from crd_fast.errors import UserError
+from crd_fast.plan import Planner
+from crd_fast.plan_fit import GIB, RESERVED, fit, for_training, parse_memory
+
+
+def sizes(recipe):
+    return recipe.train.micro_batch, recipe.rollout.micro_batch
+
+
+def test_micro_batches_are_the_largest_that_fit(recipe):
+    settings = recipe("builtin", "train.precision=fp32", "train.checkpointing=false")
+    planner = Planner(settings)
+    memory = planner.plan(3, 5).peak + RESERVED + 1000
+    update, rollout = sizes(for_training(settings, memory))
+    assert (update, update + 1) == (3, 4) or planner.plan(update + 1, 1).peak + RESERVED > memory
+    assert planner.plan(update, rollout).peak + RESERVED <= memory
+    assert update >= 3
+
+
+def test_whole_groups_where_there_is_room(recipe):
+    update, rollout = sizes(for_training(recipe("builtin"), parse_memory("24GB")))
+    assert (update, rollout) == (96, 96)
+
+
+def test_named_micro_batches_stay(recipe):
+    named = recipe("builtin", "train.micro_batch=2", "rollout.micro_batch=3")
+    assert for_training(named, parse_memory("24 GiB")) == named
+
+
+def test_the_cheapest_setting_comes_first(recipe):
+    settings = recipe("builtin", "train.checkpointing=false", "train.precision=fp32")
+    checkpointed = recipe("builtin", "train.precision=fp32")
+    memory = Planner(checkpointed).plan(1, 1).peak + RESERVED
+    assert memory < Planner(settings).plan(1, 1).peak + RESERVED
+    first, second = fit(settings, memory)
+    assert first.missing and not second.missing
+    assert second.overrides[0] == "train.checkpointing=true"
+    message = "too much; it fits with --set train.checkpointing=true --set train.micro_batch=1"
+    with pytest.raises(UserError, match=message):
+        for_training(settings, memory)
+
+
+@pytest.mark.parametrize("text", ["much", "", "-3GB", "0", "24TB"])
+def test_memory_that_is_none(text):
+    with pytest.raises(UserError, match="expected a size like 24GB"):
+        parse_memory(text)
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_commands(monkeypatch, capsys, tmp_path):
+    small = ("--set", "rollout.samples_per_prompt=4", "--set", "rollout.prompts_per_iteration=2")
+    code, out, _ = run(
+        monkeypatch, capsys, "plan", "builtin-lora", *small, "--gpu", "8GB", "--json", tmp_path / "plan.json"
+    )
+    assert code == 0 and "base weights" in out and "fits" in out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["peak_bytes"] == max(phase["bytes"] for phase in written["phases"].values())
+    assert written["needed_bytes"] == written["peak_bytes"] + RESERVED < 8 * GIB
+
+    sized = ("train", "builtin-lora", *small, "--print-config", "--gpu-memory")
+    code, out, _ = run(monkeypatch, capsys, *sized, "24GB")
+    assert code == 0 and "micro_batch: 96" in out
+    code, _, err = run(monkeypatch, capsys, *sized, "0.7GB")
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert "GB too much" in err and "nearest with --set train.checkpointing=true" in err
+
+    code, _, err = run(monkeypatch, capsys, "plan", "--set", "model.path=some/model")
+    assert code == 2 and "no configs of 'some/model' here" in err and "flux.1-dev" in err

@@ -1,0 +1,123 @@
+"""What is planned on fake tensors against what a real run has, and against published facts."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from crd_fast.plan import Planner, count_parameters
+from crd_fast.plan_model import CONFIGS, config_folder, shipped
+from tests.plan.conftest import GROUP, Real
+
+FULL = ("model.method=full", "train.precision=fp32", "train.checkpointing=true", "train.optimizer=adamw8bit")
+# of the transformers; those with digits to the last from the published safetensors
+PUBLISHED = {
+    "sd3.5-medium": 2_243_171_520,
+    "sd3.5-large": 8_056_627_520,
+    "flux.1-dev": 11_901_408_320,
+    "flux.2-klein-4b": 3.9e9,
+    "qwen-image": 20_430_401_088,
+    "z-image": 6.15e9,
+    "sana-1.6b": 1.6e9,
+}
+
+
+def assert_close(recipe, micro_batches):
+    planner, real = Planner(recipe), Real(recipe)
+    for micro_batch in micro_batches:
+        planned = planner.plan(micro_batch, micro_batch)
+        measured = real.peaks(micro_batch)
+        update = max(planned.phases["measure"].bytes, planned.phases["update"].bytes)
+        assert planned.phases["rollout"].bytes == pytest.approx(measured["rollout"], rel=0.02)
+        assert update == pytest.approx(measured["update"], rel=0.02)
+        assert all(sum(peak.parts.values()) == peak.bytes for peak in planned.phases.values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("train.precision=fp32", "train.checkpointing=false"), ("train.precision=bf16",), FULL],
+    ids=["fp32", "bf16-checkpointed", "full"],
+)
+def test_builtin_model(recipe, overrides):
+    """At micro-batch 1, at 4 of a group of 6, which leaves a rest, and with the whole group at once."""
+    assert_close(recipe("builtin", *overrides), (1, 4, GROUP) if overrides[0].endswith("fp32") else (1, 4))
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_nf4(tiny, recipe, checkpointing):
+    settings = ("model.quantization=nf4", f"train.checkpointing={checkpointing}")
+    assert_close(recipe(tiny("sd3"), *settings), (1, 4))
+
+
+@pytest.mark.parametrize(
+    "family, quantization",
+    [
+        ("sd3", "int8"),
+        ("flux", "none"),
+        pytest.param("flux2-klein", "nf4", marks=pytest.mark.slow),
+        ("qwen-image", "none"),
+        pytest.param("z-image", "nf4", marks=pytest.mark.slow),
+        pytest.param("sana", "none", marks=pytest.mark.slow),
+    ],
+)
+def test_families(tiny, recipe, family, quantization):
+    assert_close(recipe(tiny(family), f"model.quantization={quantization}"), (4,))
+
+
+def test_the_optimizers_state(recipe):
+    """Large enough tensors for bitsandbytes to keep in 8 bits."""
+    settings = recipe("builtin", "model.lora_rank=64", "train.optimizer=adamw8bit")
+    planned = Planner(settings).plan(1, 1).phases["checkpoint"].parts["optimizer"]
+    real = Real(settings)
+    states = real.optimizer.state.values()
+    kept = {id(t): t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)}
+    assert any(t.dtype == torch.uint8 for state in states for t in state.values() if hasattr(t, "dtype"))
+    assert planned == pytest.approx(sum(kept.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("micro_batch, forwards", [(4, 5), (GROUP, 4)])
+def test_forwards(recipe, micro_batch, forwards):
+    """Samples that go through the network in an update, by a hook, for each sample that is trained."""
+    settings = recipe("builtin", "train.checkpointing=false")
+    real, seen = Real(settings), []
+    network = real.model.transformer
+    network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    real.update(torch.randn(GROUP * 2, 3, 32, 32), micro_batch)
+    assert sum(seen) == forwards * 2 * GROUP
+    planned = Planner(settings).plan(micro_batch, 1).forwards
+    assert sum(n for name, n in planned.items() if name != "rollout") == forwards
+
+
+def test_flops(recipe):
+    """A forward of the built-in model by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = recipe("builtin", "train.precision=fp32", "train.checkpointing=false")
+    real = Real(settings)
+    count, steps = GROUP * 2, settings.rollout.steps
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        embeddings = {key: value[:1].expand(4, *value.shape[1:]) for key, value in real.embeddings.items()}
+        real.model.velocity(torch.randn(4, 3, 32, 32), torch.full((4,), 0.5), embeddings)
+    planned = Planner(settings).plan(4, 4).flops["rollout"]
+    tokens, width, layers = 64 + 12, 128, 5  # torch does not count attention on the CPU
+    attention = layers * 4 * tokens**2 * width
+    assert planned == pytest.approx((counter.get_total_flops() / 4 + attention) * count * steps, rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_configs_have_the_published_size(name):
+    config = json.loads((CONFIGS / name / "transformer" / "config.json").read_text())
+    cls = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        network = cls.from_config(config)
+    published = PUBLISHED[name]
+    exact = isinstance(published, int)
+    assert count_parameters(network) == (published if exact else pytest.approx(published, rel=0.03))
+
+
+def test_every_shipped_config_is_tested():
+    assert shipped() == sorted(PUBLISHED)
+    assert config_folder("black-forest-labs/FLUX.1-dev").name == "flux.1-dev"
