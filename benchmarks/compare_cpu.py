@@ -1,10 +1,10 @@
-"""The CRD loss by `impl="cpu"` against torch.compile and the float64-weight formulas, in turns in one process.
+"""The CRD loss by `impl="cpu"` against torch.compile and the float64-weight formulas, taking turns.
 
     python -m benchmarks.compare_cpu --json benchmarks/results/compare_cpu.json
 
-Where a machine is not quiet, figures taken one provider after another say more about the neighbours than about
-the providers. Here every round times each provider once; reported is the median of the rounds' ratios. Latents
-of SD3.5-medium at 512 in bf16, forward and backward.
+Where a machine is not quiet, figures taken one provider after another say more about the neighbours than
+about the providers. Here every round times each provider once; reported is the median of the rounds' ratios.
+Latents of SD3.5-medium at 512 in bf16, forward and backward.
 """
 
 import argparse
