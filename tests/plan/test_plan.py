@@ -36,8 +36,11 @@ def assert_close(recipe, micro_batches):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("train.precision=fp32", "train.checkpointing=false"), ("train.precision=bf16",), FULL],
-    ids=["fp32", "bf16-checkpointed", "full"],
+    [
+        pytest.param(("train.precision=fp32", "train.checkpointing=false"), id="fp32"),
+        pytest.param(("train.precision=bf16",), id="bf16-checkpointed"),
+        pytest.param(FULL, id="full", marks=pytest.mark.slow),
+    ],
 )
 def test_builtin_model(recipe, overrides):
     """At micro-batch 1, at 4 of a group of 6, which leaves a rest, and with the whole group at once."""
@@ -53,7 +56,7 @@ def test_nf4(tiny, recipe, checkpointing):
 @pytest.mark.parametrize(
     "family, quantization",
     [
-        ("sd3", "int8"),
+        pytest.param("sd3", "int8", marks=pytest.mark.slow),
         ("flux", "none"),
         pytest.param("flux2-klein", "nf4", marks=pytest.mark.slow),
         ("qwen-image", "none"),
