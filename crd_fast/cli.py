@@ -423,6 +423,8 @@ def main() -> None:
     """Entry point: a UserError is one line and exit code 2, never a traceback."""
     # bitsandbytes reports at import that an optional download for 4-bit layers on the CPU is not there
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers of image processors, that torchvision is not there
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except UserError as error:
