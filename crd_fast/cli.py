@@ -25,6 +25,11 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."),
+]
+
 
 @app.command()
 def train(
@@ -35,12 +40,7 @@ def train(
             metavar="[RECIPE]",
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."
-        ),
-    ] = None,
+    set_: Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/NAME-DATE-TIME. Never overwritten.")
     ] = None,
@@ -144,12 +144,7 @@ def plan(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe file, or the name of one that ships.", metavar="[RECIPE]")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."
-        ),
-    ] = None,
+    set_: Overrides = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="A card's memory, like 24GB: which settings fit it.")
     ] = None,

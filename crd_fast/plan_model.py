@@ -190,15 +190,7 @@ def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, .
         parent, _, child = name.rpartition(".")
         parent = network.get_submodule(parent)
         layer = getattr(parent, child)
-        new = bnb.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-            device="meta",
-        )
+        new = quantize.empty_nf4(layer, dtype)
         codes, state = bnb.functional.quantize_4bit(
             layer.weight.data, compress_statistics=True, quant_type="nf4"
         )

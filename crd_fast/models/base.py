@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import torch
 
+# The attention projections of a block with an image and a text stream.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 
 class FlowModel:
     """A flow model as the trainer sees it. `BuiltinModel` and `PipelineModel` say what the rest is.

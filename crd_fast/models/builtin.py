@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 
 from crd_fast import world
 from crd_fast.errors import UserError
-from crd_fast.models.base import FlowModel
+from crd_fast.models.base import JOINT_ATTENTION, FlowModel
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
 MAX_TOKENS = 12
@@ -95,16 +95,7 @@ class BuiltinModel(FlowModel):
 
     name = "builtin"
     lora_loader = SD3LoraLoaderMixin
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def __init__(
         self, transformer: SD3Transformer2DModel, text_encoder: T5EncoderModel, tokenizer: Tokenizer

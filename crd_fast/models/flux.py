@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import FluxPipeline
 
-from crd_fast.models.pipeline import JOINT_ATTENTION, PipelineModel
+from crd_fast.models.base import JOINT_ATTENTION
+from crd_fast.models.pipeline import PipelineModel
 
 
 class FluxModel(PipelineModel):

@@ -6,7 +6,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from crd_fast.models.pipeline import JOINT_ATTENTION, PipelineModel
+from crd_fast.models.base import JOINT_ATTENTION
+from crd_fast.models.pipeline import PipelineModel
 
 
 class Flux2KleinModel(PipelineModel):

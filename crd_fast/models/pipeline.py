@@ -258,19 +258,6 @@ def encodes_on_gpu(weights: int, free: int) -> bool:
     return weights + weights // 5 <= free
 
 
-# The attention projections of a block with an image and a text stream.
-JOINT_ATTENTION = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
-
-
 def padded(states: torch.Tensor, length: int) -> torch.Tensor:
     """(L, D) with zeros up to (length, D)."""
     return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

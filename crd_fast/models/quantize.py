@@ -43,8 +43,9 @@ def quantize(
         setattr(parent, child, layer)
 
 
-def _nf4(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    new = bnb.nn.Linear4bit(
+def empty_nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """A 4-bit layer in the place of `layer`, still without weight and bias."""
+    return bnb.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -53,6 +54,10 @@ def _nf4(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modul
         quant_type="nf4",
         device="meta",
     )
+
+
+def _nf4(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    new = empty_nf4(layer, dtype)
     new.weight = bnb.nn.Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
     ).to(device)

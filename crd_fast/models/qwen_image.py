@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import QwenImagePipeline
 
-from crd_fast.models.pipeline import JOINT_ATTENTION, PipelineModel, padded
+from crd_fast.models.base import JOINT_ATTENTION
+from crd_fast.models.pipeline import PipelineModel, padded
 
 
 class QwenImageModel(PipelineModel):
