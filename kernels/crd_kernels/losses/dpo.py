@@ -1,5 +1,6 @@
 """Diffusion DPO: preferred against rejected samples, relative to a reference."""
 
+import torch
 import torch.nn.functional as F
 
 from .. import checks
@@ -40,5 +41,5 @@ def diffusion_dpo_loss(
     pairs = logits.shape[0]
     loss = -F.logsigmoid(logits).sum() / pairs
     slope = beta / 2 / pairs * (-logits).sigmoid()  # d loss / d e(policy) of the preferred
-    c1 = 2 / batch.n * slope.new_tensor([1.0, -1.0]).repeat_interleave(pairs) * slope.repeat(2)
+    c1 = 2 / batch.n * torch.cat([slope, -slope])
     return LossOutput(batch.attach(loss, stats, c1), stats.policy_error, stats.kl, stats.old_deviation)
