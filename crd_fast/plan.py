@@ -195,8 +195,8 @@ class Planner:
         with self.live.in_phase("measure"), watched(self) as watch:
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
         if split:
-            more = round((unit - count) / count * (watch.held - before))
-            for name in ("measure", "update"):
+            for name, held in watch.held.items():
+                more = round((unit - count) / count * (held - before))
                 peak = self.live.peaks[name]
                 parts = peak.parts | {"latents": peak.parts["latents"] + more}
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
@@ -239,7 +239,7 @@ class Watch:
         self.velocity, self.use = planner.model.velocity, planner.weights.use
         self.active = "policy"
         self.samples: Counter[str] = Counter()  # by set of weights
-        self.held = 0  # bytes of latents when all is measured
+        self.held: dict[str, int] = {}  # bytes of latents at the policy's first forward, by phase
         self._before_gradient: int | None = None  # FLOPs
 
     @contextmanager
@@ -254,6 +254,9 @@ class Watch:
         self.samples[self.active] += len(x)
         if self.live.phase in ("measure", "update"):
             self.live.phase = "update" if gradient else "measure"
+        if self.active == "policy" and self.live.phase not in self.held:
+            of_prompts = sum(value.nbytes for value in embeddings.values())  # of one micro-batch at a time
+            self.held[self.live.phase] = self.live.live["latents"] - of_prompts
         run = self._with_gradient if gradient else self._without_gradient
         return run(x, sigma, embeddings)
 
@@ -263,7 +266,7 @@ class Watch:
             flops.total += flops.total - self._before_gradient
             with self.planner.mode:
                 return torch.empty(x.shape).requires_grad_()
-        self.held, self._before_gradient = self.live.live["latents"], flops.total
+        self._before_gradient = flops.total
         with self.live.in_part("activations"):
             result = self.velocity(x, sigma, embeddings)
         self.live.part = "workspace"  # of the backward pass, which comes next

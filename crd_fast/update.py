@@ -41,13 +41,15 @@ class Pairs:
 
 @dataclass
 class _Chunk:
-    """One micro-batch: what its forwards need and, once they have run, the frozen predictions."""
+    """One micro-batch: what its forwards need and, once they have run, the frozen predictions.
+
+    Not the embeddings of its prompts, which are larger than its latents: they are chosen at each forward.
+    """
 
     pairs: Pairs
     x0: torch.Tensor
     noise: torch.Tensor
     x: torch.Tensor
-    embeddings: dict[str, torch.Tensor]
     old: torch.Tensor | None = None
     ref_cond: torch.Tensor | None = None
     ref_uncond: torch.Tensor | None = None
@@ -123,10 +125,12 @@ class Updater:
     def _update(
         self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance
     ) -> dict[str, torch.Tensor]:
+        """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
+        self._old(chunks)
+        self._reference(chunks)
         if len(chunks) == 1:
             chunk = chunks[0]
-            self._frozen(chunk)
-            policy = self._policy(chunk)
+            policy = self._velocity(chunk)
             stats = self._measure(chunk, policy.detach())
             coefficients = self._center(stats, unit, denominator)
             self._backward(chunk, policy, coefficients)
@@ -134,16 +138,15 @@ class Updater:
         else:
             parts = []
             for chunk in chunks:
-                self._frozen(chunk)
                 with torch.no_grad():
-                    parts.append(self._measure(chunk, self._policy(chunk)))
+                    parts.append(self._measure(chunk, self._velocity(chunk)))
                 chunk.old = None
             stats = crd_kernels.Stats.cat(parts)
             coefficients = self._center(stats, unit, denominator)
             start = 0
             for chunk in chunks:
                 stop = start + len(chunk.pairs)
-                self._backward(chunk, self._policy(chunk), coefficients[start:stop])
+                self._backward(chunk, self._velocity(chunk), coefficients[start:stop])
                 advance(stop - start)
                 start = stop
         anchor = unit.anchor.double()
@@ -163,38 +166,46 @@ class Updater:
         x0 = self._latents[pairs.sample]
         noise = seeded_noise(pairs.seed, x0.shape[1:], x0.device)
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
-        embeddings = chosen_prompts(self._embeddings, pairs.prompt, x0.device)
-        return _Chunk(pairs, x0, noise, x, embeddings)
+        return _Chunk(pairs, x0, noise, x)
 
     @torch.no_grad()
-    def _frozen(self, chunk: _Chunk) -> None:
-        """Predictions of old and of the reference; the latter only for the pairs that are anchored."""
-        with self.weights.use("old"), self._autocast(chunk):
-            chunk.old = self.model.velocity(chunk.x, chunk.pairs.sigma, chunk.embeddings)
-        anchored = chunk.pairs.anchor.nonzero().flatten()
-        if not self.loss.anchored or not len(anchored):
+    def _old(self, chunks: list[_Chunk]) -> None:
+        with self.weights.use("old"):
+            for chunk in chunks:
+                chunk.old = self._velocity(chunk)
+
+    @torch.no_grad()
+    def _reference(self, chunks: list[_Chunk]) -> None:
+        """Predictions of the reference, only for the pairs that are anchored."""
+        anchored = [chunk.pairs.anchor.nonzero().flatten() for chunk in chunks]
+        if not self.loss.anchored or not any(map(len, anchored)):
             return
-        # every pair needs some reference; where the anchor has no weight any finite one will do
-        whole = len(anchored) == len(chunk.pairs)
-        chunk.ref_cond = chunk.old if whole else chunk.old.clone()
-        x, sigma = chunk.x[anchored], chunk.pairs.sigma[anchored]
-        embeddings = {key: value[anchored] for key, value in chunk.embeddings.items()}
-        with self.weights.use("reference"), self._autocast(chunk):
+        with self.weights.use("reference"):
+            for chunk, rows in zip(chunks, anchored):
+                if len(rows):
+                    self._reference_of(chunk, rows)
+
+    def _reference_of(self, chunk: _Chunk, rows: torch.Tensor) -> None:
+        x, sigma = chunk.x[rows], chunk.pairs.sigma[rows]
+        embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], x.device)
+        with self._autocast(chunk):
             if self.loss.guidance_scale <= 1:
                 ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
             else:
                 ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
-        if whole:
+        if len(rows) == len(chunk.pairs):
             chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
             return
-        chunk.ref_cond[anchored] = ref_cond
+        # every pair needs some reference; where the anchor has no weight any finite one will do
+        chunk.ref_cond = chunk.old.index_put((rows,), ref_cond)
         if ref_uncond is not None:
-            chunk.ref_uncond = chunk.old.clone()
-            chunk.ref_uncond[anchored] = ref_uncond
+            chunk.ref_uncond = chunk.old.index_put((rows,), ref_uncond)
 
-    def _policy(self, chunk: _Chunk) -> torch.Tensor:
+    def _velocity(self, chunk: _Chunk) -> torch.Tensor:
+        """By the weights that are active."""
+        embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt, chunk.x.device)
         with self._autocast(chunk):
-            return self.model.velocity(chunk.x, chunk.pairs.sigma, chunk.embeddings)
+            return self.model.velocity(chunk.x, chunk.pairs.sigma, embeddings)
 
     def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         return crd_kernels.measure(

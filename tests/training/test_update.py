@@ -168,6 +168,15 @@ def test_forwards_per_pair(setting):
     assert model.samples_run == {True: len(pairs), False: 2 * len(pairs)}
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4, SAMPLES])
+def test_weights_are_switched_once_a_group(setting, monkeypatch, micro_batch):
+    weights, used = setting[1], []
+    use = weights.use
+    monkeypatch.setattr(weights, "use", lambda name: used.append(name) or use(name))
+    gradients(setting, micro_batch)
+    assert used == ["old", "reference"] * PROMPTS * TIMESTEPS
+
+
 def test_no_reference_forward_where_the_anchor_has_no_weight(setting):
     model, _, pairs, *_ = setting
     metrics, _ = gradients(setting, SAMPLES, kl_beta=0.0, kl_min=0.0)
