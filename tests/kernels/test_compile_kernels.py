@@ -37,6 +37,23 @@ def test_compiles_without_spills_and_with_wide_accesses(tmp_path, target):
     assert len(list((dump / target).iterdir())) >= 2 * len({r["kernel"] for r in reports})
 
 
+@pytest.mark.slow
+def test_narrow_loads_end_in_a_failure():
+    """One element to a thread cannot be loaded 128 bits wide: the command says so and exits with 1."""
+    code = (
+        "import sys; from tools import compile_kernels as tool;"
+        "case = tool.Case('measure', 'bf16'); tool.cases = lambda: iter([case]);"
+        "tool.launch.options = lambda elements: {'num_warps': 32};"
+        "sys.exit(tool.main(['--targets', 'sm_90']))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1, run.stdout[-5000:] + run.stderr[-5000:]
+    assert "6 reads are 128 bits wide" in run.stdout
+
+
 def test_problems_are_seen():
     from tools.compile_kernels import Case, problems
 

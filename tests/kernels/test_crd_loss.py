@@ -126,6 +126,19 @@ def test_offsets_beyond_32_bits(impl):
     compare(got, crd(inputs | {"x0": far}), 1e-3)
 
 
+def test_samples_beyond_32_bits(impl):
+    """The batch's stride alone exceeds 2^31."""
+    stride = 2**31 + 8
+    if torch.get_default_device().type == "cpu":
+        memory = torch.from_numpy(np.empty(stride + 16, dtype=np.float16))  # never touched, so never there
+    else:
+        memory = torch.zeros(stride + 16, dtype=torch.float16)
+    inputs = make(batch=2, shape=(3,), dtype=torch.float16, groups=(0,))
+    far = memory.as_strided((2, 3), (stride, 1))
+    far.copy_(inputs["x0"])
+    compare(call(inputs | {"x0": far}, impl), crd(inputs), 1e-3)
+
+
 def test_bf16_error_is_no_larger_than_eager_bf16(impl):
     inputs = make(shape=(8, 30, 30), dtype=torch.bfloat16, spread=0.05)
     got, wanted = call(inputs, impl, guidance_scale=4.5), crd(inputs, guidance_scale=4.5)
