@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from crd_fast import checkpoint
-from crd_fast.config import build_recipe, load_recipe
+from crd_fast.config import BUILTIN_MODELS, build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, tile, to_uint8
 from crd_fast.models import load_model
@@ -22,14 +22,17 @@ from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
 def load_source(source: str, prompts: Iterable[str] = ()):
     """The model with the policy's weights active, and the recipe that made it.
 
-    source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
+    source: the folder of a run or of a checkpoint, or `builtin` or `builtin-ocr` for a model that ships,
+    untrained.
     prompts: those that will be needed and were not in the run.
     """
-    if source == "builtin":
-        recipe = load_recipe("builtin")
+    if source in BUILTIN_MODELS:
+        recipe = load_recipe(source)
         return load_model(recipe, prompts), recipe
     if not Path(source).exists():
-        raise UserError(f"{source}: no such folder (expected a run, a checkpoint, or builtin)")
+        raise UserError(
+            f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(BUILTIN_MODELS)})"
+        )
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
     recipe = build_recipe(state["recipe"], source=str(folder))

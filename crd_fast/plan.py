@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from crd_fast.config import Recipe
+from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.memory import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.plan_model import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.rollout import generate
@@ -216,7 +216,7 @@ class Planner:
 
     def _encode(self) -> Peak | None:
         """All text encoders at once, and one prompt through each, before anything else is loaded."""
-        if self.model.name == "builtin":  # its encoder stays on the host
+        if self.model.name in BUILTIN_MODELS:  # its encoder stays on the host
             return None
         live = LiveBytes()
         encoders = fake_encoders(self.model, self.mode)

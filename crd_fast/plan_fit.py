@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from crd_fast.config import Recipe, build_recipe
+from crd_fast.config import BUILTIN_MODELS, Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan import PARTS, Plan, Planner
@@ -93,7 +93,8 @@ def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
         changed = build_recipe(recipe.model_dump(), overrides)
     except UserError:
         return None
-    return None if changed.model.path == "builtin" and changed.model.quantization != "none" else changed
+    builtin = changed.model.path in BUILTIN_MODELS
+    return None if builtin and changed.model.quantization != "none" else changed
 
 
 def _largest(recipe: Recipe, memory: int) -> Fit:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crd_fast.config import Recipe
+from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import _family, checks
 from crd_fast.models.base import FlowModel
@@ -76,10 +76,10 @@ def config_folder(path: str) -> Path:
         return Path(path)
     if (CONFIGS / name).is_dir():
         return CONFIGS / name
-    names = ", ".join(shipped())
+    names = ", ".join([*BUILTIN_MODELS, *shipped()])
     raise UserError(
-        f"model.path: no configs of {path!r} here; a plan knows builtin, {names}, their hub ids, and folders "
-        f"of diffusers pipelines"
+        f"model.path: no configs of {path!r} here; a plan knows {names}, their hub ids, and folders of "
+        f"diffusers pipelines"
     )
 
 
@@ -90,7 +90,7 @@ def shipped() -> list[str]:
 
 def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     """The recipe's model on fake tensors, as `load_model` makes it on real ones."""
-    if recipe.model.path == "builtin":
+    if recipe.model.path in BUILTIN_MODELS:
         return _fake_builtin(recipe, mode)
     from crd_fast.models import pipeline
 
@@ -117,18 +117,19 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
 
 
 def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
-    from crd_fast.models.builtin import BuiltinModel, make_transformer
+    from crd_fast.models.builtin import KINDS, BuiltinModel, make_transformer
 
     if recipe.model.quantization != "none":
         raise UserError(
             f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
+    kind = KINDS[recipe.model.path]
     with fakes(mode):
-        transformer = make_transformer()
+        transformer = make_transformer(kind)
     transformer.requires_grad_(False).eval()
     if recipe.train.checkpointing:
         transformer.enable_gradient_checkpointing()
-    return BuiltinModel(transformer, None, None)
+    return BuiltinModel(kind, transformer, None, None)
 
 
 def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
@@ -137,10 +138,8 @@ def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dic
     Lengths and masks are real: the models read them.
     """
     config = model.transformer.config
-    if model.name == "builtin":
-        from crd_fast.models.builtin import MAX_TOKENS
-
-        tokens, dtype = MAX_TOKENS, torch.float32
+    if model.name in BUILTIN_MODELS:
+        tokens, dtype = model.kind.max_tokens, torch.float32
     else:
         tokens, dtype = model.text_length, model.dtype
         tokens += CLIP_TOKENS if model.name.startswith("Stable Diffusion 3") else 0

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from crd_fast import coco_prompts, ocr_words, world
+from crd_fast import coco_prompts, ocr_words, signs, world
 from crd_fast.errors import UserError
 
 BUILTIN, BUILTIN_HELDOUT = "builtin", "builtin-heldout"
 GENEVAL, GENEVAL_HELDOUT = "geneval", "geneval-heldout"
 OCR_WORDS, OCR_WORDS_HELDOUT = "ocr-words", "ocr-words-heldout"
+SIGNS, SIGNS_HELDOUT = "builtin-ocr", "builtin-ocr-heldout"
 EVALUATED = 384  # prompts of an evaluation where the source has many and the recipe gives no number
 
 
@@ -25,7 +26,8 @@ class PromptSource:
 
     source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
     same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
-    double quotes, of which none is in both.
+    double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word,
+    for the built-in model that draws them.
     """
 
     def __init__(self, source: str):
@@ -37,6 +39,8 @@ class PromptSource:
             self._categories = coco_prompts
         elif source in (OCR_WORDS, OCR_WORDS_HELDOUT):
             self._entries = ocr_words.entries(source == OCR_WORDS_HELDOUT)
+        elif source in (SIGNS, SIGNS_HELDOUT):
+            self._entries = signs.entries(source == SIGNS_HELDOUT)
         else:
             self._entries = read_prompts(Path(source))
 
@@ -67,7 +71,7 @@ class PromptSource:
         """The prompts of an evaluation, the same ones every time."""
         if self._entries is None:
             return self._drawn(np.random.default_rng(0), limit or EVALUATED)
-        if self.source in (OCR_WORDS, OCR_WORDS_HELDOUT):
+        if self.source in (OCR_WORDS, OCR_WORDS_HELDOUT, SIGNS, SIGNS_HELDOUT):
             limit = limit or EVALUATED
         return self._entries[:limit]
 

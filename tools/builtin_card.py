@@ -1,29 +1,29 @@
-"""Measures the built-in model and writes its card.
+"""Measures a built-in model and writes its card.
 
     python -m tools.builtin_card --curve runs/pretrain/curve.jsonl
+    python -m tools.builtin_card --model builtin-ocr --curve runs/pretrain-ocr/curve.jsonl
 
-Writes crd_fast/builtin/README.md, curve.jsonl and curve.png. The correctness in the card is measured by this
-script, on 384 images, with the rollout's own sampler.
+Writes README.md, curve.jsonl and curve.png into the model's folder. What the card says of correctness is
+measured by this script, on 384 images, with the rollout's own sampler.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from crd_fast import world
-from crd_fast.models.builtin import BUILTIN_FOLDER, BuiltinModel
+from crd_fast import signs, world
+from crd_fast.models.builtin import KINDS, BuiltinModel
 from crd_fast.runlog import cpu_name, git_commit
-from tools.pretrain_builtin import BATCH, CAPTION_DROPOUT, READ_STEPS, STAGES, correctness
+from tools import pretrain_builtin, pretrain_builtin_ocr
+from tools.pretraining import CAPTION_DROPOUT, GUIDANCE, Stage
 
 matplotlib.use("Agg")
 IMAGES = 384
-GUIDANCE = (1.0, 4.5)
 
 CARD = """# The built-in model
 
@@ -65,6 +65,47 @@ Share of correct images on {images} held-out prompts, one image each, 10 Euler s
 Measured on {cpu}, commit {commit}: `python -m tools.builtin_card`.
 """
 
+SIGNS_CARD = """# The built-in model that draws signs
+
+A text-conditional flow model of {transformer:.1f} M parameters (diffusers' `SD3Transformer2DModel`, {width}
+x {height} pixels, patch 4, width 128, 5 layers) with a T5 encoder of {text:.1f} M (transformers'
+`T5EncoderModel`, 2 layers). It draws a word of 3 to 5 letters on a sign: `a sign that says "CAT"`, with a
+colour ({colors}) before `sign` and a style ({styles}) after the word if you like, as in `a red sign that
+says "CAT" in serif`. It is there so that training with a real OCR reward can be tried, tested and studied
+without a GPU or a download; it is of no use beyond that.
+
+The quoted word is spelled for the text encoder: one token a letter, which says the letter and its place
+from the word's middle. The other words are whole tokens.
+
+## Data
+
+Rendered on the fly by `crd_fast.signs` in the DejaVu fonts that come with matplotlib; size, place, ink and
+shade vary. {real:.0%} of the words are drawn from {train} English ones, the rest are random letters.
+{held_out} other words are held out: neither pretraining nor the training prompts ever ask for one.
+
+## Training
+
+`python -m tools.pretrain_builtin_ocr`, seed 0: flow matching, batch {batch}, AdamW, averaged weights,
+{dropout:.0%} of the captions dropped, in these stages:
+
+{stages}
+
+In the last stage a share of the captions have one or more letters exchanged. That makes the model
+unreliable the way web captions make large models unreliable: guidance shows that it knows how to spell,
+without guidance it does so less often. This is the gap that reward training closes.
+
+![Loss and held-out OCR score during pretraining](curve.png)
+
+## Correctness
+
+Mean `ocr` reward (1 - edit distance / length, read by PaddleOCR's recogniser in `word` mode) on {images}
+held-out prompts, one image each, 10 Euler steps.
+
+{table}
+
+Measured on {cpu}, commit {commit}: `python -m tools.builtin_card --model builtin-ocr`.
+"""
+
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -73,27 +114,36 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 def correctness_table(model: BuiltinModel) -> str:
     entries = world.draw_prompts(True, np.random.default_rng(0), IMAGES)
-    measured = {scale: correctness(model, entries, scale) for scale in GUIDANCE}
+    measured = {scale: pretrain_builtin.correctness(model, entries, scale) for scale in GUIDANCE}
     header = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
     names = [*world.TAGS, "overall", "clean"]
     return markdown_table(header, [[name, *(f"{measured[s][name]:.3f}" for s in GUIDANCE)] for name in names])
 
 
-def stage_table() -> str:
+def ocr_table(model: BuiltinModel) -> str:
+    scores = [pretrain_builtin_ocr.ocr_score(model, scale, IMAGES) for scale in GUIDANCE]
+    return markdown_table(
+        ["", *(f"guidance {scale:g}" for scale in GUIDANCE)], [["ocr", *(f"{score:.3f}" for score in scores)]]
+    )
+
+
+def stage_table(stages: dict[str, Stage]) -> str:
+    header = ["stage", "steps", "learning rate", "sigma", "captions exchanged"]
     rows = []
-    for name, stage in STAGES.items():
-        values = dataclasses.asdict(stage)
-        weights = " ".join(f"{w:g}" for w in values["category_weights"])
+    for name, stage in stages.items():
         sigma = f"sigmoid(N({stage.sigma_mean:g}, {stage.sigma_std:g}))"
         rate = f"{stage.learning_rate:g}"
         if stage.decay_share:
             rate += f", to 0 over the last {stage.decay_share:.0%}" if stage.decay_share < 1 else ", to 0"
-        rows.append([name, stage.steps, rate, sigma, weights, stage.caption_noise])
-    header = ["stage", "steps", "learning rate", "sigma", "category weights", "captions exchanged"]
+        rows.append([name, stage.steps, rate, sigma, stage.caption_noise])
+        if isinstance(stage, pretrain_builtin.WorldStage):
+            rows[-1].insert(4, " ".join(f"{weight:g}" for weight in stage.category_weights))
+    if len(rows[0]) > len(header):
+        header.insert(4, "category weights")
     return markdown_table(header, rows)
 
 
-def plot(curve: list[dict], path: Path) -> None:
+def plot(curve: list[dict], ylabel: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
@@ -101,11 +151,54 @@ def plot(curve: list[dict], path: Path) -> None:
     left.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
     for scale in GUIDANCE:
         measured = [r for r in curve if f"guidance_{scale}" in r]
-        overall = [r[f"guidance_{scale}"]["overall"] for r in measured]
+        values = [r[f"guidance_{scale}"] for r in measured]
+        overall = [value["overall"] if isinstance(value, dict) else value for value in values]
         right.plot([r["step"] for r in measured], overall, marker="o", label=f"guidance {scale:g}")
-    right.set(xlabel="step", ylabel="held-out correctness", ylim=(0, 1))
+    right.set(xlabel="step", ylabel=ylabel, ylim=(0, 1))
     right.legend()
     figure.savefig(path, dpi=110)
+
+
+def world_card(model: BuiltinModel) -> str:
+    return CARD.format(
+        **common(model),
+        train=sum(map(len, world.prompts(False).values())),
+        held_out=sum(map(len, world.prompts(True).values())),
+        batch=pretrain_builtin.BATCH,
+        read=pretrain_builtin.READ_STEPS,
+        stages=stage_table(pretrain_builtin.STAGES),
+        table=correctness_table(model),
+    )
+
+
+def signs_card(model: BuiltinModel) -> str:
+    return SIGNS_CARD.format(
+        **common(model),
+        height=signs.HEIGHT,
+        width=signs.WIDTH,
+        colors=", ".join(signs.COLORS),
+        styles=", ".join(f"`in {style}`" for style in signs.STYLES),
+        real=pretrain_builtin_ocr.REAL_WORDS,
+        train=len(signs.words(False)),
+        held_out=len(signs.words(True)),
+        batch=pretrain_builtin_ocr.BATCH,
+        stages=stage_table(pretrain_builtin_ocr.STAGES),
+        table=ocr_table(model),
+    )
+
+
+def common(model: BuiltinModel) -> dict:
+    return {
+        "transformer": sum(p.numel() for p in model.transformer.parameters()) / 1e6,
+        "text": sum(p.numel() for p in model.text_encoder.parameters()) / 1e6,
+        "dropout": CAPTION_DROPOUT,
+        "images": IMAGES,
+        "cpu": cpu_name(),
+        "commit": git_commit(),
+    }
+
+
+CARDS = {"builtin": (world_card, "held-out correctness"), "builtin-ocr": (signs_card, "held-out OCR score")}
 
 
 def main() -> None:
@@ -113,30 +206,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--curve", type=Path, required=True, help="curve.jsonl of the pretraining")
+    parser.add_argument("--model", choices=CARDS, default="builtin")
     options = parser.parse_args()
     curve = {}  # a resumed run repeats the steps since its last checkpoint: the last word counts
     for line in options.curve.read_text().splitlines():
         record = json.loads(line)
         curve[record["step"]] = record
     curve = [curve[step] for step in sorted(curve)]
-    (BUILTIN_FOLDER / "curve.jsonl").write_text("".join(json.dumps(record) + "\n" for record in curve))
-    plot(curve, BUILTIN_FOLDER / "curve.png")
-    model = BuiltinModel.load()
-    card = CARD.format(
-        transformer=sum(p.numel() for p in model.transformer.parameters()) / 1e6,
-        text=sum(p.numel() for p in model.text_encoder.parameters()) / 1e6,
-        train=sum(map(len, world.prompts(False).values())),
-        held_out=sum(map(len, world.prompts(True).values())),
-        batch=BATCH,
-        dropout=CAPTION_DROPOUT,
-        read=READ_STEPS,
-        stages=stage_table(),
-        images=IMAGES,
-        table=correctness_table(model),
-        cpu=cpu_name(),
-        commit=git_commit(),
-    )
-    (BUILTIN_FOLDER / "README.md").write_text(card, encoding="utf-8")
+    kind = KINDS[options.model]
+    write, measured = CARDS[options.model]
+    (kind.folder / "curve.jsonl").write_text("".join(json.dumps(record) + "\n" for record in curve))
+    plot(curve, measured, kind.folder / "curve.png")
+    (kind.folder / "README.md").write_text(write(BuiltinModel.load(kind)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from crd_fast.config import Recipe
+from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 
@@ -30,7 +30,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
     family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit.
     """
-    if recipe.model.path == "builtin":
+    if recipe.model.path in BUILTIN_MODELS:
         return _load_builtin(recipe)
     import diffusers
     import transformers
@@ -88,13 +88,13 @@ def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
 
 
 def _load_builtin(recipe: Recipe) -> FlowModel:
-    from crd_fast.models.builtin import BuiltinModel
+    from crd_fast.models.builtin import KINDS, BuiltinModel
 
     if recipe.model.quantization != "none":
         raise UserError(
             f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
-    model = BuiltinModel.load()
+    model = BuiltinModel.load(KINDS[recipe.model.path])
     model.transformer.to("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
@@ -111,8 +111,8 @@ def _find(path: str) -> tuple[Path, type]:
         return Path(path), _family(path, index)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise UserError(
-            f"model.path: expected builtin, the folder of a diffusers pipeline or a hub id like org/name, "
-            f"got {path!r}; supported: {supported()}"
+            f"model.path: expected {', '.join(BUILTIN_MODELS)}, the folder of a diffusers pipeline or a hub "
+            f"id like org/name, got {path!r}; supported: {supported()}"
         )
     from diffusers import DiffusionPipeline
 

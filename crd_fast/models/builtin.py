@@ -1,11 +1,14 @@
-"""The built-in model: a small MM-DiT in pixel space for the synthetic world of `crd_fast.world`.
+"""The built-in models: small MM-DiTs in pixel space, for the world of `crd_fast.world` and for signs.
 
-The transformer is diffusers' SD3 class, the text encoder transformers' T5 encoder over whole words. The
-weights ship with the package; `tools/pretrain_builtin.py` made them.
+The transformer is diffusers' SD3 class, the text encoder transformers' T5 encoder over whole words (and, on
+signs, letters). The weights ship with the package; `tools/pretrain_builtin.py` and
+`tools/pretrain_builtin_ocr.py` made them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +19,58 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import T5Config, T5EncoderModel
 
-from crd_fast import world
+from crd_fast import signs, world
 from crd_fast.errors import UserError
 from crd_fast.models.base import JOINT_ATTENTION, FlowModel
 
-BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
-MAX_TOKENS = 12
+PACKAGE = Path(__file__).parent.parent
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
 SHIFT = 3.0  # of the sigma schedule: layouts are decided at high noise
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def make_tokenizer() -> Tokenizer:
-    """Whole words of the world's prompts; the empty prompt is the end token alone."""
+def world_words() -> set[str]:
+    """The words of the world's prompts."""
     words = {"and", "a", "an"}
     for held_out in (False, True):
         for entries in world.prompts(held_out).values():
             words.update(word for entry in entries for word in entry["prompt"].split())
-    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *sorted(words)])}
+    return words
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the built-in models differ in. spell: the prompt as tokens with spaces between them."""
+
+    name: str
+    folder: Path
+    height: int
+    width: int
+    max_tokens: int
+    words: Callable[[], set[str]]
+    spell: Callable[[str], str] = str
+
+
+WORLD = Kind("builtin", PACKAGE / "builtin", world.RESOLUTION, world.RESOLUTION, 12, world_words)
+SIGNS = Kind(
+    "builtin-ocr",
+    PACKAGE / "builtin_ocr",
+    signs.HEIGHT,
+    signs.WIDTH,
+    signs.SPELLED_WORDS + 1,
+    signs.vocabulary,
+    signs.spell,
+)
+KINDS = {kind.name: kind for kind in (WORLD, SIGNS)}
+
+
+def make_tokenizer(kind: Kind) -> Tokenizer:
+    """Whole words; the empty prompt is the end token alone."""
+    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *sorted(kind.words())])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=MAX_TOKENS)
+    tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=kind.max_tokens)
     return tokenizer
 
 
@@ -55,9 +88,10 @@ def make_text_encoder(vocabulary_size: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def make_transformer() -> SD3Transformer2DModel:
+def make_transformer(kind: Kind) -> SD3Transformer2DModel:
+    side = max(kind.height, kind.width)  # positions are cropped from a square
     return SD3Transformer2DModel(
-        sample_size=world.RESOLUTION,
+        sample_size=side,
         patch_size=PATCH,
         in_channels=3,
         out_channels=3,
@@ -67,18 +101,23 @@ def make_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=WIDTH,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=WIDTH,
-        pos_embed_max_size=world.RESOLUTION // PATCH,
+        pos_embed_max_size=side // PATCH,
         qk_norm="rms_norm",
     )
 
 
-def encode(tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Token states (P, 12, 128) and their mean over the real tokens (P, 128)."""
-    encodings = tokenizer.encode_batch([f"{prompt} {END}".strip() for prompt in prompts])
-    for prompt, encoding in zip(prompts, encodings):
-        if len(encoding.ids) > MAX_TOKENS:
-            raise UserError(f"prompt: at most {MAX_TOKENS - 1} words for the built-in model, got {prompt!r}")
-        unknown = [word for word, token in zip(prompt.split(), encoding.tokens) if token == UNKNOWN]
+def encode(
+    kind: Kind, tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str]
+) -> dict[str, torch.Tensor]:
+    """Token states (P, max_tokens, 128) and their mean over the real tokens (P, 128)."""
+    spelled = [kind.spell(prompt) for prompt in prompts]
+    encodings = tokenizer.encode_batch([f"{text} {END}".strip() for text in spelled])
+    for prompt, text, encoding in zip(prompts, spelled, encodings):
+        if len(encoding.ids) > kind.max_tokens:
+            raise UserError(
+                f"prompt: at most {kind.max_tokens - 1} words for the built-in model, got {prompt!r}"
+            )
+        unknown = [word for word, token in zip(text.split(), encoding.tokens) if token == UNKNOWN]
         if unknown:
             raise UserError(f"prompt: the built-in model does not know the word {unknown[0]!r} in {prompt!r}")
     ids = torch.tensor([encoding.ids for encoding in encodings])
@@ -90,28 +129,34 @@ def encode(tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str
 class BuiltinModel(FlowModel):
     """A flow model as the trainer sees it: prompts to embeddings, velocities, latents to images.
 
-    transformer: the network that is trained. Latents are pixels in [-1, 1], (B, 3, 32, 32) float32.
+    transformer: the network that is trained. Latents are pixels in [-1, 1], (B, 3, height, width) float32;
+    the size is the kind's, whatever resolution is asked for.
     """
 
-    name = "builtin"
     lora_loader = SD3LoraLoaderMixin
     lora_targets = JOINT_ATTENTION
 
     def __init__(
-        self, transformer: SD3Transformer2DModel, text_encoder: T5EncoderModel, tokenizer: Tokenizer
+        self,
+        kind: Kind,
+        transformer: SD3Transformer2DModel,
+        text_encoder: T5EncoderModel | None,
+        tokenizer: Tokenizer | None,
     ):
+        self.kind = kind
+        self.name = kind.name
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return (3, world.RESOLUTION, world.RESOLUTION)
+        return (3, self.kind.height, self.kind.width)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Embeddings of P prompts, each tensor with a first axis of P, on the transformer's device."""
-        embeddings = encode(self.tokenizer, self.text_encoder, prompts)
+        embeddings = encode(self.kind, self.tokenizer, self.text_encoder, prompts)
         return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
     def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
@@ -122,7 +167,7 @@ class BuiltinModel(FlowModel):
     def velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """d x / d sigma. x: (B, 3, 32, 32); sigma: (B,); embeddings with a first axis of B."""
+        """d x / d sigma. x: (B, 3, height, width); sigma: (B,); embeddings with a first axis of B."""
         return self.transformer(
             hidden_states=x,
             timestep=sigma * 1000,
@@ -132,7 +177,7 @@ class BuiltinModel(FlowModel):
         )[0]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 32, 32, 3), float32 in [0, 1]."""
+        """Images (B, height, width, 3), float32 in [0, 1]."""
         return ((latents.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -147,11 +192,20 @@ class BuiltinModel(FlowModel):
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     @classmethod
-    def load(cls, folder: Path = BUILTIN_FOLDER) -> BuiltinModel:
-        """Loads the weights that ship with the package, in float32.
+    def new(cls, kind: Kind, seed: int) -> BuiltinModel:
+        """With random weights, to be pretrained."""
+        torch.manual_seed(seed)
+        tokenizer = make_tokenizer(kind)
+        text_encoder = make_text_encoder(tokenizer.get_vocab_size())
+        return cls(kind, make_transformer(kind), text_encoder, tokenizer)
+
+    @classmethod
+    def load(cls, kind: Kind = WORLD, folder: Path | None = None) -> BuiltinModel:
+        """Loads the weights that ship with the package, or those in `folder`, in float32.
 
         Raises UserError if a file is missing or damaged.
         """
+        folder = folder or kind.folder
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             states = {
@@ -159,7 +213,7 @@ class BuiltinModel(FlowModel):
             }
         except Exception as error:  # safetensors and tokenizers raise types of their own
             raise UserError(f"{folder}: the built-in model cannot be read: {error}") from error
-        model = cls(make_transformer(), make_text_encoder(tokenizer.get_vocab_size()), tokenizer)
+        model = cls(kind, make_transformer(kind), make_text_encoder(tokenizer.get_vocab_size()), tokenizer)
         model.transformer.load_state_dict(_float(states["transformer"]))
         model.text_encoder.load_state_dict(_float(states["text_encoder"]), strict=False)
         model.text_encoder.encoder.embed_tokens = model.text_encoder.shared

@@ -46,7 +46,7 @@ def test_a_family_that_is_not_supported(recipe, tmp_path):
 
 
 def test_a_path_that_is_nothing(recipe, monkeypatch):
-    refused(recipe("some/where/else"), "expected builtin, the folder of a diffusers pipeline or a hub id")
+    refused(recipe("some/where/else"), "the folder of a diffusers pipeline or a hub id")
 
     def offline(*_, **__):
         raise OSError("cannot reach the hub\nand more lines")

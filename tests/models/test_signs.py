@@ -1,0 +1,83 @@
+"""The built-in model that draws signs: spelling and pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+from crd_fast import signs
+from crd_fast.errors import UserError
+from crd_fast.models.builtin import SIGNS, BuiltinModel
+from crd_fast.prompts import PromptSource
+from tools import pretrain_builtin_ocr
+from tools.pretraining import sample
+
+
+@pytest.fixture(scope="module")
+def model():
+    return BuiltinModel.new(SIGNS, seed=0)
+
+
+def test_spelling():
+    assert signs.spell('a sign that says "CAT"') == "a sign that says c-2 a+0 t+2"
+    assert signs.spell('a red sign that says "bold" in mono').endswith("b-3 o-1 l+1 d+3 in mono")
+    assert signs.spell("") == ""
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("a sign", "expected one word in double quotes"),
+        ('a sign that says "CAT" "DOG"', "expected one word in double quotes"),
+        ('a sign that says "BAKERY"', "3 to 5 letters"),
+        ('a sign that says "A1B"', "3 to 5 letters"),
+        ('a purple sign that says "CAT"', "does not know the word 'purple'"),
+        ('a sign that says "TABLE" in bold in bold in bold', "at most 12 words"),
+    ],
+)
+def test_prompts_it_cannot_draw(model, prompt, message):
+    with pytest.raises(UserError, match=message) as raised:
+        model.encode_prompts([prompt])
+    assert "\n" not in str(raised.value)
+
+
+def test_every_prompt_is_known(model):
+    for source in ("builtin-ocr", "builtin-ocr-heldout"):
+        entries = PromptSource(source).entries()
+        model.encode_prompts([entry["prompt"] for entry in entries[:2000]])
+
+
+def test_held_out_words_are_never_trained():
+    train, held_out = (
+        {entry["text"] for entry in PromptSource(source).entries()}
+        for source in ("builtin-ocr", "builtin-ocr-heldout")
+    )
+    assert len(held_out) > 60 and train.isdisjoint(held_out)
+    rng = np.random.default_rng(0)
+    drawn = [pretrain_builtin_ocr.draw_word(rng) for _ in range(5000)]
+    assert held_out.isdisjoint(drawn)
+    assert held_out.isdisjoint(pretrain_builtin_ocr.misspelled(word, rng) for word in drawn)
+
+
+def test_ground_truth_is_read():
+    pytest.importorskip("rapidocr")
+    from crd_fast.rewards.ocr import OCR
+
+    rng = np.random.default_rng(0)
+    entries = [e for held_out in (False, True) for e in signs.entries(held_out)[:60]]
+    images = np.stack([signs.render(entry["text"], None, None, rng) for entry in entries])
+    prompts = [entry["prompt"] for entry in entries]
+    scores = np.array(OCR(mode="word").score(images, prompts, entries))
+    assert (scores == 1).mean() >= 0.97
+    wrong = OCR(mode="word").score(images, prompts[1:] + prompts[:1], entries)
+    assert np.mean(wrong) < 0.3
+
+
+def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+    model.save(tmp_path, dtype=torch.float32)
+    again = BuiltinModel.load(SIGNS, tmp_path)
+    prompts = ['a sign that says "CAT"']
+    assert torch.equal(
+        again.encode_prompts(prompts)["states"], model.encode_prompts(prompts)["states"].detach()
+    )
+    assert np.array_equal(sample(again, prompts, 1.0, 1), sample(model, prompts, 1.0, 1))
+    assert sample(again, prompts, 1.0, 1).shape == (1, signs.HEIGHT, signs.WIDTH, 3)
