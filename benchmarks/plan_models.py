@@ -23,6 +23,10 @@ CASES = {  # model, overrides
     "flux.1-dev nf4": ("flux.1-dev", ("model.quantization=nf4",)),
     "qwen-image nf4": ("qwen-image", ("model.quantization=nf4",)),
     "sd3.5-medium full": ("sd3.5-medium", ("model.method=full",)),
+    "sd3.5-medium full bf16": (
+        "sd3.5-medium",
+        ("model.method=full", "model.dtype=bf16", "model.snapshots=host"),
+    ),
     "z-image nf4": ("z-image", ("model.quantization=nf4",)),
     "flux.2-klein-4b": ("flux.2-klein-4b", ()),
     "flux.2-klein-4b nf4": ("flux.2-klein-4b", ("model.quantization=nf4",)),

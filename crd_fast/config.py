@@ -28,6 +28,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = "builtin"
     method: Literal["lora", "full"] = "lora"
+    dtype: Literal["default", "bf16"] = "default"  # of weights that are all trained; default: float32
+    snapshots: Literal["device", "host"] = "device"  # where method full keeps its copies of the weights
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(64, gt=0)
     lora_targets: Literal["default"] | list[str] = "default"
@@ -44,6 +46,10 @@ class ModelConfig(Section):
                 f"quantization: expected none with method full (quantized weights cannot be trained), "
                 f"got {self.quantization}"
             )
+        if self.method == "lora" and (self.dtype, self.snapshots) != ("default", "device"):
+            raise ValueError("dtype, snapshots: expected default and device with method lora")
+        if self.dtype == "bf16" and self.snapshots == "device":
+            raise ValueError("snapshots: expected host with dtype bf16, got device")
         if self.text_length != "default" and self.text_length < 1:
             raise ValueError(f"text_length: expected default or at least 1, got {self.text_length}")
         return self
@@ -137,7 +143,7 @@ class TrainConfig(Section):
     micro_batch: Literal["auto"] | int = "auto"
     checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks that repeat
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw8bit"
     learning_rate: float = Field(3.0e-4, gt=0)
     weight_decay: float = Field(1.0e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

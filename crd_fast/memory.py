@@ -90,6 +90,16 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             self._forget(tensor.untyped_storage()._cdata)
 
+    def ignore(self, tensors) -> None:
+        """Never counts these tensors, nor what operators return of them: they are on the host."""
+        self.add(tensors)
+        for tensor in tree_leaves(tensors):
+            key = tensor.untyped_storage()._cdata
+            part, size = self._storages[key]
+            self._storages[key] = part, 0
+            self.live[part] -= size
+            self.total -= size
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._storages:

@@ -49,6 +49,7 @@ class Plan:
     rollout_micro_batch: int
     parameters: int  # of the network, without adapters
     trained: int
+    host_bytes: int = 0  # of snapshots and reference in host memory
     forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
     flops: dict[str, float] = field(default_factory=dict)  # of one iteration: rollout, update
 
@@ -70,6 +71,7 @@ class Plan:
             "rollout_micro_batch": self.rollout_micro_batch,
             "parameters": self.parameters,
             "trained_parameters": self.trained,
+            "host_bytes": self.host_bytes,
             "forwards_per_sample_and_timestep": self.forwards,
             "flops_per_iteration": self.flops,
         }
@@ -93,6 +95,9 @@ class Planner:
             self.trained = self.weights.trained()
             if recipe.model.method == "lora":
                 self.live.move(self.trained, "adapters")
+            host = self.weights.host_tensors() if recipe.model.snapshots == "host" else []
+            self.host_bytes = sum(tensor.nbytes for tensor in host)
+            self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
@@ -111,6 +116,7 @@ class Planner:
             min(rollout_micro_batch or resolve_micro_batch(rollout.micro_batch).size, samples),
             self.parameters,
             sum(parameter.numel() for parameter in self.trained),
+            self.host_bytes,
         )
         self.live.peaks.clear()
         with Unknown(), self.flops, self.live, self.live.in_part("latents"):
@@ -190,7 +196,7 @@ class Planner:
         latents = self._latents(samples)
         with self.mode, self.live.in_part("gradients"):
             for parameter in self.trained:  # those of earlier micro-batches
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         flops, before = self.flops.total, self.live.live["latents"]
         with self.live.in_phase("measure"), watched(self) as watch:
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
@@ -208,7 +214,11 @@ class Planner:
     def _step(self) -> None:
         """The optimizer. On a GPU torch's AdamW takes all parameters at once, with roots of the moments."""
         with self.live.in_phase("step"), self.live.in_part("workspace"), self.mode:
-            if self.recipe.train.optimizer == "adamw":
+            if self.recipe.model.dtype == "bf16":  # float32, random bits and what is rounded of one parameter
+                largest = max(parameter.numel() for parameter in self.trained)
+                wide = [torch.empty(largest, dtype=d) for d in (torch.float32, torch.int32, torch.bfloat16)]
+                del wide
+            elif self.recipe.train.optimizer == "adamw":
                 roots = [torch.empty_like(parameter) for parameter in self.trained]
                 del roots
         for parameter in self.trained:
@@ -336,8 +346,7 @@ def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[tor
     for parameter in parameters:
         count = parameter.numel()
         if name == "adamw" or count < 4096:
-            dtype = parameter.dtype if name == "adamw" else torch.float32
-            state += [torch.empty(count, dtype=dtype) for _ in range(2)]
+            state += [torch.empty(count) for _ in range(2)]
         else:
             state += [torch.empty(count, dtype=torch.uint8) for _ in range(2)]
             state += [torch.empty(math.ceil(count / 256)) for _ in range(2)]

@@ -17,10 +17,13 @@ from crd_fast.trainer import AUTO_MICRO_BATCH
 GIB = 1 << 30
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
 RESERVED = 3 * GIB // 4
-# By what they cost: seconds, rounding of the moments, rounding of the base, another method.
+# By what they cost: seconds, rounding of the moments, copies to the device, rounding of the weights (trained,
+# then frozen), another method.
 SAVINGS = (
     "train.checkpointing=true",
     "train.optimizer=adamw8bit",
+    "model.snapshots=host",
+    "model.dtype=bf16",
     "model.quantization=int8",
     "model.quantization=nf4",
     "model.method=lora",
@@ -75,6 +78,8 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
     """
     overrides: list[str] = []
     for saving in ("", *savings):
+        if saving == "model.method=lora":  # what full fine-tuning alone has
+            overrides = [o for o in overrides if o not in ("model.snapshots=host", "model.dtype=bf16")]
         if saving:
             changed = _with(recipe, [*overrides, saving])
             if changed is None or changed == _with(recipe, overrides):
@@ -191,6 +196,7 @@ def summary(plan: Plan) -> str:
     flops = ", ".join(f"{name} {value / 1e15:.3g}" for name, value in plan.flops.items())
     return (
         f"parameters: {plan.parameters:,}, trained: {plan.trained:,}\n"
+        f"snapshots in host memory: {plan.host_bytes / GIB:.2f} GB\n"
         f"micro-batches: {plan.micro_batch} in the update, {plan.rollout_micro_batch} in the rollout\n"
         f"forwards for each sample and timestep of the update: {total:g} ({forwards})\n"
         f"PFLOP an iteration: {sum(plan.flops.values()) / 1e15:.3g} ({flops})"

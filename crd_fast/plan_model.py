@@ -126,6 +126,8 @@ def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     kind = KINDS[recipe.model.path]
     with fakes(mode):
         transformer = make_transformer(kind)
+        if recipe.model.dtype == "bf16":
+            transformer.to(torch.bfloat16)
     transformer.requires_grad_(False).eval()
     if recipe.train.checkpointing:
         transformer.enable_gradient_checkpointing()

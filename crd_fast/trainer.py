@@ -22,6 +22,7 @@ from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
 from crd_fast.models import compile_blocks, load_model, lora_targets
+from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.ranks import Ranks
@@ -31,7 +32,7 @@ from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.runlog import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.update import Pairs, Updater
 from crd_fast.watch import Watch, reward_metrics
-from crd_fast.weights import SNAPSHOTS, FullWeights, LoraWeights
+from crd_fast.weights import SNAPSHOTS, FullWeights, HostWeights, LoraWeights
 
 AUTO_MICRO_BATCH = 96
 ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
@@ -351,7 +352,10 @@ def make_weights(model, recipe: Recipe):
     """The policy and its snapshots, as adapters or as whole copies."""
     config = recipe.model
     if config.method == "full":
-        return FullWeights(model.transformer)
+        weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
+        if config.dtype == "bf16":
+            widen_gradients(weights.trained())
+        return weights
     return LoraWeights(
         model.transformer,
         config.lora_rank,
@@ -365,11 +369,20 @@ def make_weights(model, recipe: Recipe):
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     config = recipe.train
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
+        raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
+    if recipe.model.dtype == "bf16":
+        kinds = {"adamw": RoundedAdamW, "adamw8bit": RoundedAdamW8bit}
+        optimizer = kinds.get(config.optimizer, RoundedPagedAdamW8bit)(parameters, **settings)
+        optimizer.seed = config.seed
+        return optimizer
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    paged = config.optimizer == "paged_adamw8bit"
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return kind(parameters, **settings)
 
 
 def resolve_micro_batch(micro_batch: int | str) -> MicroBatch:

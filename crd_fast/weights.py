@@ -164,6 +164,64 @@ class FullWeights:
         self.network.save_pretrained(folder / "transformer")
 
 
+class HostWeights(FullWeights):
+    """As FullWeights, with one set of weights on the device and copies of all on the host, pinned for a GPU.
+
+    To use a set is to copy it over the policy, and the policy back. Snapshots are float32 whatever the
+    network is: a blend with decay 0.999 would be lost in bfloat16, and a float32 copy of bfloat16 rounds back
+    exactly.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        network.requires_grad_(True)
+        policy = dict(network.named_parameters())
+        self._sets = {"policy": policy}
+        for name in SNAPSHOTS:
+            self._sets[name] = {key: _on_host(value, torch.float32) for key, value in policy.items()}
+        for name in ("reference", "policy on the host"):
+            self._sets[name] = {key: _on_host(value, value.dtype) for key, value in policy.items()}
+
+    def host_tensors(self) -> list[torch.Tensor]:
+        return [value for name, s in self._sets.items() if name != "policy" for value in s.values()]
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Within this context the network has the weights of `name`, afterwards those of the policy."""
+        if name == "policy":
+            yield
+            return
+        self._fetch_policy()
+        self._put(name)
+        try:
+            yield
+        finally:
+            self._put("policy on the host")
+
+    @torch.no_grad()
+    def _fetch_policy(self) -> list[torch.Tensor]:
+        host = list(self._sets["policy on the host"].values())
+        for value, parameter in zip(host, self.trained()):
+            value.copy_(parameter)
+        return host
+
+    @torch.no_grad()
+    def _put(self, name: str) -> None:
+        for parameter, value in zip(self.trained(), self._sets[name].values()):
+            parameter.copy_(value, non_blocking=True)
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * policy."""
+        for value, policy in zip(self._sets[name].values(), self._fetch_policy()):
+            _blend([value], [policy.float()], decay)
+
+
+def _on_host(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    copy = value.detach().to("cpu", dtype, copy=True)
+    return copy.pin_memory() if value.is_cuda else copy
+
+
 def check_targets(network: torch.nn.Module, targets: list[str]) -> None:
     """Raises UserError for the first target that matches no linear layer, by the end of its name."""
     names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -95,7 +95,8 @@ def _load_builtin(recipe: Recipe) -> FlowModel:
             f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
     model = BuiltinModel.load(KINDS[recipe.model.path])
-    model.transformer.to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+    model.transformer.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     choose_attention(model.transformer, recipe.model.attention)

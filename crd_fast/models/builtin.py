@@ -168,11 +168,12 @@ class BuiltinModel(FlowModel):
         self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """d x / d sigma. x: (B, 3, height, width); sigma: (B,); embeddings with a first axis of B."""
+        dtype = self.transformer.proj_out.weight.dtype
         return self.transformer(
-            hidden_states=x,
+            hidden_states=x.to(dtype),
             timestep=sigma * 1000,
-            encoder_hidden_states=embeddings["states"],
-            pooled_projections=embeddings["pooled"],
+            encoder_hidden_states=embeddings["states"].to(dtype),
+            pooled_projections=embeddings["pooled"].to(dtype),
             return_dict=False,
         )[0]
 

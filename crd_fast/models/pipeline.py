@@ -45,6 +45,7 @@ class PipelineModel(FlowModel):
         self.folder, self.config = folder, recipe.model
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = recipe.train.precision == "bf16" and recipe.model.method == "lora"
+        half = half or recipe.model.dtype == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         if recipe.model.text_length != "default":
             self.text_length = recipe.model.text_length

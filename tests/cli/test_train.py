@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crd_fast.models.builtin import BUILTIN_FOLDER
 from tests.cli.conftest import command, metrics
 
+NARROW = ["model.method=full", "model.dtype=bf16", "model.snapshots=host", "train.optimizer=adamw8bit"]
 REQUIRED = {
     *("iteration", "step", "reward_mean", "reward_std", "implicit_reward_mean", "policy_loss", "kl_loss"),
     *("kl", "old_kl", "old_deviation", "grad_norm", "old_decay", "sampler_decay", "seconds_rollout"),
@@ -103,7 +105,7 @@ def test_micro_batch_does_not_change_the_run(inside, small, tmp_path, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [["train.optimizer=adamw"], ["train.optimizer=adamw8bit", "model.method=full"]]
+    "settings", [["train.optimizer=adamw"], ["train.optimizer=adamw8bit", "model.method=full"], NARROW]
 )
 def test_killed_and_resumed_is_the_same_to_the_bit(process, small, tmp_path, settings):
     options = [item for setting in settings for item in ("--set", setting)] + ["--max-iterations", "3"]
@@ -129,6 +131,34 @@ def test_killed_and_resumed_is_the_same_to_the_bit(process, small, tmp_path, set
     expected, found = weights(whole, 3), weights(killed, 3)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_follow_float32(inside, small, tmp_path):
+    """Steps of 1e-4 are below half a unit of most weights: rounded to the nearest they would be lost."""
+    found = {}
+    for name, settings in {"wide": ["model.method=full"], "narrow": NARROW}.items():
+        options = [
+            i for s in [*settings, "evaluate.every=0", "train.learning_rate=1.0e-4"] for i in ("--set", s)
+        ]
+        code, _, err = inside("train", small, "--output", tmp_path / name, *options, "--max-iterations", "4")
+        assert code == 0, err
+        found[name] = metrics(tmp_path / name)[-4:], weights(tmp_path / name, 4)
+    (wide, wide_weights), (narrow, narrow_weights) = found["wide"], found["narrow"]
+    for one, two in zip(wide, narrow, strict=True):
+        # predictions in bfloat16 are right to 2^-8 each; gradients are sums of what is left of differences
+        assert two["kl_loss"] == pytest.approx(one["kl_loss"], rel=0.05)
+        assert two["policy_loss"] == pytest.approx(one["policy_loss"], rel=0.15)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.2)
+    assert narrow[0]["implicit_reward_mean"] == 0
+    start = load_file(BUILTIN_FOLDER / "transformer.safetensors")
+    along = length = 0.0  # the change in bfloat16 along that in float32
+    for name, value in start.items():
+        if f"weights/policy/{name}" in wide_weights:
+            change = wide_weights[f"weights/policy/{name}"] - value.float()
+            rounded = narrow_weights[f"weights/policy/{name}"].float() - value.bfloat16().float()
+            along, length = along + float((change * rounded).sum()), length + float((change**2).sum())
+    assert along / length == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.slow

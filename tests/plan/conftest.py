@@ -41,10 +41,12 @@ class Real:
         self.live.move(tensors_of(self.model.transformer), "base weights")
         with self.live:
             self.weights = make_weights(self.model, recipe)
+            if recipe.model.snapshots == "host":  # as if there were a device
+                self.live.ignore(self.weights.host_tensors())
             trained = self.weights.trained()
             optimizer = make_optimizer(recipe, trained)
             for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.optimizer = optimizer

@@ -70,6 +70,16 @@ def test_moving_and_releasing():
     assert live.total == 80 and live.peaks[""].bytes == 120
 
 
+def test_what_is_on_the_host_is_not_counted_when_it_is_written():
+    live, x = LiveBytes(), torch.zeros(10)
+    live.add(x)
+    live.ignore(x)
+    with live:
+        x.copy_(torch.ones(10))
+        assert live.total == 0
+    assert live.peaks[""].bytes == 40
+
+
 def test_the_wide_copy_of_a_4_bit_weight_is_added():
     import bitsandbytes as bnb
 

@@ -11,6 +11,10 @@ from crd_fast.plan_model import CONFIGS, config_folder, shipped
 from tests.plan.conftest import GROUP, Real
 
 FULL = ("model.method=full", "train.precision=fp32", "train.checkpointing=true", "train.optimizer=adamw8bit")
+NARROW = (
+    *("model.method=full", "model.dtype=bf16", "model.snapshots=host", "train.precision=bf16"),
+    *("train.checkpointing=true", "train.optimizer=adamw8bit"),
+)
 # of the transformers; those with digits to the last from the published safetensors
 PUBLISHED = {
     "sd3.5-medium": 2_243_171_520,
@@ -40,6 +44,7 @@ def assert_close(recipe, micro_batches):
         pytest.param(("train.precision=fp32", "train.checkpointing=false"), id="fp32"),
         pytest.param(("train.precision=bf16",), id="bf16-checkpointed"),
         pytest.param(FULL, id="full", marks=pytest.mark.slow),
+        pytest.param(NARROW, id="full-bf16-host", marks=pytest.mark.slow),
     ],
 )
 def test_builtin_model(recipe, overrides):

@@ -8,7 +8,7 @@ from peft import PeftModel
 from crd_fast import checkpoint
 from crd_fast.errors import UserError
 from crd_fast.models import builtin
-from crd_fast.weights import FullWeights, LoraWeights
+from crd_fast.weights import FullWeights, HostWeights, LoraWeights
 
 TARGETS = list(builtin.BuiltinModel.lora_targets)
 
@@ -50,7 +50,11 @@ def lora(model=None):
     return LoraWeights(model or network(), rank=4, alpha=8, targets=TARGETS, seed=3)
 
 
-MAKE = {"lora": lora, "full": lambda: FullWeights(network())}
+MAKE = {
+    "lora": lora,
+    "full": lambda: FullWeights(network()),
+    "host": lambda: HostWeights(network()),
+}
 
 
 def train_a_little(weights):
@@ -122,6 +126,28 @@ def test_full_weights_load_in_diffusers(tmp_path):
     weights.save_policy(tmp_path)
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer").eval()
     torch.testing.assert_close(forward(loaded), forward(weights.network), rtol=0, atol=0)
+
+
+def test_bfloat16_weights_with_snapshots_on_the_host(tmp_path):
+    weights = HostWeights(network().bfloat16())
+    state = weights.state()
+    name = next(iter(dict(weights.network.named_parameters())))
+    assert state[f"policy/{name}"].dtype == torch.bfloat16 and state[f"old/{name}"].dtype == torch.float32
+    before = state[f"old/{name}"].clone()
+    train_a_little(weights)
+    weights.blend("old", 0.999)  # less than bfloat16 would hold
+    expected = before.lerp(weights.state()[f"policy/{name}"].float(), 0.001)
+    torch.testing.assert_close(weights.state()[f"old/{name}"], expected)
+    policy = [parameter.detach().clone() for parameter in weights.trained()]
+    weights.blend("old", 0.0)
+    with weights.use("old"):
+        assert all(torch.equal(a, b) for a, b in zip(policy, weights.trained()))
+    with weights.use("reference"):
+        assert not all(torch.equal(a, b) for a, b in zip(policy, weights.trained()))
+    assert all(torch.equal(a, b) for a, b in zip(policy, weights.trained()))
+    weights.save_policy(tmp_path)
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer", dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(policy, loaded.parameters()))
 
 
 def test_targets_that_match_nothing():
