@@ -61,15 +61,15 @@ class Phases:
         return run
 
 
-def pipeline(folder: Path) -> None:
+def pipeline(folder: Path, layers: int = LAYERS, heads: int = HEADS, head_width: int = HEAD_WIDTH) -> None:
     """The tiny pipeline with a transformer of a size at which layers, not calls, take the time."""
     make_tiny_pipeline("sd3", folder)
     config = diffusers.SD3Transformer2DModel.load_config(folder, subfolder="transformer")
     wider = {
-        "num_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "attention_head_dim": HEAD_WIDTH,
-        "caption_projection_dim": HEADS * HEAD_WIDTH,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "caption_projection_dim": heads * head_width,
         "pos_embed_max_size": 64,
     }
     torch.manual_seed(0)

@@ -2,10 +2,10 @@
 
     python -m tools.gpu_check [--out DIR]        (make gpu)
 
-Runs the tests marked gpu, the benchmarks, a short training run and the memory plan; each step has its share
-of the time and is stopped at its end. Writes DIR/page.md (machine, commit, every step's verdict and last
-lines) and keeps the steps' own files beside it. Exit status 1 if a step failed; a step that this checkout
-cannot run is listed as skipped.
+Runs the tests marked gpu, the benchmarks, a short training run, and the memory plan against what is allocated
+(tools/memory_check.py); each step has its share of the time and is stopped at its end. Writes DIR/page.md
+(machine, commit, every step's verdict and last lines) and keeps the steps' own files beside it. Exit status 1
+if a step failed; a step that this checkout cannot run is listed as skipped.
 """
 
 import argparse
@@ -42,11 +42,11 @@ def steps(out):
     """The steps of a real run, in order; their limits add up to the budget."""
     python = (sys.executable, "-m")
     return [
-        Step("tests", (*python, "pytest", "tests", "-m", "gpu", "-q"), 180),
+        Step("tests", (*python, "pytest", "tests", "-m", "gpu", "-q"), 150),
         Step(
             "benchmarks",
             (*python, "pytest", "benchmarks", "-q", "--benchmark-json", f"{out}/benchmarks.json"),
-            240,
+            220,
             needs="benchmarks",
         ),
         Step(
@@ -55,10 +55,15 @@ def steps(out):
         Step(
             "training",
             (*python, "crd_fast", "train", "--max-iterations", "3", "--output", f"{out}/run"),
-            130,
+            120,
             needs="crd_fast/cli",
         ),
-        Step("memory plan", (*python, "crd_fast", "plan", "builtin"), 30, needs="crd_fast/plan"),
+        Step(
+            "memory plan",
+            (*python, "tools.memory_check", "--json", f"{out}/memory.json"),
+            90,
+            needs="tools/memory_check.py",
+        ),
     ]
 
 
