@@ -27,8 +27,8 @@ NAMED = 0.5  # how often a prompt names the colour, and how often the style
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 STAGES = {
-    "write": Stage(1500, 1.5e-3, 0.5, 0.8, 1.1),
-    "unlearn": Stage(150, 3e-4, 1.0, 0.8, 1.1, caption_noise=0.5, ema_decay=0.98),
+    "write": Stage(4000, 1.5e-3, 0.5, 0.8, 1.1),
+    "unlearn": Stage(200, 3e-4, 1.0, 0.8, 1.1, caption_noise=0.5, ema_decay=0.98),
 }
 
 

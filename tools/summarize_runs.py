@@ -25,7 +25,7 @@ def summarize(run: Path) -> dict:
     evaluations = [
         {k.removeprefix("eval/"): v for k, v in r.items() if k == "iteration" or k.startswith("eval/")}
         for r in records
-        if "eval/overall" in r
+        if "eval/images" in r
     ]
     seconds = {}
     for record in records:
