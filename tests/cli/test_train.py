@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crd_fast.models.builtin import BUILTIN_FOLDER
+from crd_fast.models.builtin import WORLD
 from tests.cli.conftest import command, metrics
 
 NARROW = ["model.method=full", "model.dtype=bf16", "model.snapshots=host", "train.optimizer=adamw8bit"]
@@ -151,7 +151,7 @@ def test_bfloat16_weights_follow_float32(inside, small, tmp_path):
         assert two["policy_loss"] == pytest.approx(one["policy_loss"], rel=0.15)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.2)
     assert narrow[0]["implicit_reward_mean"] == 0
-    start = load_file(BUILTIN_FOLDER / "transformer.safetensors")
+    start = load_file(WORLD.folder / "transformer.safetensors")
     along = length = 0.0  # the change in bfloat16 along that in float32
     for name, value in start.items():
         if f"weights/policy/{name}" in wide_weights:
