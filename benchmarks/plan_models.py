@@ -37,6 +37,9 @@ CASES = {  # model, overrides
     "z-image": ("z-image", ()),
     "qwen-image": ("qwen-image", ()),
     "sd3.5-large": ("sd3.5-large", ()),
+    "qwen-image nf4 streamed": ("qwen-image", ("model.quantization=nf4", "model.streaming=true")),
+    "flux.1-dev streamed": ("flux.1-dev", ("model.streaming=true",)),
+    "sd3.5-large streamed": ("sd3.5-large", ("model.streaming=true",)),
 }
 
 

@@ -34,6 +34,7 @@ class ModelConfig(Section):
     lora_alpha: float = Field(64, gt=0)
     lora_targets: Literal["default"] | list[str] = "default"
     quantization: Literal["none", "int8", "nf4"] = "none"  # of the frozen layers under the adapters
+    streaming: bool = False  # the frozen weights of blocks stay on the host, and come when a block runs
     text_length: Literal["default"] | int = "default"  # tokens a prompt is padded or cut to
     guidance_embedding: float = Field(3.5, ge=0)  # where guidance was distilled into the model (FLUX.1-dev)
     attention: str = "default"  # diffusers' backend: native, flash, sage, ...; default: what the model has
@@ -50,6 +51,8 @@ class ModelConfig(Section):
             raise ValueError("dtype, snapshots: expected default and device with method lora")
         if self.dtype == "bf16" and self.snapshots == "device":
             raise ValueError("snapshots: expected host with dtype bf16, got device")
+        if self.method == "full" and self.streaming:
+            raise ValueError("streaming: expected false with method full (trained weights stay), got true")
         if self.text_length != "default" and self.text_length < 1:
             raise ValueError(f"text_length: expected default or at least 1, got {self.text_length}")
         return self
@@ -201,6 +204,10 @@ class Recipe(Section):
             micro_batch = getattr(self, section).micro_batch
             if micro_batch != "auto" and micro_batch < 1:
                 raise ValueError(f"{section}.micro_batch: expected auto or at least 1, got {micro_batch}")
+        if self.model.streaming and not self.train.checkpointing:
+            raise ValueError("train.checkpointing: expected true with model.streaming, got false")
+        if self.model.streaming and self.train.compile:
+            raise ValueError("train.compile: expected false with model.streaming, got true")
         count = self.train.timesteps
         if count != "all" and not 1 <= count <= len(self.training_steps()):
             raise ValueError(

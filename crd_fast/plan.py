@@ -49,7 +49,7 @@ class Plan:
     rollout_micro_batch: int
     parameters: int  # of the network, without adapters
     trained: int
-    host_bytes: int = 0  # of snapshots and reference in host memory
+    host_bytes: int = 0  # in pinned memory: snapshots and reference, or blocks that are streamed
     forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
     flops: dict[str, float] = field(default_factory=dict)  # of one iteration: rollout, update
 
@@ -90,13 +90,16 @@ class Planner:
         self.model = fake_model(recipe, self.mode)
         self.parameters = count_parameters(self.model.transformer)
         self.live.move(tensors_of(self.model.transformer), "base weights")
+        streamed = self.model.streaming.host_tensors() if self.model.streaming else []
+        self.live.release(streamed)
+        self.host_bytes = sum(tensor.nbytes for tensor in streamed)
         with fakes(self.mode), self.live, self.live.in_part("snapshots"):
             self.weights = make_weights(self.model, recipe)
             self.trained = self.weights.trained()
             if recipe.model.method == "lora":
                 self.live.move(self.trained, "adapters")
             host = self.weights.host_tensors() if recipe.model.snapshots == "host" else []
-            self.host_bytes = sum(tensor.nbytes for tensor in host)
+            self.host_bytes += sum(tensor.nbytes for tensor in host)
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
@@ -190,6 +193,7 @@ class Planner:
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
             micro_batch=micro_batch,
+            one_pass=recipe.model.streaming,
         )
         zeros = torch.zeros(count, dtype=torch.int64)
         pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)
@@ -247,7 +251,8 @@ class Watch:
     def __init__(self, planner: Planner):
         self.planner, self.live = planner, planner.live
         self.velocity, self.use = planner.model.velocity, planner.weights.use
-        self.active = "policy"
+        self.fetch = planner.model.streaming.fetch if planner.model.streaming else None
+        self.active: str | tuple[str, ...] = "policy"  # or the name of each row
         self.samples: Counter[str] = Counter()  # by set of weights
         self.held: dict[str, int] = {}  # bytes of latents at the policy's first forward, by phase
         self._before_gradient: int | None = None  # FLOPs
@@ -259,14 +264,30 @@ class Watch:
             yield
         self.active = "policy"
 
+    @contextmanager
+    def use_rows_of(self, names: list[str]) -> Iterator[None]:
+        self.active = tuple(names)
+        with type(self.planner.weights).use_rows(self.planner.weights, names):
+            yield
+        self.active = "policy"
+
+    def fetch_of(self, index: int):
+        with self.live.in_part("base weights"):
+            return self.fetch(index)
+
     def velocity_of(self, x, sigma, embeddings):
         gradient = torch.is_grad_enabled()
-        self.samples[self.active] += len(x)
+        self.samples.update(self.active if isinstance(self.active, tuple) else {self.active: len(x)})
         if self.live.phase in ("measure", "update"):
             self.live.phase = "update" if gradient else "measure"
+        of_prompts = sum(value.nbytes for value in embeddings.values())  # of one micro-batch at a time
         if self.active == "policy" and self.live.phase not in self.held:
-            of_prompts = sum(value.nbytes for value in embeddings.values())  # of one micro-batch at a time
             self.held[self.live.phase] = self.live.live["latents"] - of_prompts
+        if isinstance(self.active, tuple) and "policy" in self.active:
+            # of two micro-batches: what both hold before, and what the first holds when it is measured
+            held = self.live.live["latents"] - of_prompts
+            first = self.held.setdefault(self.live.phase, held)
+            self.held[self.live.phase] = first + 2 * (held - first)
         run = self._with_gradient if gradient else self._without_gradient
         return run(x, sigma, embeddings)
 
@@ -282,8 +303,12 @@ class Watch:
         self.live.part = "workspace"  # of the backward pass, which comes next
         return result
 
+    def _layers(self):
+        """Adapted or not, or both in rows."""
+        return self.active if isinstance(self.active, tuple) else self.active == "reference"
+
     def _without_gradient(self, x, sigma, embeddings):
-        planner, live, key = self.planner, self.live, (self.active == "reference", len(x))
+        planner, live, key = self.planner, self.live, (self._layers(), len(x))
         if key in planner.forwards:
             peak, flops, shape, dtype = planner.forwards[key]
             live.note(peak)
@@ -294,6 +319,7 @@ class Watch:
         live.peaks[live.phase] = Peak()
         with live.in_part("workspace"):
             result = self.velocity(x, sigma, embeddings)
+        torch.clear_autocast_cache()  # what it holds is part of each forward, and does not stay
         live.move(result, "latents")
         peak = live.peaks[live.phase]
         live.peaks[live.phase] = max(kept, peak, key=lambda p: p.bytes)
@@ -309,10 +335,15 @@ def watched(planner: Planner) -> Iterator[Watch]:
     """Within this context forwards go through a `Watch`."""
     watch = Watch(planner)
     planner.model.velocity, planner.weights.use = watch.velocity_of, watch.use_of
+    streaming = planner.model.streaming
+    if streaming:
+        planner.weights.use_rows, streaming.fetch = watch.use_rows_of, watch.fetch_of
     try:
         yield watch
     finally:
         del planner.model.velocity, planner.weights.use
+        if streaming:
+            del planner.weights.use_rows, streaming.fetch
 
 
 class Flops(TorchDispatchMode):

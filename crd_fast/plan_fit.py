@@ -18,7 +18,7 @@ GIB = 1 << 30
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
 RESERVED = 3 * GIB // 4
 # By what they cost: seconds, rounding of the moments, copies to the device, rounding of the weights (trained,
-# then frozen), another method.
+# then frozen), another method, many seconds.
 SAVINGS = (
     "train.checkpointing=true",
     "train.optimizer=adamw8bit",
@@ -27,6 +27,7 @@ SAVINGS = (
     "model.quantization=int8",
     "model.quantization=nf4",
     "model.method=lora",
+    "model.streaming=true",
 )
 
 
@@ -194,9 +195,9 @@ def summary(plan: Plan) -> str:
     forwards = ", ".join(f"{name} {n:g}" for name, n in plan.forwards.items() if name != "rollout")
     total = sum(n for name, n in plan.forwards.items() if name != "rollout")
     flops = ", ".join(f"{name} {value / 1e15:.3g}" for name, value in plan.flops.items())
+    host = f"host memory, pinned: {plan.host_bytes / GIB:.1f} GB\n" if plan.host_bytes else ""
     return (
-        f"parameters: {plan.parameters:,}, trained: {plan.trained:,}\n"
-        f"snapshots in host memory: {plan.host_bytes / GIB:.2f} GB\n"
+        f"{host}parameters: {plan.parameters:,}, trained: {plan.trained:,}\n"
         f"micro-batches: {plan.micro_batch} in the update, {plan.rollout_micro_batch} in the rollout\n"
         f"forwards for each sample and timestep of the update: {total:g} ({forwards})\n"
         f"PFLOP an iteration: {sum(plan.flops.values()) / 1e15:.3g} ({flops})"

@@ -19,6 +19,7 @@ from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import _family, checks
 from crd_fast.models.base import FlowModel
+from crd_fast.streaming import Streaming
 
 CONFIGS = Path(__file__).parent / "models" / "configs"
 HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
@@ -131,7 +132,10 @@ def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     transformer.requires_grad_(False).eval()
     if recipe.train.checkpointing:
         transformer.enable_gradient_checkpointing()
-    return BuiltinModel(kind, transformer, None, None)
+    model = BuiltinModel(kind, transformer, None, None)
+    if recipe.model.streaming:
+        model.streaming = Streaming(transformer, torch.device("cpu"))
+    return model
 
 
 def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.
 
 
 @unset_fake_temporarily()  # what bitsandbytes makes beside the weights is real, and kept for later use
-def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, ...] = ()) -> None:
+def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, ...] = (), home=None) -> None:
     """As `crd_fast.models.quantize.quantize`, with 4-bit weights in ordinary parameters: bitsandbytes' own
     class of parameters cannot hold a fake tensor."""
     from crd_fast.models import quantize
@@ -198,5 +202,4 @@ def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, .
         new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight.quant_state = state
         new.bias = layer.bias
-        new.train()
         setattr(parent, child, new)

@@ -62,6 +62,7 @@ class Trainer:
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
             micro_batch=resolve_micro_batch(recipe.train.micro_batch),
+            one_pass=recipe.model.streaming,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
         self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
@@ -363,6 +364,7 @@ def make_weights(model, recipe: Recipe):
         lora_targets(model, recipe),
         recipe.train.seed,
         model.lora_loader,
+        model.device,
     )
 
 

@@ -58,7 +58,9 @@ class _Chunk:
 class Updater:
     """Accumulates the gradient of one optimizer step over all its pairs.
 
-    model: predicts velocities with whatever weights are active; weights: switches between them.
+    model: predicts velocities with whatever weights are active; weights: switches between them. one_pass:
+    what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
+    differ in their weights, so that weights that are streamed are fetched once.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Updater:
         advantage_clip: float,
         precision: str,
         micro_batch: MicroBatch | int,
+        one_pass: bool = False,
     ):
         self.model, self.weights, self.loss = model, weights, loss
-        self.advantage_clip, self.precision = advantage_clip, precision
+        self.advantage_clip, self.precision, self.one_pass = advantage_clip, precision, one_pass
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
@@ -126,10 +129,13 @@ class Updater:
         self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance
     ) -> dict[str, torch.Tensor]:
         """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
-        self._old(chunks)
-        self._reference(chunks)
+        if not self.one_pass:
+            self._old(chunks)
+            self._reference(chunks)
         if len(chunks) == 1:
             chunk = chunks[0]
+            if self.one_pass:
+                self._rows(chunk, ("old",))
             policy = self._velocity(chunk)
             stats = self._measure(chunk, policy.detach())
             coefficients = self._center(stats, unit, denominator)
@@ -139,7 +145,10 @@ class Updater:
             parts = []
             for chunk in chunks:
                 with torch.no_grad():
-                    parts.append(self._measure(chunk, self._velocity(chunk)))
+                    policy = (
+                        self._rows(chunk, ("policy", "old"))[0] if self.one_pass else self._velocity(chunk)
+                    )
+                    parts.append(self._measure(chunk, policy))
                 chunk.old = None
             stats = crd_kernels.Stats.cat(parts)
             coefficients = self._center(stats, unit, denominator)
@@ -193,6 +202,36 @@ class Updater:
                 ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
             else:
                 ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
+        self._set_reference(chunk, rows, ref_cond, ref_uncond)
+
+    @torch.no_grad()
+    def _rows(self, chunk: _Chunk, names: tuple[str, ...]) -> list[torch.Tensor]:
+        """The predictions of `names`, the last of them old, and of the reference, in one batch."""
+        count = len(chunk.pairs)
+        anchored = chunk.pairs.anchor.nonzero().flatten()
+        if not self.loss.anchored:
+            anchored = anchored[:0]
+        guided = self.loss.guidance_scale > 1 and len(anchored)
+        rows = torch.cat([torch.arange(count, device=anchored.device)] * len(names) + [anchored])
+        weights = [name for name in names for _ in range(count)] + ["reference"] * len(anchored)
+        embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], chunk.x.device)
+        if guided:
+            rows, weights = torch.cat([rows, anchored]), weights + ["reference"] * len(anchored)
+            embeddings = {
+                key: torch.cat([value, empty.to(value.device).expand(len(anchored), *value.shape[1:])])
+                for (key, value), empty in zip(embeddings.items(), map(self._empty.get, embeddings))
+            }
+        with self.weights.use_rows(weights), self._autocast(chunk):
+            predicted = self.model.velocity(chunk.x[rows], chunk.pairs.sigma[rows], embeddings)
+        *found, rest = predicted.split([count] * len(names) + [len(predicted) - count * len(names)])
+        chunk.old = found[-1]
+        if len(rest):
+            rest = rest.clone()  # a view would hold the whole batch while the group is measured
+            ref_cond, ref_uncond = rest.chunk(2) if guided else (rest, None)
+            self._set_reference(chunk, anchored, ref_cond, ref_uncond)
+        return found
+
+    def _set_reference(self, chunk: _Chunk, rows: torch.Tensor, ref_cond, ref_uncond) -> None:
         if len(rows) == len(chunk.pairs):
             chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
             return

@@ -27,7 +27,8 @@ SNAPSHOTS = ("old", "sampler")
 class LoraWeights:
     """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
 
-    loader: the pipeline's mixin of diffusers, which knows how its LoRA files are written.
+    loader: the pipeline's mixin of diffusers, which knows how its LoRA files are written; device: of the
+    adapters, by default that of the layers.
     Raises UserError if a target matches no linear layer.
     """
 
@@ -39,6 +40,7 @@ class LoraWeights:
         targets: list[str],
         seed: int,
         loader=SD3LoraLoaderMixin,
+        device: torch.device | None = None,
     ):
         self.network, self.loader = network, loader
         network.requires_grad_(False)
@@ -56,7 +58,7 @@ class LoraWeights:
         self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
         for parameters in self._parameters.values():
             for key, parameter in parameters.items():
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(device, torch.float32)
                 parameter.data.copy_(self._parameters["policy"][key])
                 # only the policy is ever given to an optimizer, but torch.matmul chooses its algorithm by
                 # this flag: equal weights must give equal velocities to the bit
@@ -82,6 +84,21 @@ class LoraWeights:
             yield
         finally:
             self._activate("policy")
+
+    @contextmanager
+    def use_rows(self, names: list[str]) -> Iterator[None]:
+        """Within this context each row of a batch has the weights of its name. Without gradient."""
+        adapters = ["__base__" if name == "reference" else name for name in names]  # as peft calls it
+
+        def choose(layer, args, kwargs):
+            return args, kwargs | {"adapter_names": adapters}
+
+        hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _activate(self, name: str) -> None:
         for layer in self._layers:

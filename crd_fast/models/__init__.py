@@ -11,6 +11,7 @@ import torch
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
+from crd_fast.streaming import Streaming, repeated_blocks
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -75,10 +76,8 @@ def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    for blocks in network.children():
-        if isinstance(blocks, torch.nn.ModuleList):
-            for block in blocks:
-                block.compile(dynamic=False, backend=backend)
+    for block in repeated_blocks(network):
+        block.compile(dynamic=False, backend=backend)
 
 
 def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
@@ -95,8 +94,12 @@ def _load_builtin(recipe: Recipe) -> FlowModel:
             f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
     model = BuiltinModel.load(KINDS[recipe.model.path])
-    dtype = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
-    model.transformer.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.transformer.to(torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32)
+    if recipe.model.streaming:
+        model.streaming = Streaming(model.transformer, device)
+    else:
+        model.transformer.to(device)
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     choose_attention(model.transformer, recipe.model.attention)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from crd_fast.streaming import Streaming
+
 # The attention projections of a block with an image and a text stream.
 JOINT_ATTENTION = (
     "attn.to_q",
@@ -23,7 +25,10 @@ class FlowModel:
     name, lora_targets; transformer: the network that is trained; device: where it runs.
     `latent_shape(resolution)`, `encode_prompts(prompts)`, `sigmas(steps, resolution)`,
     `velocity(x, sigma, embeddings)`, `decode(latents)`, and for what leaves as a LoRA `lora_loader`.
+    streaming: where the transformer's blocks are kept on the host.
     """
+
+    streaming: Streaming | None = None
 
     @property
     def device(self) -> torch.device:

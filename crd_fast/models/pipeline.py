@@ -22,6 +22,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import FlowModel
 from crd_fast.models.quantize import quantize
+from crd_fast.streaming import Streaming
 
 
 class PipelineModel(FlowModel):
@@ -202,8 +203,14 @@ class PipelineModel(FlowModel):
         )
         transformer.requires_grad_(False).eval()
         if self.config.quantization != "none":
-            quantize(transformer, self.config.quantization, self.dtype, self.device, self.unquantized)
-        transformer.to(self.device)
+            home = torch.device("cpu") if self.config.streaming else self.device
+            quantize(
+                transformer, self.config.quantization, self.dtype, self.device, self.unquantized, home=home
+            )
+        if self.config.streaming:
+            self.streaming = Streaming(transformer, self.device)
+        else:
+            transformer.to(self.device)
         if checkpointing:
             transformer.enable_gradient_checkpointing()
         vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)

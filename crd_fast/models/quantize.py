@@ -7,6 +7,7 @@ to without a GPU.
 
 from __future__ import annotations
 
+import copy
 import re
 
 import bitsandbytes as bnb
@@ -26,26 +27,30 @@ def quantized_layers(network: nn.Module, keep: tuple[str, ...] = ()) -> list[str
 
 
 def quantize(
-    network: nn.Module, kind: str, dtype: torch.dtype, device: torch.device, keep: tuple[str, ...] = ()
+    network: nn.Module,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: tuple[str, ...] = (),
+    home: torch.device | None = None,
 ) -> None:
-    """Replaces linear layers by ones with `int8` or `nf4` weights on `device`, one at a time.
+    """Replaces linear layers by ones with `int8` or `nf4` weights, one at a time, quantized on `device`.
 
-    dtype: of the layers' computation.
+    dtype: of the layers' computation; home: where their weights go, by default `device`.
     """
     make = {"int8": _int8, "nf4": _nf4}[kind]
     for name in quantized_layers(network, keep):
         parent, _, child = name.rpartition(".")
         parent = network.get_submodule(parent)
         layer = make(getattr(parent, child), dtype, device)
-        # bitsandbytes' 4-bit layer, in eval mode on a CPU with AVX512-BF16, repacks its weights for a
-        # product without gradient and then uses that one where there should be a gradient, too
-        layer.train()
+        if home is not None and home != device:
+            layer.to(home)
         setattr(parent, child, layer)
 
 
 def empty_nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """A 4-bit layer in the place of `layer`, still without weight and bias."""
-    return bnb.nn.Linear4bit(
+    return Nf4Linear(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -83,6 +88,41 @@ def _with_bias(new: nn.Module, layer: nn.Linear, device: torch.device) -> nn.Mod
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
     return new
+
+
+class Nf4Linear(bnb.nn.Linear4bit):
+    """bitsandbytes' 4-bit layer, with all that its backward pass needs saved by autograd.
+
+    Its own product keeps the weights out of reach of activation checkpointing: a block whose weights are on
+    the device only while it runs would keep them there. In eval mode on a CPU with AVX512-BF16 it also
+    repacks its weights for a product without gradient, and uses that one where there should be a gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, bias = self.weight.quant_state, self.bias
+        bias = bias if bias is None else bias.to(self.compute_dtype)
+        scales = state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code
+        product = _Nf4Product.apply(x.to(self.compute_dtype), self.weight, bias, state, *scales)
+        return product.to(x.dtype)
+
+
+class _Nf4Product(torch.autograd.Function):
+    """x W^T + b with W in 4 bits. Only x has a gradient. scales: the tensors of `state` and its `state2`."""
+
+    @staticmethod
+    def forward(ctx, x, codes, bias, state, *scales):
+        ctx.save_for_backward(codes, *scales)
+        ctx.state = state
+        return bnb.matmul_4bit(x, codes, state, bias=bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        codes, absmax, code, offset, absmax2, code2 = ctx.saved_tensors
+        state = copy.copy(ctx.state)  # its own tensors may be back on the host
+        state.absmax, state.code, state.offset, state.state2 = absmax, code, offset, copy.copy(state.state2)
+        state.state2.absmax, state.state2.code = absmax2, code2
+        wide = bnb.functional.dequantize_4bit(codes.view(-1, 1), state)
+        return gradient @ wide.to(gradient.dtype), *[None] * 8
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):

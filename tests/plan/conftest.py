@@ -39,6 +39,7 @@ class Real:
         self.recipe, self.live = recipe, LiveBytes()
         self.model = load_model(recipe, [PROMPT])
         self.live.move(tensors_of(self.model.transformer), "base weights")
+        self.live.release(self.model.streaming.host_tensors() if self.model.streaming else [])
         with self.live:
             self.weights = make_weights(self.model, recipe)
             if recipe.model.snapshots == "host":  # as if there were a device
@@ -90,6 +91,7 @@ class Real:
             advantage_clip=5.0,
             precision=self.recipe.train.precision,
             micro_batch=micro_batch,
+            one_pass=self.recipe.model.streaming,
         )
         updater.accumulate(pairs, latents, self.embeddings, self.empty)
 
