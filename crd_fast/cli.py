@@ -36,7 +36,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long.",
+            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long, or of a "
+            "model and a card, like flux.1-dev-12gb.",
             metavar="[RECIPE]",
         ),
     ] = None,
@@ -94,7 +95,7 @@ def train(
         output = resume
     else:
         loaded = load_recipe(recipe or "builtin", overrides)
-        name = Path(recipe or "builtin").stem
+        name = Path(recipe or "builtin").name.removesuffix(".yaml")
         output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     if gpu_memory is not None:
         from crd_fast.plan_fit import for_training, parse_memory

@@ -255,13 +255,11 @@ def build_recipe(values: dict, overrides: list[str] | tuple[str, ...] = (), sour
 
 def _read(source: str | Path) -> dict:
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if path.suffix not in (".yaml", ".yml") and not path.exists():  # names have dots too: flux.1-dev-12gb
         path = RECIPES / f"{source}.yaml"
         if not path.exists():
             near = _nearest(str(source), recipe_names())
-            raise UserError(
-                f"recipe: no file or recipe called {str(source)!r}{near}; recipes: {recipe_names()}"
-            )
+            raise UserError(f"recipe: no file or recipe called {str(source)!r}{near}")
     return read_yaml(path)
 
 
