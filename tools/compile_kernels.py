@@ -6,8 +6,9 @@ The package's own launchers run on CPU tensors while Triton is told of another G
 launch: what is compiled is what would run there, specialisations included. Reported per kernel: registers,
 spills, shared memory, occupancy estimated from them, and how wide the global loads and stores are.
 
-Exit status 1 if anything spills, or if a pass over contiguous latents does not load and store all of them
-with 128 bits a thread or more: 6 reads for `measure`, 5 reads and 1 write for `velocity_grad`, an element.
+Exit status 1 if anything spills or has atomics, whose order is not fixed, or if a pass over contiguous
+latents does not load and store all of them with 128 bits a thread or more: 6 reads for `measure`, 5 reads and
+1 write for `velocity_grad`, an element.
 """
 
 import argparse
@@ -62,6 +63,7 @@ class Case:
     reference: str = "guided"  # guided | conditional | none
     noise: str = "given"  # given | seeded
     layout: str = "contiguous"
+    loss: str = "crd"  # crd | nft, which mixes policy and old and has a third term in its gradient
 
     def latent(self):
         shape = {"contiguous": SHAPE, "sliced": (4096, 64), "odd": (63,)}[self.layout]
@@ -75,10 +77,11 @@ class Case:
         uncond = x if self.reference == "guided" else None
         noise, seed = (x, None) if self.noise == "given" else (None, torch.zeros(2, dtype=torch.int64))
         scale = torch.zeros(2)
+        old, c3, mix = (x, scale, 0.5) if self.loss == "nft" else (None, None, 0.0)
         if self.op == "measure":
-            velocity_kernels.measure(x, x, cond, uncond, x, noise, seed, 4.5, True, 0.0)
+            velocity_kernels.measure(x, x, cond, uncond, x, noise, seed, 4.5, True, mix)
         elif self.op == "velocity_grad":
-            velocity_kernels.velocity_grad(x, None, cond, uncond, x, noise, seed, scale, scale, None, 4.5)
+            velocity_kernels.velocity_grad(x, old, cond, uncond, x, noise, seed, scale, scale, c3, 4.5)
         else:
             noise_kernels.interpolate(x, scale, noise, seed, x.dtype)
 
@@ -90,7 +93,7 @@ class Case:
             return 1 + noise, 1
         if self.op == "measure":
             return 3 + references + noise, 0
-        return 2 + references + noise, 1
+        return 2 + references + noise + (self.loss == "nft"), 1
 
 
 def cases():
@@ -99,6 +102,7 @@ def cases():
             yield Case(op, dtype)
         yield Case(op, "bf16", reference="conditional")
         yield Case(op, "bf16", reference="none")
+        yield Case(op, "bf16", reference="none", loss="nft")
         yield Case(op, "bf16", noise="seeded")
         yield Case(op, "bf16", layout="sliced")
         yield Case(op, "bf16", layout="odd")
@@ -142,6 +146,8 @@ def problems(case, report):
     found = []
     if report["spills"]:
         found.append(f"{report['spills']} spills")
+    if report["atomics"]:
+        found.append(f"{report['atomics']} atomics")
     if case.layout == "contiguous" and "wide_reads" in report:
         reads, writes = case.passes()
         if report["wide_reads"] != reads:
@@ -157,7 +163,7 @@ def table_of(reports):
     for column in columns:
         table.add_column(column, justify="left" if column in ("kernel", "case") else "right")
     for r in reports:
-        case = " ".join((r["dtype"], r["reference"], r["noise"], r["layout"]))
+        case = " ".join((r["dtype"], r["reference"], r["noise"], r["layout"], r["loss"]))
         widths = [" ".join(f"{n}x{bits}" for bits, n in r[kind].items()) for kind in ("loads", "stores")]
         numbers = [r["threads"], r["registers"], r["spills"], r["shared"], f"{r['occupancy']:.0%}"]
         table.add_row(r["kernel"], case, *map(str, numbers), *widths, style="red" if r["problems"] else None)
@@ -188,7 +194,7 @@ def main(arguments=None):
         options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": everything}, indent=1))
     failed = [r for r in everything if r["problems"]]
     for r in failed:
-        names = (r["target"], r["kernel"], r["dtype"], r["reference"], r["noise"], r["layout"])
+        names = (r["target"], r["kernel"], r["dtype"], r["reference"], r["noise"], r["layout"], r["loss"])
         console.print(f"{' '.join(names)}: {'; '.join(r['problems'])}", style="red")
     console.print(
         f"{len(everything)} kernels compiled for {len(targets)} targets, {len(failed)} with problems"

@@ -1,4 +1,4 @@
-"""Reads a compiled Triton kernel: registers, spills, shared memory, occupancy, widths of global accesses.
+"""Reads a compiled Triton kernel: registers, spills, atomics, shared memory, occupancy, widths of accesses.
 
 NVIDIA: from the cubin, with the cuobjdump and nvdisasm that ship with triton. AMD: from the assembly that the
 binary was made of.
@@ -27,8 +27,10 @@ AMD = {"gfx942": (512, 8, 4, 64 * 1024)}
 
 NVIDIA_ACCESS = re.compile(r"\b(LDG|STG)((?:\.\w+)*) ")
 NVIDIA_WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)(?![^.])")
+NVIDIA_ATOMIC = re.compile(r"\b(?:ATOM[GS]?|RED)\b")  # REDUX, within a warp, is none
 NVIDIA_SPILL = re.compile(r"\b(?:LDL|STL)\b")
 AMD_ACCESS = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
+AMD_ATOMIC = re.compile(r"^\s*(?:(?:global|buffer|flat)_atomic|ds_add|ds_cmpst)_", re.MULTILINE)
 AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
 
@@ -92,6 +94,7 @@ def _nvidia(kernel, target):
     return {
         "threads": threads,
         "registers": registers,
+        "atomics": len(NVIDIA_ATOMIC.findall(code)),
         "spills": len(NVIDIA_SPILL.findall(code)) + (stack + local > 0),
         "shared": shared,
         "occupancy": blocks * threads / most_threads,
@@ -120,6 +123,7 @@ def _amd(kernel, target):
     return {
         "threads": threads,
         "registers": registers,
+        "atomics": len(AMD_ATOMIC.findall(code)),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         "shared": shared,
         "occupancy": blocks * kernel.metadata.num_warps / (most_waves * simds),

@@ -28,12 +28,20 @@ def test_compiles_without_spills_and_with_wide_accesses(tmp_path, target):
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
     reports = json.loads(result.read_text())["kernels"]
-    published = {"dtype": "bf16", "reference": "guided", "noise": "given", "layout": "contiguous"}
+    published = {
+        "dtype": "bf16",
+        "reference": "guided",
+        "noise": "given",
+        "layout": "contiguous",
+        "loss": "crd",
+    }
     passes = {r["kernel"]: r for r in reports if published.items() <= r.items()}
     measure, gradient = passes["measure_kernel"], passes["gradient_kernel"]
     assert (measure["wide_reads"], measure["wide_writes"]) == (6, 0)
     assert (gradient["wide_reads"], gradient["wide_writes"]) == (5, 1)
-    assert not any(r["spills"] for r in reports)
+    assert not any(r["spills"] or r["atomics"] for r in reports)
+    nft = {r["kernel"]: r for r in reports if r["loss"] == "nft"}
+    assert nft["measure_kernel"]["wide_reads"] == nft["gradient_kernel"]["wide_reads"] == 4
     assert len(list((dump / target).iterdir())) >= 2 * len({r["kernel"] for r in reports})
 
 
@@ -57,17 +65,18 @@ def test_narrow_loads_end_in_a_failure():
 def test_problems_are_seen():
     from tools.compile_kernels import Case, problems
 
-    good = {"spills": 0, "wide_reads": 6.0, "wide_writes": 0.0}
+    good = {"spills": 0, "atomics": 0, "wide_reads": 6.0, "wide_writes": 0.0}
     case = Case("measure", "bf16")
     assert not problems(case, good)
     assert problems(case, good | {"spills": 3}) == ["3 spills"]
+    assert problems(case, good | {"atomics": 1}) == ["1 atomics"]
     assert problems(case, good | {"wide_reads": 5.0}) == ["5 of 6 reads are 128 bits wide"]
     odd = dataclasses.replace(case, layout="odd")
     assert not problems(odd, good | {"wide_reads": 0.0})
 
 
 def test_widths_are_read_off_the_instructions():
-    from tools.machine_code import AMD_ACCESS, nvidia_accesses, wide_bytes
+    from tools.machine_code import AMD_ACCESS, AMD_ATOMIC, NVIDIA_ATOMIC, nvidia_accesses, wide_bytes
 
     code = """
         @P0 LDG.E.128 R24, [R10.64] ;
@@ -80,4 +89,6 @@ def test_widths_are_read_off_the_instructions():
     assert accesses == [("LDG", 128), ("LDG", 128), ("LDG", 16), ("LDG", 32), ("STG", 64)]
     amd = "\tglobal_load_dwordx4 v[0:3], v0\n\tbuffer_store_short v1, v2\n\ts_load_dword s0\n"
     assert AMD_ACCESS.findall(amd) == [("load", "dwordx4"), ("store", "short")]
+    assert len(NVIDIA_ATOMIC.findall("RED.E.ADD [R2], R3 ; ATOMG.E.CAS R1 ; REDUX.SUM UR4, R2 ;")) == 2
+    assert len(AMD_ATOMIC.findall("\tglobal_atomic_add_f32 v0, v1\n\tglobal_load_dword v0\n")) == 1
     assert wide_bytes({256: 1, 128: 2, 64: 5}) == 64
