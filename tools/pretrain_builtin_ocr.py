@@ -58,11 +58,31 @@ def misspelled(word: str, rng: np.random.Generator) -> str:
     return word if found in held_out_words() else found
 
 
+@torch.no_grad()
+def start_as_sums(model: BuiltinModel, generator: torch.Generator) -> None:
+    """Each letter's token starts as the sum of a vector of the letter and one of its place.
+
+    What is learned of a place with one letter then holds for all of them: apart, 234 tokens would each have
+    to find theirs.
+    """
+    weight = model.text_encoder.shared.weight
+    vectors = {}
+    for token, row in sorted(model.tokenizer.get_vocab().items()):
+        if token[1:2] not in ("+", "-"):
+            continue
+        for part in (token[0], token[1:]):
+            if part not in vectors:
+                vectors[part] = torch.randn(weight.shape[1], generator=generator) / 2**0.5
+        weight[row] = vectors[token[0]] + vectors[token[1:]]
+
+
 class SignPretraining(Pretraining):
     stages = STAGES
 
     def __init__(self, output: Path, seed: int):
-        super().__init__(BuiltinModel.new(SIGNS, seed), output, seed)
+        model = BuiltinModel.new(SIGNS, seed)
+        start_as_sums(model, torch.Generator().manual_seed(seed))
+        super().__init__(model, output, seed)
 
     def batch_at(self, step: int, stage: Stage) -> tuple[torch.Tensor, list[dict | None]]:
         rng = np.random.default_rng((self.seed, step))
