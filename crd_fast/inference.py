@@ -22,8 +22,7 @@ from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
 def load_source(source: str, prompts: Iterable[str] = ()):
     """The model with the policy's weights active, and the recipe that made it.
 
-    source: the folder of a run or of a checkpoint, or `builtin` or `builtin-ocr` for a model that ships,
-    untrained.
+    source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
     prompts: those that will be needed and were not in the run.
     """
     if source in BUILTIN_MODELS:

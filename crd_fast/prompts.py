@@ -26,8 +26,7 @@ class PromptSource:
 
     source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
     same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
-    double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word,
-    for the built-in model that draws them.
+    double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word.
     """
 
     def __init__(self, source: str):

@@ -95,7 +95,9 @@ def _load_builtin(recipe: Recipe) -> FlowModel:
         )
     model = BuiltinModel.load(KINDS[recipe.model.path])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.transformer.to(torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32)
+    if recipe.model.dtype == "bf16":
+        # diffusers' own `to` warns that layers may have to stay in float32: there are none
+        torch.nn.Module.to(model.transformer, torch.bfloat16)
     if recipe.model.streaming:
         model.streaming = Streaming(model.transformer, device)
     else:
