@@ -47,11 +47,11 @@ INTRODUCTION = """# Recipes for cards of 8 to 80 GB
 prompts and the reward of `ocr`: change `rollout`, `rewards` and `evaluate` to your own. Run one with
 `crd-fast train flux.1-dev-12gb`, look at it with `--print-config`.
 
-Written by `python -m tools.card_recipes` from [plans](../benchmarks/results/cards.json) at commit {commits}.
-They are plans: none of these recipes has been run on a GPU yet. GB are 2^30 bytes; `needs` is the highest
-phase and {reserved} for the driver and libraries, a guess. Micro-batches are those of the update and of the
-rollout, and change no number but by rounding. Text encoders that do not fit work on the host, once for each
-prompt.
+Written by `python -m tools.card_recipes` from [plans](../benchmarks/results/cards.json), which name their
+commits. They are plans: none of these recipes has been run on a GPU yet. GB are 2^30 bytes; `needs` is the
+highest phase and {reserved} for the driver and libraries, a guess. Micro-batches are those of the update and
+of the rollout, and change no number but by rounding. Text encoders that do not fit work on the host, once for
+each prompt.
 """
 
 
@@ -145,10 +145,7 @@ def row(name: str, card: int, plans: dict, chosen: tuple[str, int, int]) -> str:
 
 
 def write(plans: dict) -> None:
-    commits = sorted(
-        {plan["commit"] for bases in plans.values() for sizes in bases.values() for plan in sizes.values()}
-    )
-    page = [INTRODUCTION.format(commits=", ".join(commits), reserved=f"{RESERVED / GIB:g}")]
+    page = [INTRODUCTION.format(reserved=f"{RESERVED / GIB:g}")]
     for name, bases in plans.items():
         page += [f"## {MODELS[name][0]}", ""]
         page += [
