@@ -1,7 +1,7 @@
 """Seconds and memory of one iteration by phase: `python -m benchmarks.measure_iteration`.
 
 The trainer itself on a small Stable Diffusion 3 pipeline of the real classes: 4 layers, 128 wide, 4 prompts
-of 8 samples, 10 steps, 3 timesteps trained, 128 x 128 pixels, LoRA of rank 8, fp32. The weights are random,
+of 8 samples, 10 steps, all of them trained, 128 x 128 pixels, LoRA of rank 8, fp32. The weights are random,
 which changes no time. The first iteration counts every live tensor, which takes time of its own, and warms
 up; later ones are timed. Phases are what the trainer calls, wrapped; what they call inside each other is
 theirs alone. The reward is the size as a JPEG; its share is the time the run waits for it.
@@ -100,7 +100,6 @@ def recipe_of(folder: Path):
             "rewards": {"jpeg_compressibility": 1.0},
             "train": {
                 "iterations": 100,
-                "timesteps": 3,
                 "micro_batch": 8,
                 "optimizer": "adamw",
                 "precision": "fp32",
