@@ -218,8 +218,8 @@ class Updater:
         if guided:
             rows, weights = torch.cat([rows, anchored]), weights + ["reference"] * len(anchored)
             embeddings = {
-                key: torch.cat([value, empty.to(value.device).expand(len(anchored), *value.shape[1:])])
-                for (key, value), empty in zip(embeddings.items(), map(self._empty.get, embeddings))
+                key: torch.cat([value, self._empty[key].to(value).expand(len(anchored), *value.shape[1:])])
+                for key, value in embeddings.items()
             }
         with self.weights.use_rows(weights), self._autocast(chunk):
             predicted = self.model.velocity(chunk.x[rows], chunk.pairs.sigma[rows], embeddings)
