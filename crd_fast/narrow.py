@@ -9,12 +9,20 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import torch
 
+from crd_fast.errors import UserError
 from crd_fast.rollout import seed_table
 
 
 def widen_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """From now on `.grad` is accumulated in float32: sums of many small ones would be lost in bfloat16."""
+    """From now on `.grad` is accumulated in float32: sums of many small ones would be lost in bfloat16.
+
+    Raises UserError where torch is too old to do so; it would pass over the attribute in silence.
+    """
     for parameter in parameters:
+        if not hasattr(parameter, "grad_dtype"):
+            raise UserError(
+                f"model.dtype: bf16 needs a torch with Tensor.grad_dtype, got {torch.__version__}"
+            )
         parameter.grad_dtype = torch.float32
 
 

@@ -1,5 +1,7 @@
 """Training weights in bfloat16: nothing small is lost, and groups stay exact."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -87,3 +89,9 @@ def test_what_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="paged_adamw8bit needs a CUDA GPU"):
             make_optimizer(build_recipe({}, ["train.optimizer=paged_adamw8bit"]), [])
+
+
+def test_a_torch_without_wide_gradients_is_refused():
+    old = SimpleNamespace()  # a parameter of such a torch would take the attribute, and gain nothing
+    with pytest.raises(UserError, match=r"model.dtype: bf16 needs a torch with Tensor.grad_dtype, got 2"):
+        widen_gradients([old])
