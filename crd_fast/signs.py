@@ -20,8 +20,7 @@ from crd_fast.errors import UserError
 
 HEIGHT, WIDTH = 20, 64
 LETTERS = range(3, 6)
-FONT_SIZES = (15, 16, 17)
-MARGIN = 2  # pixels
+PITCH = 10.4  # pixels from letter to letter, within half a pixel
 COLORS = {
     "red": (200, 40, 40),
     "blue": (40, 70, 190),
@@ -30,11 +29,11 @@ COLORS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-STYLES = {
-    "plain": "DejaVuSans.ttf",
-    "bold": "DejaVuSans-Bold.ttf",
-    "serif": "DejaVuSerif.ttf",
-    "mono": "DejaVuSansMono-Bold.ttf",
+STYLES = {  # files and sizes, all of one width a letter: its place in the word is a place in the picture
+    "plain": ("DejaVuSansMono.ttf", (17, 18)),
+    "bold": ("DejaVuSansMono-Bold.ttf", (17, 18)),
+    "italic": ("DejaVuSansMono-Oblique.ttf", (17, 18)),
+    "serif": ("cmtt10.ttf", (19, 20)),
 }
 SPELLED_WORDS = 12  # tokens of the longest prompt: a red sign that says + five letters + in bold
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -92,7 +91,7 @@ def vocabulary() -> set[str]:
 def _font(style: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / STYLES[style]), size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / STYLES[style][0]), size)
 
 
 def render(word: str, color: str | None, style: str | None, rng: np.random.Generator) -> np.ndarray:
@@ -102,13 +101,9 @@ def render(word: str, color: str | None, style: str | None, rng: np.random.Gener
     background = np.clip(np.array(COLORS[color]) + rng.integers(-15, 16, 3), 0, 255)
     dark = background @ (0.3, 0.59, 0.11) < 128
     ink = rng.integers(200, 256, 3) if dark else rng.integers(0, 60, 3)
-    size = FONT_SIZES[rng.integers(len(FONT_SIZES))]
-    while True:
-        font = _font(style, size)
-        left, top, right, bottom = font.getbbox(word)
-        if right - left <= WIDTH - 2 * MARGIN:
-            break
-        size -= 1
+    sizes = STYLES[style][1]
+    font = _font(style, sizes[rng.integers(len(sizes))])
+    left, top, right, bottom = font.getbbox(word)
     x = (WIDTH - (right - left)) // 2 - left + rng.integers(-1, 2)
     y = (HEIGHT - (bottom - top)) // 2 - top + rng.integers(-1, 2)
     picture = Image.new("RGB", (WIDTH, HEIGHT), tuple(background.tolist()))

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from crd_fast import signs
-from crd_fast.models.builtin import SIGNS, BuiltinModel
+from crd_fast.models.builtin import PATCH, SIGNS, WIDTH, BuiltinModel
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 
 BATCH = 48
 MEASURED = 96  # held-out prompts along the curve
 REAL_WORDS = 0.3  # the share of words that are words
 NAMED = 0.5  # how often a prompt names the colour, and how often the style
+READ_BLOCK, READ_WEIGHT, READ_LEARNING_RATE = 2, 0.3, 1e-3  # see `Reader`
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 STAGES = {
@@ -76,6 +77,37 @@ def start_as_sums(model: BuiltinModel, generator: torch.Generator) -> None:
         weight[row] = vectors[token[0]] + vectors[token[1:]]
 
 
+class Reader(torch.nn.Module):
+    """Which letter each patch of the picture is part of, read from the image's states within the transformer.
+
+    At high noise nothing but the caption tells. The flow's loss alone hardly rewards that: without this head,
+    used in pretraining only, colours and word lengths are learned in 500 steps, and no letter in 2,000.
+    """
+
+    def __init__(self, model: BuiltinModel):
+        super().__init__()
+        self.head = torch.nn.Linear(WIDTH, len(ALPHABET) + 1)
+        model.transformer.transformer_blocks[READ_BLOCK].register_forward_hook(self._keep)
+
+    def _keep(self, module, arguments, outputs) -> None:
+        self.states = outputs[1]  # (B, patches, 128); the first are the caption's
+
+    def labels(self, word: str) -> torch.Tensor:
+        """(patches,), int64: the letter's number, or that of no letter."""
+        centers = (torch.arange(signs.WIDTH // PATCH) + 0.5) * PATCH
+        place = ((centers - signs.WIDTH / 2) / signs.PITCH + (len(word) - 1) / 2).round().long()
+        letters = torch.tensor([ALPHABET.index(letter) for letter in word])
+        inside = (place >= 0) & (place < len(word))
+        row = torch.where(inside, letters[place.clamp(0, len(word) - 1)], len(ALPHABET))
+        return row.repeat(signs.HEIGHT // PATCH)
+
+    def loss(self, captions: list[dict | None]) -> torch.Tensor:
+        """Cross-entropy over the patches of the pictures whose caption is true."""
+        rows = [k for k, entry in enumerate(captions) if entry is not None and entry["true"]]
+        labels = torch.stack([self.labels(captions[k]["text"]) for k in rows])
+        return torch.nn.functional.cross_entropy(self.head(self.states[rows]).flatten(0, 1), labels.flatten())
+
+
 class SignPretraining(Pretraining):
     stages = STAGES
 
@@ -83,6 +115,9 @@ class SignPretraining(Pretraining):
         model = BuiltinModel.new(SIGNS, seed)
         start_as_sums(model, torch.Generator().manual_seed(seed))
         super().__init__(model, output, seed)
+        self.reader = Reader(model)
+        self.reader_optimizer = torch.optim.AdamW(self.reader.parameters(), lr=READ_LEARNING_RATE)
+        self.parts |= {"reader": self.reader, "reader_optimizer": self.reader_optimizer}
 
     def batch_at(self, step: int, stage: Stage) -> tuple[torch.Tensor, list[dict | None]]:
         rng = np.random.default_rng((self.seed, step))
@@ -97,11 +132,15 @@ class SignPretraining(Pretraining):
             if rng.random() < CAPTION_DROPOUT:
                 captions.append(None)
                 continue
-            if rng.random() < stage.caption_noise:
-                word = misspelled(word, rng)
-            captions.append({"prompt": signs.prompt(word, color, style)})
+            text = misspelled(word, rng) if rng.random() < stage.caption_noise else word
+            captions.append({"prompt": signs.prompt(text, color, style), "text": text, "true": text == word})
         pictures = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return pictures.float() / 127.5 - 1, captions
+
+    def side_loss(self, states: torch.Tensor, captions: list[dict | None]) -> torch.Tensor:
+        loss = self.reader.loss(captions)
+        self.track("read_loss", loss.item())
+        return READ_WEIGHT * loss
 
     def measure(self, guidance_scale: float) -> float:
         return round(ocr_score(self.model, guidance_scale, MEASURED), 4)

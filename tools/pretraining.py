@@ -94,6 +94,7 @@ class Pretraining:
         """What comes before the first step."""
 
     def side_loss(self, states: torch.Tensor, captions: list[dict | None]) -> torch.Tensor | float:
+        """Added to the flow's loss. states: the text encoder's, (B, max_tokens, 128)."""
         return 0.0
 
     def encode(self, captions: list[dict | None]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ def model():
 
 def test_spelling():
     assert signs.spell('a sign that says "CAT"') == "a sign that says c-2 a+0 t+2"
-    assert signs.spell('a red sign that says "bold" in mono').endswith("b-3 o-1 l+1 d+3 in mono")
+    assert signs.spell('a red sign that says "bold" in serif').endswith("b-3 o-1 l+1 d+3 in serif")
     assert signs.spell("") == ""
 
 
@@ -56,6 +56,20 @@ def test_held_out_words_are_never_trained():
     drawn = [pretrain_builtin_ocr.draw_word(rng) for _ in range(5000)]
     assert held_out.isdisjoint(drawn)
     assert held_out.isdisjoint(pretrain_builtin_ocr.misspelled(word, rng) for word in drawn)
+
+
+def test_the_reader_knows_where_letters_are(tmp_path):
+    """Most of the ink that goes when a letter is left out is in the patches that are said to be its own."""
+    reader = pretrain_builtin_ocr.SignPretraining(tmp_path, seed=0).reader
+    own = reader.labels("IIXII").view(5, 16).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+    for seed, style in enumerate([*signs.STYLES] * 8):
+        full, without = (
+            signs.render(word, "black", style, np.random.default_rng(seed)).sum(-1)
+            for word in ("IIIII", "II II")
+        )
+        ink = np.abs(full - without.astype(float))
+        share = ink[own == pretrain_builtin_ocr.ALPHABET.index("X")].sum() / ink.sum()
+        assert share > 0.7, (style, share)
 
 
 def test_ground_truth_is_read():
