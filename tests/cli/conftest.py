@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-import crd_fast.cli
-
 SMALL = """
 model:     {path: builtin, method: lora, lora_rank: 4, lora_alpha: 4}
 rollout:   {prompts_per_iteration: 2, samples_per_prompt: 4, steps: 2, resolution: 32}
@@ -29,20 +27,6 @@ def small(tmp_path):
 def command(*arguments):
     """`crd-fast` with these arguments, to be run in a process of its own."""
     return [sys.executable, "-m", "crd_fast", *map(str, arguments)]
-
-
-@pytest.fixture
-def inside(monkeypatch, capsys):
-    """Runs `crd-fast` in this process, whose imports are done; returns exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            crd_fast.cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from crd_fast.cli import main
 from crd_fast.errors import UserError
 from crd_fast.plan import Planner
 from crd_fast.plan_fit import GIB, RESERVED, fit, for_training, parse_memory
@@ -53,30 +52,20 @@ def test_memory_that_is_none(text):
         parse_memory(text)
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
-
-
-def test_commands(monkeypatch, capsys, tmp_path):
+def test_commands(inside, tmp_path):
     small = ("--set", "rollout.samples_per_prompt=4", "--set", "rollout.prompts_per_iteration=2")
-    code, out, _ = run(
-        monkeypatch, capsys, "plan", "builtin-lora", *small, "--gpu", "8GB", "--json", tmp_path / "plan.json"
-    )
+    code, out, _ = inside("plan", "builtin-lora", *small, "--gpu", "8GB", "--json", tmp_path / "plan.json")
     assert code == 0 and "base weights" in out and "fits" in out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["peak_bytes"] == max(phase["bytes"] for phase in written["phases"].values())
     assert written["needed_bytes"] == written["peak_bytes"] + RESERVED < 8 * GIB
 
     sized = ("train", "builtin-lora", *small, "--print-config", "--gpu-memory")
-    code, out, _ = run(monkeypatch, capsys, *sized, "24GB")
+    code, out, _ = inside(*sized, "24GB")
     assert code == 0 and "micro_batch: 96" in out
-    code, _, err = run(monkeypatch, capsys, *sized, "0.7GB")
+    code, _, err = inside(*sized, "0.7GB")
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert "GB too much" in err and "nearest with --set train.checkpointing=true" in err
 
-    code, _, err = run(monkeypatch, capsys, "plan", "--set", "model.path=some/model")
+    code, _, err = inside("plan", "--set", "model.path=some/model")
     assert code == 2 and "no configs of 'some/model' here" in err and "flux.1-dev" in err

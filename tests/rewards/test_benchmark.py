@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import crd_fast.cli
 from crd_fast.benchmark import geneval_recipe, geneval_table
 from crd_fast.config import build_recipe, load_recipe
 
@@ -57,17 +58,8 @@ def test_the_table_has_the_papers_columns():
     assert cells == ["0.50", "-", "-", "0.25", "-", "-", "0.75"]
 
 
-def test_the_command(monkeypatch, capsys, tmp_path):
-    import crd_fast.cli
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["crd-fast", "eval", *arguments])
-        monkeypatch.setattr(crd_fast.cli.console, "_width", 200)
-        with pytest.raises(SystemExit) as ended:
-            crd_fast.cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
+def test_the_command(inside, monkeypatch, tmp_path):
+    monkeypatch.setattr(crd_fast.cli.console, "_width", 200)
     path = tmp_path / "evaluation_metadata.jsonl"
     entry = {
         "tag": "colors",
@@ -75,15 +67,15 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         "prompt": "a red circle",
     }
     path.write_text(json.dumps(entry) + "\n")
-    code, out, _ = run(
-        "builtin", "--benchmark", "geneval", "--prompts", str(path), "--samples", "2", "--steps", "2"
+    code, out, _ = inside(
+        "eval", "builtin", "--benchmark", "geneval", "--prompts", str(path), "--samples", "2", "--steps", "2"
     )
     assert code == 0 and "GenEval of builtin: 2 images" in out
     rows = [line for line in out.splitlines() if "Color attribution" in line]
     assert len(rows) == 1 and rows[0].index("Overall") < rows[0].index("Single object") < rows[0].index(
         "Colors"
     )
-    code, _, err = run("builtin", "--benchmark", "genevil")
+    code, _, err = inside("eval", "builtin", "--benchmark", "genevil")
     assert code == 2 and "expected geneval, got 'genevil'" in err
-    code, _, err = run("builtin", "--set", "path=here")
+    code, _, err = inside("eval", "builtin", "--set", "path=here")
     assert code == 2 and "--benchmark" in err

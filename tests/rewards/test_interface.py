@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import crd_fast.cli
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts import PromptSource
@@ -82,20 +81,6 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield lambda: sys.modules["mine"]
     sys.modules.pop("mine", None)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`crd-fast` in this process: exit code, output, errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            crd_fast.cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
 
 
 def assert_refused(result, *words):
@@ -258,9 +243,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_score_prints_a_table_and_writes_json(run, mine, folder):
+def test_score_prints_a_table_and_writes_json(inside, mine, folder):
     command = ["score", "--images", "images", "--prompts", "prompts.txt", "--json", "scores.json"]
-    code, out, err = run(*command, "--reward", "mine:scaled", "--set", "scale=10")
+    code, out, err = inside(*command, "--reward", "mine:scaled", "--set", "scale=10")
     assert code == 0, err
     assert "mine:scaled: mean 4.0000 of 3 pictures" in out and "a.png" in out and "dark" in out
     assert json.loads((folder / "scores.json").read_text()) == {
@@ -273,32 +258,33 @@ def test_score_prints_a_table_and_writes_json(run, mine, folder):
             {"image": "c.png", "prompt": "red", "score": 10.0},
         ],
     }
-    assert_refused(run(*command, "--reward", "mine:redness"), "--json scores.json: already exists")
+    assert_refused(inside(*command, "--reward", "mine:redness"), "--json scores.json: already exists")
 
 
-def test_score_refuses_in_one_line(run, mine, folder):
+def test_score_refuses_in_one_line(inside, mine, folder):
     command = ["score", "--images", "images", "--prompts", "prompts.txt"]
     pytest.importorskip("rapidocr", reason="needs rapidocr and onnxruntime")
-    assert_refused(run(*command, "--reward", "ocr"), "expected a text in double quotes", "got 'black'")
-    assert_refused(run(*command, "--reward", "orc"), "did you mean 'ocr'?")
+    assert_refused(inside(*command, "--reward", "ocr"), "expected a text in double quotes", "got 'black'")
+    assert_refused(inside(*command, "--reward", "orc"), "did you mean 'ocr'?")
     assert_refused(
-        run(*command, "--reward", "ocr", "--set", "mod=word"), "unknown setting 'mod', did you mean 'mode'?"
+        inside(*command, "--reward", "ocr", "--set", "mod=word"),
+        "unknown setting 'mod', did you mean 'mode'?",
     )
-    assert_refused(run(*command, "--reward", "ocr", "--set", "mode"), "expected KEY=VALUE, got 'mode'")
+    assert_refused(inside(*command, "--reward", "ocr", "--set", "mode"), "expected KEY=VALUE, got 'mode'")
     assert_refused(
-        run(*command, "--reward", "mine:slow", "--set", "timeout=0.1"),
+        inside(*command, "--reward", "mine:slow", "--set", "timeout=0.1"),
         "reward mine:slow: expected values within 0.1 s",
     )
     assert_refused(
-        run("score", "--images", "none", *command[3:], "--reward", "ocr"), "expected a folder of pictures"
+        inside("score", "--images", "none", *command[3:], "--reward", "ocr"), "expected a folder of pictures"
     )
     (folder / "prompts.txt").write_text("black\ndark\n")
     assert_refused(
-        run(*command, "--reward", "mine:redness"), "expected 3 prompts, one for each picture, got 2"
+        inside(*command, "--reward", "mine:redness"), "expected 3 prompts, one for each picture, got 2"
     )
     (folder / "images" / "b.png").write_bytes(b"no picture")
     (folder / "prompts.txt").write_text("black\ndark\nred\n")
-    assert_refused(run(*command, "--reward", "mine:redness"), "b.png: cannot be read as a picture")
+    assert_refused(inside(*command, "--reward", "mine:redness"), "b.png: cannot be read as a picture")
 
 
 SETTINGS = ("rollout.micro_batch=3", "evaluate.every=0", "train.iterations=2")
@@ -360,12 +346,12 @@ def test_results_do_not_depend_on_the_overlap(mine, tmp_path, monkeypatch):
     assert "groups_equal" in record and "reward_std/geneval" in record
 
 
-def test_a_reward_that_fails_ends_the_run_and_keeps_its_checkpoints(run, mine, tmp_path):
+def test_a_reward_that_fails_ends_the_run_and_keeps_its_checkpoints(inside, mine, tmp_path):
     recipe = recipe_file(tmp_path, "rewards: {'mine:third_time': 1.0}\n")
     overrides = [
         item for setting in ("evaluate.every=0", "train.iterations=9") for item in ("--set", setting)
     ]
-    result = run("train", recipe, "--output", tmp_path / "run", *overrides)
+    result = inside("train", recipe, "--output", tmp_path / "run", *overrides)
     assert_refused(
         result,
         "iteration 3: reward mine:third_time: RuntimeError: no more",
@@ -378,13 +364,13 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_its_checkpoints(run, mine, t
     assert [record["iteration"] for record in metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_a_reward_that_hangs_ends_the_run(run, mine, tmp_path):
+def test_a_reward_that_hangs_ends_the_run(inside, mine, tmp_path):
     recipe = recipe_file(tmp_path, "rewards: {'mine:slow': {timeout: 0.2}}\n")
-    result = run("train", recipe, "--output", tmp_path / "run", "--set", "evaluate.every=0")
+    result = inside("train", recipe, "--output", tmp_path / "run", "--set", "evaluate.every=0")
     assert_refused(result, "iteration 1: reward mine:slow: expected values within 0.2 s, got none")
 
 
-def test_judges_are_scored_at_evaluations_and_never_trained_on(run, mine, tmp_path):
+def test_judges_are_scored_at_evaluations_and_never_trained_on(inside, mine, tmp_path):
     judged = recipe_file(
         tmp_path, "rewards: {'mine:redness': 1.0}\neval_rewards: {diversity: {}, colorfulness: 5.0}\n"
     )
@@ -400,7 +386,7 @@ def test_judges_are_scored_at_evaluations_and_never_trained_on(run, mine, tmp_pa
     refused = recipe_file(tmp_path, "eval_rewards: {ocr: 1.0}\n", "refused.yaml")
     pytest.importorskip("rapidocr", reason="needs rapidocr and onnxruntime")
     assert_refused(
-        run("train", refused, "--output", tmp_path / "refused"),
+        inside("train", refused, "--output", tmp_path / "refused"),
         "reward ocr: expected a text in double quotes",
     )
 

@@ -415,15 +415,11 @@ def test_others_need_a_token():
         server.bind("127.0.0.1", taken.getsockname()[1], None)
 
 
-def test_the_command_refuses_in_one_line(monkeypatch, capsys):
-    import crd_fast.cli
-
+def test_the_command_refuses_in_one_line(inside, monkeypatch):
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["crd-fast", "serve-reward", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            crd_fast.cli.main()
-        assert ended.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
+        code, _, errors = inside("serve-reward", *arguments)
+        assert code == 2
+        lines = errors.strip().splitlines()
         assert len(lines) == 1
         return lines[0]
 

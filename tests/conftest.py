@@ -1,0 +1,19 @@
+"""The command line as a user calls it."""
+
+import pytest
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Runs `crd-fast` in this process, whose imports are done; returns exit code, output and errors."""
+
+    import crd_fast.cli
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["crd-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            crd_fast.cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
