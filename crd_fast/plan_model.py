@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import _family, checks
+from crd_fast.models import _family, check_builtin, checks, prepare_builtin
 from crd_fast.models.base import FlowModel
-from crd_fast.streaming import Streaming
 
 CONFIGS = Path(__file__).parent / "models" / "configs"
 HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
@@ -120,21 +119,13 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
 def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     from crd_fast.models.builtin import KINDS, BuiltinModel, make_transformer
 
-    if recipe.model.quantization != "none":
-        raise UserError(
-            f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
-        )
+    check_builtin(recipe)
     kind = KINDS[recipe.model.path]
     with fakes(mode):
-        transformer = make_transformer(kind)
-        if recipe.model.dtype == "bf16":
-            transformer.to(torch.bfloat16)
-    transformer.requires_grad_(False).eval()
-    if recipe.train.checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer = make_transformer(kind).requires_grad_(False).eval()
     model = BuiltinModel(kind, transformer, None, None)
-    if recipe.model.streaming:
-        model.streaming = Streaming(transformer, torch.device("cpu"))
+    with fakes(mode):
+        prepare_builtin(model, recipe, torch.device("cpu"))
     return model
 
 

@@ -89,12 +89,22 @@ def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
 def _load_builtin(recipe: Recipe) -> FlowModel:
     from crd_fast.models.builtin import KINDS, BuiltinModel
 
+    check_builtin(recipe)
+    model = BuiltinModel.load(KINDS[recipe.model.path])
+    prepare_builtin(model, recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
+def check_builtin(recipe: Recipe) -> None:
+    """Raises UserError for what a built-in model is too small for."""
     if recipe.model.quantization != "none":
         raise UserError(
             f"model.quantization: expected none for the built-in model, got {recipe.model.quantization}"
         )
-    model = BuiltinModel.load(KINDS[recipe.model.path])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare_builtin(model, recipe: Recipe, device: torch.device) -> None:
+    """A built-in model's transformer as the recipe wants it, on the device or streamed to it."""
     if recipe.model.dtype == "bf16":
         # diffusers' own `to` warns that layers may have to stay in float32: there are none
         torch.nn.Module.to(model.transformer, torch.bfloat16)
@@ -105,7 +115,6 @@ def _load_builtin(recipe: Recipe) -> FlowModel:
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     choose_attention(model.transformer, recipe.model.attention)
-    return model
 
 
 def _find(path: str) -> tuple[Path, type]:
