@@ -78,6 +78,22 @@ def load(folder: Path, weights, optimizer=None) -> dict[str, Any]:
     return state
 
 
+def describe(model) -> dict:
+    """What a checkpoint must match."""
+    parameters = sum(
+        parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
+    )
+    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
+
+
+def check_same_model(state: dict, model, source: Path) -> None:
+    """Raises UserError if a checkpoint's state is not this model's."""
+    if state.get("model") != describe(model):
+        raise UserError(
+            f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}"
+        )
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file. Raises UserError if it is missing, truncated or otherwise damaged."""
     try:

@@ -12,11 +12,12 @@ from crd_fast import checkpoint
 from crd_fast.config import BUILTIN_MODELS, build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, tile, to_uint8
+from crd_fast.make import make_weights
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.rollout import generate, seed_table
-from crd_fast.trainer import check_same_model, make_weights, resolve_micro_batch
+from crd_fast.trainer import resolve_micro_batch
 
 
 def load_source(source: str, prompts: Iterable[str] = ()):
@@ -36,7 +37,7 @@ def load_source(source: str, prompts: Iterable[str] = ()):
     state = checkpoint.read_state(folder)
     recipe = build_recipe(state["recipe"], source=str(folder))
     model = load_model(recipe, prompts)
-    check_same_model(state, model, folder)
+    checkpoint.check_same_model(state, model, folder)
     checkpoint.load(folder, make_weights(model, recipe))
     return model, recipe
 

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+
 
 class Ranks:
     """This process among those that torchrun or `accelerate launch` started; alone where none of them did.
@@ -60,3 +63,20 @@ class Ranks:
         flat /= self.count
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
+
+
+def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
+    """A rank's prompts: every optimizer step's share is dealt out in turn."""
+    return np.concatenate([share[rank::ranks] for share in shares])
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raises UserError where the prompts cannot be dealt out evenly."""
+    count, steps = recipe.rollout.prompts_per_iteration, recipe.train.steps_per_iteration
+    if ranks > 1 and count % (ranks * steps):
+        raise UserError(
+            f"rollout.prompts_per_iteration: expected a multiple of {ranks * steps} for {ranks} processes "
+            f"and {steps} optimizer steps, got {count}"
+        )
+    if ranks > 1 and recipe.loss.centering == "batch":
+        raise UserError("loss.centering: expected prompt for several processes, got batch")

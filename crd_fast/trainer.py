@@ -21,18 +21,18 @@ from crd_fast.advantage import advantages, combine
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
-from crd_fast.models import compile_blocks, load_model, lora_targets
-from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
+from crd_fast.make import make_optimizer, make_weights
+from crd_fast.models import compile_blocks, load_model
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
-from crd_fast.ranks import Ranks
+from crd_fast.ranks import Ranks, check_ranks, own_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.runlog import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.update import Pairs, Updater
 from crd_fast.watch import Watch, reward_metrics
-from crd_fast.weights import SNAPSHOTS, FullWeights, HostWeights, LoraWeights
+from crd_fast.weights import SNAPSHOTS
 
 AUTO_MICRO_BATCH = 96
 ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
@@ -71,7 +71,7 @@ class Trainer:
         self.iteration = self.step = 0
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
         if saved:
-            check_same_model(checkpoint.read_state(saved[-1]), self.model, saved[-1])
+            checkpoint.check_same_model(checkpoint.read_state(saved[-1]), self.model, saved[-1])
             state = checkpoint.load(saved[-1], self.weights, self.optimizer)
             self.iteration, self.step = state["iteration"], state["step"]
         if self.ranks.main:
@@ -261,7 +261,7 @@ class Trainer:
                 {
                     "iteration": self.iteration,
                     "step": self.step,
-                    "model": describe(self.model),
+                    "model": checkpoint.describe(self.model),
                     "recipe": self.recipe.model_dump(),
                 },
                 keep=self.recipe.checkpoint.keep,
@@ -321,23 +321,6 @@ def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
     return [int((i + offset) * candidates / count) for i in range(count)]
 
 
-def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
-    """A rank's prompts: every optimizer step's share is dealt out in turn."""
-    return np.concatenate([share[rank::ranks] for share in shares])
-
-
-def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raises UserError where the prompts cannot be dealt out evenly."""
-    count, steps = recipe.rollout.prompts_per_iteration, recipe.train.steps_per_iteration
-    if ranks > 1 and count % (ranks * steps):
-        raise UserError(
-            f"rollout.prompts_per_iteration: expected a multiple of {ranks * steps} for {ranks} processes "
-            f"and {steps} optimizer steps, got {count}"
-        )
-    if ranks > 1 and recipe.loss.centering == "batch":
-        raise UserError("loss.centering: expected prompt for several processes, got batch")
-
-
 def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
     """Every prompt that the run will draw or be evaluated on."""
     count, iterations = recipe.rollout.prompts_per_iteration, recipe.train.iterations
@@ -349,59 +332,5 @@ def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
     yield from (e["prompt"] for e in PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts))
 
 
-def make_weights(model, recipe: Recipe):
-    """The policy and its snapshots, as adapters or as whole copies."""
-    config = recipe.model
-    if config.method == "full":
-        weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
-        if config.dtype == "bf16":
-            widen_gradients(weights.trained())
-        return weights
-    return LoraWeights(
-        model.transformer,
-        config.lora_rank,
-        config.lora_alpha,
-        lora_targets(model, recipe),
-        recipe.train.seed,
-        model.lora_loader,
-        model.device,
-    )
-
-
-def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    config = recipe.train
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
-        raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
-    if recipe.model.dtype == "bf16":
-        kinds = {"adamw": RoundedAdamW, "adamw8bit": RoundedAdamW8bit}
-        optimizer = kinds.get(config.optimizer, RoundedPagedAdamW8bit)(parameters, **settings)
-        optimizer.seed = config.seed
-        return optimizer
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes
-
-    paged = config.optimizer == "paged_adamw8bit"
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return kind(parameters, **settings)
-
-
 def resolve_micro_batch(micro_batch: int | str) -> MicroBatch:
     return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch)
-
-
-def describe(model) -> dict:
-    """What a checkpoint must match."""
-    parameters = sum(
-        parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
-    )
-    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
-
-
-def check_same_model(state: dict, model, source: Path) -> None:
-    """Raises UserError if a checkpoint's state is not this model's."""
-    if state.get("model") != describe(model):
-        raise UserError(
-            f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}"
-        )

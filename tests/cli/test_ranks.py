@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
-from crd_fast.trainer import check_ranks, own_prompts
+from crd_fast.ranks import check_ranks, own_prompts
 
 SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
 

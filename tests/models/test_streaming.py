@@ -8,9 +8,9 @@ import torch
 from crd_fast import streaming
 from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
+from crd_fast.make import make_weights
 from crd_fast.models import load_model
 from crd_fast.rollout import seed_table
-from crd_fast.trainer import make_weights
 from crd_fast.update import Pairs, Updater
 from tests.models.conftest import ALL, GUIDANCE, PROMPTS, by_rollout
 

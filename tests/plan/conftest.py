@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from crd_fast.config import build_recipe
+from crd_fast.make import make_optimizer, make_weights
 from crd_fast.memory import LiveBytes
 from crd_fast.models import load_model
 from crd_fast.plan import tensors_of
 from crd_fast.rollout import generate
-from crd_fast.trainer import make_optimizer, make_weights
 from crd_fast.update import Pairs, Updater
 from tests.models.conftest import own_cache, tiny  # noqa: F401
 

@@ -7,8 +7,8 @@ import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
+from crd_fast.make import make_optimizer
 from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, rounded, widen_gradients
-from crd_fast.trainer import make_optimizer
 from crd_fast.weights import HostWeights
 from tests.training.test_update import gradients, setting  # noqa: F401
 

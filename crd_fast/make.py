@@ -1,0 +1,49 @@
+"""Weights and optimizer as a recipe wants them."""
+
+from __future__ import annotations
+
+import torch
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.models import lora_targets
+from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
+from crd_fast.weights import FullWeights, HostWeights, LoraWeights
+
+
+def make_weights(model, recipe: Recipe):
+    """The policy and its snapshots, as adapters or as whole copies."""
+    config = recipe.model
+    if config.method == "full":
+        weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
+        if config.dtype == "bf16":
+            widen_gradients(weights.trained())
+        return weights
+    return LoraWeights(
+        model.transformer,
+        config.lora_rank,
+        config.lora_alpha,
+        lora_targets(model, recipe),
+        recipe.train.seed,
+        model.lora_loader,
+        model.device,
+    )
+
+
+def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    config = recipe.train
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
+        raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
+    if recipe.model.dtype == "bf16":
+        kinds = {"adamw": RoundedAdamW, "adamw8bit": RoundedAdamW8bit}
+        optimizer = kinds.get(config.optimizer, RoundedPagedAdamW8bit)(parameters, **settings)
+        optimizer.seed = config.seed
+        return optimizer
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes
+
+    paged = config.optimizer == "paged_adamw8bit"
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return kind(parameters, **settings)
