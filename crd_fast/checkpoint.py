@@ -28,7 +28,7 @@ def save(folder: Path, weights, optimizer, state: dict[str, Any], keep: int) -> 
     shutil.rmtree(partial, ignore_errors=True)
     weights.save_policy(partial)
     tensors = {f"weights/{key}": value for key, value in weights.state().items()}
-    optimizer_state, optimizer_tensors = _flatten(optimizer.state_dict())
+    optimizer_state, optimizer_tensors = flatten(optimizer.state_dict())
     tensors |= {f"optimizer/{key}": value for key, value in optimizer_tensors.items()}
     save_file(_unshared(tensors), partial / TENSORS)
     content = {"format": FORMAT, "optimizer": optimizer_state, **state}
@@ -74,7 +74,7 @@ def load(folder: Path, weights, optimizer=None) -> dict[str, Any]:
     tensors = read_tensors(folder / TENSORS)
     weights.load_state(_under(tensors, "weights/"))
     if optimizer is not None:
-        optimizer.load_state_dict(_unflatten(state["optimizer"], _under(tensors, "optimizer/")))
+        optimizer.load_state_dict(unflatten(state["optimizer"], _under(tensors, "optimizer/")))
     return state
 
 
@@ -117,7 +117,7 @@ def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _flatten(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+def flatten(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     """An optimizer's state_dict as JSON, each tensor replaced by its key in a dict of tensors."""
     tensors: dict[str, torch.Tensor] = {}
 
@@ -134,12 +134,12 @@ def _flatten(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     return walk(state, "state"), tensors
 
 
-def _unflatten(node: dict, tensors: dict[str, torch.Tensor]):
+def unflatten(node: dict, tensors: dict[str, torch.Tensor]):
     kind, content = next(iter(node.items()))
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {key: _unflatten(item, tensors) for key, item in content}
+        return {key: unflatten(item, tensors) for key, item in content}
     if kind == "list":
-        return [_unflatten(item, tensors) for item in content]
+        return [unflatten(item, tensors) for item in content]
     return content

@@ -30,6 +30,7 @@ class ModelConfig(Section):
     method: Literal["lora", "full"] = "lora"
     dtype: Literal["default", "bf16"] = "default"  # of weights that are all trained; default: float32
     snapshots: Literal["device", "host"] = "device"  # where method full keeps its copies of the weights
+    sharding: Literal["none", "fsdp"] = "none"  # every weight that is trained is cut over the processes
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(64, gt=0)
     lora_targets: Literal["default"] | list[str] = "default"
@@ -51,6 +52,10 @@ class ModelConfig(Section):
             raise ValueError("dtype, snapshots: expected default and device with method lora")
         if self.dtype == "bf16" and self.snapshots == "device":
             raise ValueError("snapshots: expected host with dtype bf16, got device")
+        if self.sharding == "fsdp" and self.method != "full":
+            raise ValueError(f"sharding: expected none with method {self.method}, got fsdp")
+        if self.sharding == "fsdp" and self.dtype == "bf16":
+            raise ValueError("dtype: expected default with sharding fsdp, got bf16")
         if self.method == "full" and self.streaming:
             raise ValueError("streaming: expected false with method full (trained weights stay), got true")
         if self.text_length != "default" and self.text_length < 1:
@@ -208,6 +213,8 @@ class Recipe(Section):
             raise ValueError("train.checkpointing: expected true with model.streaming, got false")
         if self.model.streaming and self.train.compile:
             raise ValueError("train.compile: expected false with model.streaming, got true")
+        if self.model.sharding == "fsdp" and self.train.compile:
+            raise ValueError("train.compile: expected false with model.sharding fsdp, got true")
         count = self.train.timesteps
         if count != "all" and not 1 <= count <= len(self.training_steps()):
             raise ValueError(

@@ -52,7 +52,9 @@ class Evaluation:
         Each rank makes its part of the images; the main process scores them and alone returns metrics.
         """
         config = self.recipe.evaluate
-        own = torch.arange(len(self)).tensor_split(self.ranks.count)[self.ranks.rank]
+        # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
+        each = -(-len(self) // self.ranks.count)
+        own = (torch.arange(each) + each * self.ranks.rank).clamp(max=len(self) - 1)
         latents = generate(
             self.model,
             self.embeddings,
@@ -68,7 +70,7 @@ class Evaluation:
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])
-        images = self.ranks.gather(images)
+        images = self.ranks.gather(images)[: len(self)]
         if not self.ranks.main:
             return {}, images
         values = self.rewards.score(images, self.metadata)

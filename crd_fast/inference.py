@@ -35,7 +35,7 @@ def load_source(source: str, prompts: Iterable[str] = ()):
         )
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
-    recipe = build_recipe(state["recipe"], source=str(folder))
+    recipe = build_recipe(state["recipe"], ["model.sharding=none"], str(folder))
     model = load_model(recipe, prompts)
     checkpoint.check_same_model(state, model, folder)
     checkpoint.load(folder, make_weights(model, recipe))

@@ -8,12 +8,15 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import lora_targets
 from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
+from crd_fast.sharding import ShardedHostWeights, ShardedWeights
 from crd_fast.weights import FullWeights, HostWeights, LoraWeights
 
 
 def make_weights(model, recipe: Recipe):
     """The policy and its snapshots, as adapters or as whole copies."""
     config = recipe.model
+    if config.sharding == "fsdp":
+        return (ShardedHostWeights if config.snapshots == "host" else ShardedWeights)(model.transformer)
     if config.method == "full":
         weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
         if config.dtype == "bf16":

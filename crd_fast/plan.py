@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from crd_fast.config import BUILTIN_MODELS, Recipe
+from crd_fast.errors import UserError
 from crd_fast.make import make_weights
 from crd_fast.memory import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.plan_model import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
@@ -85,6 +86,8 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe):
+        if recipe.model.sharding != "none":
+            raise UserError("model.sharding: a plan is of one process, expected none, got fsdp")
         self.recipe = recipe
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.live, self.flops = LiveBytes(), Flops()

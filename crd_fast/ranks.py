@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +41,37 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return bool(self.gather(np.array([flag])).any())
 
+    def all(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """The rows of all ranks, in rank order."""
-        if self.count == 1:
-            return rows
-        parts = [None] * self.count
-        dist.all_gather_object(parts, rows)
-        return np.concatenate(parts)
+        return np.concatenate(self.all(rows)) if self.count > 1 else rows
+
+    def collect(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The tensors of all ranks, in rank order, on the host of the main one; nothing elsewhere.
+
+        One at a time: together they may be more than a device holds.
+        """
+        layouts = self.all({key: (value.shape, value.dtype) for key, value in tensors.items()})
+        collected = [{key: value.cpu() for key, value in tensors.items()}] if self.main else []
+        for rank in range(1, self.count):
+            received = {}
+            for key, (shape, dtype) in layouts[rank].items():
+                if self.rank == rank:
+                    dist.send(tensors[key].to(self._state.device).contiguous(), 0)
+                elif self.main:
+                    received[key] = torch.empty(shape, dtype=dtype, device=self._state.device)
+                    dist.recv(received[key], rank)
+                    received[key] = received[key].cpu()
+            if self.main:
+                collected.append(received)
+        return collected
 
     def mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Each metric's mean over the ranks."""
@@ -57,12 +82,26 @@ class Ranks:
         """Replaces every gradient by its mean over the ranks."""
         if self.count == 1:
             return
-        gradients = [parameter.grad for parameter in parameters]
+        # some have none: a last block's text stream may lead nowhere
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.count
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
+
+    def clip_gradients(self, parameters: list[torch.nn.Parameter], largest: float, parts: bool) -> float:
+        """Shortens the gradient to the norm `largest` if it is longer. Returns its norm before.
+
+        parts: the ranks have different parts of one gradient, and not each the same one.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if parts:
+            squared = norm**2
+            dist.all_reduce(squared)
+            norm = squared.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return float(norm)
 
 
 def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
@@ -71,7 +110,9 @@ def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raises UserError where the prompts cannot be dealt out evenly."""
+    """Raises UserError where the prompts cannot be dealt out evenly, or one process would be sharded."""
+    if ranks == 1 and recipe.model.sharding != "none":
+        raise UserError("model.sharding: fsdp needs several processes (torchrun), expected none for one")
     count, steps = recipe.rollout.prompts_per_iteration, recipe.train.steps_per_iteration
     if ranks > 1 and count % (ranks * steps):
         raise UserError(

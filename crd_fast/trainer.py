@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast import checkpoint
+from crd_fast import checkpoint, sharding
 from crd_fast.advantage import advantages, combine
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
@@ -45,12 +45,20 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.progress = progress or Quiet()
         self.ranks = Ranks()
+        self.sharded = recipe.model.sharding != "none"
         check_ranks(recipe, self.ranks.count)
+        saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
+        state = checkpoint.read_state(saved[-1]) if saved else None
+        if saved and self.sharded:
+            sharding.check_resumes(state, self.ranks.count, saved[-1])
         self.rewards = Rewards(recipe.rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
+        if saved:
+            checkpoint.check_same_model(state, self.model, saved[-1])
+        self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
         if recipe.train.compile:
             compile_blocks(self.model.transformer)
@@ -61,18 +69,18 @@ class Trainer:
             recipe.loss,
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
-            micro_batch=resolve_micro_batch(recipe.train.micro_batch),
+            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.sharded),
             one_pass=recipe.model.streaming,
+            in_step=self.sharded,
         )
-        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
+        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.sharded)
         self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
-        saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
         if saved:
-            checkpoint.check_same_model(checkpoint.read_state(saved[-1]), self.model, saved[-1])
-            state = checkpoint.load(saved[-1], self.weights, self.optimizer)
+            optimizer = sharding.OptimizersOfRanks(self.optimizer) if self.sharded else self.optimizer
+            checkpoint.load(saved[-1], self.weights, optimizer)
             self.iteration, self.step = state["iteration"], state["step"]
         if self.ranks.main:
             # a run that was stopped before its first checkpoint starts over, in the same folder
@@ -192,15 +200,22 @@ class Trainer:
             for pairs in pairs_by_step:
                 metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty, advance)
                 metrics = self.ranks.mean(metrics)
-                self.ranks.average_gradients(self.weights.trained())
-                norm = torch.nn.utils.clip_grad_norm_(self.weights.trained(), self.recipe.train.max_grad_norm)
-                metrics["grad_norm"] = float(norm)
+                metrics["grad_norm"] = self._finish_gradients()
                 self._check_finite(metrics)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 collected.append(metrics)
         return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+
+    def _finish_gradients(self) -> float:
+        """Averages the gradients over the ranks and clips them. Returns their norm before."""
+        parameters = self.weights.trained()
+        if self.sharded:
+            self.weights.take_gradients()
+        else:
+            self.ranks.average_gradients(parameters)
+        return self.ranks.clip_gradients(parameters, self.recipe.train.max_grad_norm, parts=self.sharded)
 
     def _pairs(self, prompts: np.ndarray, own: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
         """The (sample, timestep) pairs of those prompts that are this rank's own.
@@ -253,15 +268,19 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
+        weights, optimizer = self.weights, self.optimizer
+        if self.sharded:
+            weights, optimizer = sharding.gather(weights, optimizer, self.ranks)
         if self.ranks.main:
             checkpoint.save(
                 self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
-                self.weights,
-                self.optimizer,
+                weights,
+                optimizer,
                 {
                     "iteration": self.iteration,
                     "step": self.step,
-                    "model": checkpoint.describe(self.model),
+                    "model": self.description,
+                    "processes": self.ranks.count,
                     "recipe": self.recipe.model_dump(),
                 },
                 keep=self.recipe.checkpoint.keep,
@@ -332,5 +351,5 @@ def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
     yield from (e["prompt"] for e in PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts))
 
 
-def resolve_micro_batch(micro_batch: int | str) -> MicroBatch:
-    return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch)
+def resolve_micro_batch(micro_batch: int | str, fixed: bool = False) -> MicroBatch:
+    return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch, fixed)

@@ -60,7 +60,8 @@ class Updater:
 
     model: predicts velocities with whatever weights are active; weights: switches between them. one_pass:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
-    differ in their weights, so that weights that are streamed are fetched once.
+    differ in their weights, so that weights that are streamed are fetched once. in_step: all ranks take part
+    in every forward, so that none may be left out.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class Updater:
         precision: str,
         micro_batch: MicroBatch | int,
         one_pass: bool = False,
+        in_step: bool = False,
     ):
         self.model, self.weights, self.loss = model, weights, loss
-        self.advantage_clip, self.precision, self.one_pass = advantage_clip, precision, one_pass
+        self.advantage_clip, self.precision = advantage_clip, precision
+        self.one_pass, self.in_step = one_pass, in_step
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
@@ -187,6 +190,8 @@ class Updater:
     def _reference(self, chunks: list[_Chunk]) -> None:
         """Predictions of the reference, only for the pairs that are anchored."""
         anchored = [chunk.pairs.anchor.nonzero().flatten() for chunk in chunks]
+        if self.in_step:  # at least one pair, whose anchor may have no weight
+            anchored = [rows if len(rows) else rows.new_zeros(1) for rows in anchored]
         if not self.loss.anchored or not any(map(len, anchored)):
             return
         with self.weights.use("reference"):

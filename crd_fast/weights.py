@@ -136,12 +136,15 @@ class LoraWeights:
 
 
 class FullWeights:
-    """All weights of the network are trained; snapshots and reference are copies to be swapped in."""
+    """All weights of the network are trained; snapshots and reference are copies to be swapped in.
 
-    def __init__(self, network: torch.nn.Module):
+    policy: what is trained, by name, where it is not the network's parameters themselves.
+    """
+
+    def __init__(self, network: torch.nn.Module, policy: dict[str, torch.nn.Parameter] | None = None):
         self.network = network
         network.requires_grad_(True)
-        policy = dict(network.named_parameters())
+        policy = policy or dict(network.named_parameters())
         self._sets = {"policy": policy}
         for name in (*SNAPSHOTS, "reference"):
             self._sets[name] = {key: parameter.detach().clone() for key, parameter in policy.items()}
@@ -189,10 +192,10 @@ class HostWeights(FullWeights):
     exactly.
     """
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module, policy: dict[str, torch.nn.Parameter] | None = None):
         self.network = network
         network.requires_grad_(True)
-        policy = dict(network.named_parameters())
+        policy = policy or dict(network.named_parameters())
         self._sets = {"policy": policy}
         for name in SNAPSHOTS:
             self._sets[name] = {key: _on_host(value, torch.float32) for key, value in policy.items()}

@@ -110,7 +110,7 @@ def prepare_builtin(model, recipe: Recipe, device: torch.device) -> None:
         torch.nn.Module.to(model.transformer, torch.bfloat16)
     if recipe.model.streaming:
         model.streaming = Streaming(model.transformer, device)
-    else:
+    elif recipe.model.sharding == "none":
         model.transformer.to(device)
     if recipe.train.checkpointing:
         model.transformer.enable_gradient_checkpointing()

@@ -209,7 +209,7 @@ class PipelineModel(FlowModel):
             )
         if self.config.streaming:
             self.streaming = Streaming(transformer, self.device)
-        else:
+        elif self.config.sharding == "none":
             transformer.to(self.device)
         if checkpointing:
             transformer.enable_gradient_checkpointing()

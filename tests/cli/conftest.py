@@ -1,6 +1,7 @@
 """A recipe small enough to run in seconds, and the command line as a user calls it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,25 @@ def process():
     def run(*arguments):
         done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def torchrun():
+    """Runs `crd-fast` in two processes; returns what subprocess.run does. folder: where they run."""
+
+    def run(*arguments, folder=None):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*launch, "-m", "crd_fast", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+            cwd=folder,
+        )
 
     return run
 

@@ -1,9 +1,6 @@
 """Two processes train as one does at the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,15 +19,10 @@ def records(run):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(inside, small, tmp_path):
+def test_two_processes_are_one(inside, torchrun, small, tmp_path):
     code, _, errors = inside("train", small, *SETTINGS, "--output", tmp_path / "one")
     assert code == 0, errors
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"]
-    train = ["-m", "crd_fast", "train", small, *SETTINGS, "--output", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*map(str, launch + train)], capture_output=True, text=True, timeout=300, env=environment
-    )
+    run = torchrun("train", small, *SETTINGS, "--output", tmp_path / "two")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("report:") == 1
 

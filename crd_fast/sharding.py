@@ -1,0 +1,146 @@
+"""Every weight cut over the processes (FSDP2), for full fine-tuning of what one GPU does not hold.
+
+Each rank has a part of every parameter's rows, and of its gradient, snapshots and optimizer state. A block's
+whole weights are gathered for its forward and its backward and freed after each; so every forward and
+backward is a meeting of all ranks, and all must run equally many. Between them a rank's parts are ordinary
+parameters: snapshots, optimizers and the norm of the gradient work on these, and what is written to them the
+next forward gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from crd_fast import checkpoint
+from crd_fast.errors import UserError
+from crd_fast.ranks import Ranks
+from crd_fast.streaming import repeated_blocks
+from crd_fast.weights import FullWeights, HostWeights
+
+
+class _Parts:
+    """What both kinds of weights below have in common: the policy is this rank's parts."""
+
+    def __init__(self, network: torch.nn.Module):
+        self.kind = type(network)  # fully_shard puts a class of its own in its place
+        network.requires_grad_(True)
+        shard(network)
+        self._whole = dict(network.named_parameters())
+        parts = {name: parameter.detach().to_local() for name, parameter in self._whole.items()}
+        # a parameter of fewer rows than ranks has none on the last ones
+        super().__init__(network, {n: torch.nn.Parameter(p) for n, p in parts.items() if p.numel()})
+
+    def take_gradients(self) -> None:
+        """Moves the gradients, which the backward pass has averaged over the ranks, to the parts."""
+        parts = self._sets["policy"]
+        for name, parameter in self._whole.items():
+            if name in parts and parameter.grad is not None:
+                parts[name].grad = parameter.grad.to_local()
+            parameter.grad = None
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """This rank's parts of what `WholeWeights.state` returned."""
+        rank, count = dist.get_rank(), dist.get_world_size()
+        chunks = {key: value.chunk(count) for key, value in state.items()}
+        super().load_state({key: parts[rank] for key, parts in chunks.items() if rank < len(parts)})
+
+
+class ShardedWeights(_Parts, FullWeights):
+    """As FullWeights, on parts: to use a set is to exchange its content with the policy's."""
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Within this context the network has the weights of `name`, afterwards those of the policy."""
+        if name == "policy":
+            yield
+            return
+        self._exchange(name)
+        try:
+            yield
+        finally:
+            self._exchange(name)
+
+    @torch.no_grad()
+    def _exchange(self, name: str) -> None:
+        for parameter, value in zip(self.trained(), self._sets[name].values()):
+            policy = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(policy)
+
+
+class ShardedHostWeights(_Parts, HostWeights):
+    """As HostWeights, on parts."""
+
+
+def shard(network: torch.nn.Module) -> None:
+    """Cuts the network's parameters over all ranks, block by block, each on its way to the device."""
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+    for module in (*repeated_blocks(network), network):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # autocast would keep a bfloat16 copy of every block's weights to the end of a forward
+    torch.set_autocast_cache_enabled(False)
+
+
+class WholeWeights:
+    """The weights of all ranks on the host of the main one, as a checkpoint takes them."""
+
+    def __init__(self, weights: ShardedWeights | ShardedHostWeights, parts: list[dict[str, torch.Tensor]]):
+        self._kind, self._network = weights.kind, weights.network
+        self._state = {
+            key: torch.cat([of_rank.pop(key) for of_rank in parts if key in of_rank])
+            for key in list(parts[0])
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that changes during training, by `set/parameter`."""
+        return self._state
+
+    def save_policy(self, folder: Path) -> None:
+        """The trained network, as diffusers saves and loads it."""
+        with torch.device("meta"):
+            network = self._kind.from_config(self._network.config)
+        tensors = dict(self._network.state_dict())  # with buffers, which are whole
+        tensors |= {name: self._state[f"policy/{name}"] for name, _ in self._network.named_parameters()}
+        network.load_state_dict(tensors, assign=True)
+        network.save_pretrained(folder / "transformer")
+
+
+class OptimizersOfRanks:
+    """The optimizers of all ranks as one with a list of their states. `states`: those, to be saved."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, states: list[Any] | None = None):
+        self._optimizer, self._states = optimizer, states
+
+    def state_dict(self) -> list[Any]:
+        return self._states
+
+    def load_state_dict(self, states: list[Any]) -> None:
+        self._optimizer.load_state_dict(states[dist.get_rank()])
+
+
+def gather(weights, optimizer: torch.optim.Optimizer, ranks: Ranks):
+    """What `checkpoint.save` takes, on the main rank; elsewhere None twice. All ranks call it."""
+    form, tensors = checkpoint.flatten(optimizer.state_dict())
+    forms, of_optimizers = ranks.all(form), ranks.collect(tensors)
+    of_weights = ranks.collect(weights.state())
+    if not ranks.main:
+        return None, None
+    states = [checkpoint.unflatten(*of_rank) for of_rank in zip(forms, of_optimizers)]
+    return WholeWeights(weights, of_weights), OptimizersOfRanks(optimizer, states)
+
+
+def check_resumes(state: dict, ranks: int, source: Path) -> None:
+    """Raises UserError if the optimizer's state is in the parts of another number of processes."""
+    if state["processes"] != ranks:
+        raise UserError(
+            f"{source}: model.sharding fsdp: made by {state['processes']} processes and goes on with as "
+            f"many, got {ranks}"
+        )

@@ -1,0 +1,108 @@
+"""Every family's network cut over two processes: the gradient of one process, and what leaves as a policy."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+
+from crd_fast import sharding
+from crd_fast.config import LossConfig
+from crd_fast.make import make_weights
+from crd_fast.models import load_model
+from crd_fast.ranks import Ranks
+from crd_fast.rollout import seed_table
+from crd_fast.update import Pairs, Updater
+from tests.models.conftest import ALL, GUIDANCE, PROMPTS
+
+GROUP = 4
+
+
+def pairs_of_two_prompts():
+    count = 2 * GROUP
+    return Pairs(
+        sample=torch.arange(count),
+        prompt=torch.arange(2).repeat_interleave(GROUP),
+        sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),
+        seed=seed_table(3, count=count),
+        group=torch.arange(2).repeat_interleave(GROUP),
+        advantage=torch.linspace(-2, 2, count),
+        anchor=torch.ones(count),
+    )
+
+
+def accumulate(settings, pairs):
+    """Weights with the gradient of these pairs, the policy moved away from its snapshots."""
+    model = load_model(settings, PROMPTS)
+    weights = make_weights(model, settings)
+    with torch.no_grad():
+        for parameter in weights.trained():
+            parameter.mul_(1.01)
+    latents = torch.randn(2 * GROUP, *model.latent_shape(64), generator=torch.Generator().manual_seed(1))
+    updater = Updater(
+        model,
+        weights,
+        LossConfig(beta=5.0, guidance_scale=GUIDANCE),
+        advantage_clip=5.0,
+        precision="fp32",
+        micro_batch=3,
+        in_step=settings.model.sharding == "fsdp",
+    )
+    updater.accumulate(
+        pairs, latents.to(model.device), model.encode_prompts(PROMPTS), model.encode_prompts([""])
+    )
+    return weights
+
+
+def gradients(weights):
+    names = [key.removeprefix("policy/") for key in weights.state() if key.startswith("policy/")]
+    pairs = zip(names, weights.trained(), strict=True)
+    return {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
+
+
+def rank_main(rank, port, recipes, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    ranks, pairs = Ranks(), pairs_of_two_prompts()
+    for family, settings in recipes.items():
+        weights = accumulate(settings, pairs[pairs.prompt == rank])
+        weights.take_gradients()
+        collected = ranks.collect(gradients(weights))
+        whole, _ = sharding.gather(weights, torch.optim.SGD(weights.trained()), ranks)
+        if ranks.main:
+            whole.save_policy(folder / family)
+            found = {key: torch.cat([g[key] for g in collected if key in g]) for key in collected[0]}
+            torch.save(found, folder / f"{family}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_gradient_of_one(tiny, recipe, tmp_path):
+    full = ("model.method=full", "train.checkpointing=true")
+    recipes = {family: recipe(tiny(family), *full) for family in ALL}
+    expected = {}
+    for family, settings in recipes.items():
+        weights = accumulate(settings, pairs_of_two_prompts())
+        expected[family] = gradients(weights)
+        weights.save_policy(tmp_path / "one" / family)  # also fills the cache of encoded prompts
+    sharded = {family: recipe(tiny(family), *full, "model.sharding=fsdp") for family in ALL}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(rank_main, (port, sharded, tmp_path), nprocs=2)
+    for family in ALL:
+        found = torch.load(tmp_path / f"{family}.pt")
+        assert found.keys() == expected[family].keys(), family
+        scale = max(gradient.abs().max() for gradient in found.values())
+        for name, gradient in expected[family].items():
+            assert found[name].shape == gradient.shape
+            assert (found[name] - gradient).abs().max() < 1e-4 * scale, (family, name)
+        one, two = tmp_path / "one" / family / "transformer", tmp_path / family / "transformer"
+        assert (two / "config.json").read_text() == (one / "config.json").read_text()
+        policies = [load_file(f / "diffusion_pytorch_model.safetensors") for f in (one, two)]
+        assert policies[0].keys() == policies[1].keys()
+        assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
