@@ -19,10 +19,12 @@ def records(run):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(inside, torchrun, small, tmp_path):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_are_one(inside, torchrun, small, tmp_path, streaming):
     code, _, errors = inside("train", small, *SETTINGS, "--output", tmp_path / "one")
     assert code == 0, errors
-    run = torchrun("train", small, *SETTINGS, "--output", tmp_path / "two")
+    settings = (*SETTINGS, "--set", f"model.streaming={streaming}", "--set", "train.checkpointing=true")
+    run = torchrun("train", small, *settings, "--output", tmp_path / "two")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("report:") == 1
 

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crd_fast import streaming
 from crd_fast.config import LossConfig, build_recipe
@@ -11,8 +12,9 @@ from crd_fast.errors import UserError
 from crd_fast.make import make_weights
 from crd_fast.models import load_model
 from crd_fast.rollout import seed_table
+from crd_fast.trainer import Trainer
 from crd_fast.update import Pairs, Updater
-from tests.models.conftest import ALL, GUIDANCE, PROMPTS, by_rollout
+from tests.models.conftest import ALL, GUIDANCE, PROMPTS, by_pipeline, by_rollout, load_pipeline, packed
 
 GROUP = 4
 
@@ -187,6 +189,29 @@ def test_a_forward_that_ends_early_leaves_the_network_whole(loaded):
         close((metrics, gradient), expected, 1e-4)
     metrics, gradient = gradients(setting, 2, one_pass=True)
     assert metrics == expected[0] and torch.equal(gradient, expected[1])
+
+
+def test_a_streamed_run_resumes_and_its_adapter_leaves(tiny, recipe, tmp_path):
+    """The same bits as without the stop; the LoRA draws in diffusers what it draws here."""
+    settings = "model.streaming=true", "train.micro_batch=2"
+    whole = recipe(tiny("flux"), *settings)
+    Trainer(whole, tmp_path / "whole").run()
+    Trainer(recipe(tiny("flux"), *settings, "train.iterations=1"), tmp_path / "stopped").run()
+    trainer = Trainer(whole, tmp_path / "stopped", resume=True)
+    assert trainer.iteration == 1 and trainer.model.streaming.host_tensors()
+    trainer.run()
+    checkpoints = [tmp_path / run / "checkpoints" / "iteration-000002" for run in ("whole", "stopped")]
+    expected, found = (load_file(folder / "training.safetensors") for folder in checkpoints)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    pipe = load_pipeline(tiny("flux"))
+    _, untrained = by_pipeline(pipe, "flux")
+    pipe.load_lora_weights(checkpoints[1] / "diffusers")
+    _, trained = by_pipeline(pipe, "flux")
+    assert (trained - untrained).abs().max() > 1e-3
+    _, latents = by_rollout(trainer.model)
+    torch.testing.assert_close(packed(pipe, latents), trained, rtol=1e-4, atol=1e-4)
 
 
 def test_pinned_copies(monkeypatch):
