@@ -41,10 +41,13 @@ class OnGpu(torch.Tensor):
     device = property(lambda self: GPU)
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor):
+    def __new__(cls, inner: torch.Tensor, requires_grad: bool | None = None):
+        """requires_grad: where accelerate makes a parameter, by the class of another."""
+        if requires_grad is not None:
+            return torch.nn.Parameter(inner, requires_grad)
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta", **layout)
-        made.inner = inner
+        made.inner = inner.resolve_conj()  # a wrapper has no conjugate bit
         return made
 
     @property
@@ -58,6 +61,15 @@ class OnGpu(torch.Tensor):
 
     def numpy(self, **_):
         raise TypeError("numpy: expected a tensor on the host, got one on cuda:0")
+
+    def record_stream(self, stream) -> None:
+        pass
+
+    def new_tensor(self, data, dtype=None) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=GPU)
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
@@ -94,9 +106,64 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         "device": lambda device: contextlib.nullcontext(),
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),
         "get_device_name": lambda *_: "pretended",
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": _Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
     }
-    with mock.patch.multiple(torch.cuda, **patches), PretendGpu() as mode:
-        yield mode
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, **patches))
+        stack.enter_context(mock.patch.multiple(torch.Tensor, to=_to, cuda=lambda self: _to(self, GPU)))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, _made_then_moved(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(torch, "Generator", lambda device="cpu": _GENERATOR("cpu")))
+        yield stack.enter_context(PretendGpu())
+
+
+class _Stream:
+    """A stream or an event: what is pretended runs in order."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    wait_event = record = wait_stream
+
+    def record_event(self):
+        return _Stream()
+
+
+_TO, _GENERATOR = torch.Tensor.to, torch.Generator
+
+
+def _to(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """`Tensor.to`, whose C++ refuses a GPU that is none before it asks anybody."""
+    parsed = {key: value for key, value in kwargs.items() if key != "copy"}
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **parsed)
+    if device is None or device.type != "cuda":
+        return _TO(self, *args, **kwargs)
+    value = _TO(self, dtype) if dtype else self
+    return value if isinstance(self, OnGpu) else _ToGpu.apply(value)
+
+
+class _ToGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return torch.empty_like(value, device=GPU).copy_(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.cpu()
+
+
+def _made_then_moved(make):
+    def made(data, *args, device=None, **kwargs):
+        value = make(data, *args, **kwargs)
+        return value if device is None else value.to(device)
+
+    return made
 
 
 def _run(func, args, kwargs, syncs: list[str]):
@@ -108,6 +175,9 @@ def _run(func, args, kwargs, syncs: list[str]):
     to_gpu = any(on_gpu) if wanted is None else torch.device(wanted).type in ("cuda", "meta")
     if packet is aten.copy_:
         to_gpu = on_gpu[0]
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if packet is aten._pin_memory:
+        return args[0].clone()
     if not any(on_gpu) and not to_gpu:
         return func(*args, **kwargs)
 
