@@ -36,8 +36,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long, or of a "
-            "model and a card, like flux.1-dev-12gb.",
+            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long, "
+            "builtin-ocr, or of a model and a card, like flux.1-dev-12gb.",
             metavar="[RECIPE]",
         ),
     ] = None,
@@ -160,8 +160,9 @@ def plan(
     micro-batches that fit and, where 1 does not, the cheapest settings that make it fit. The code that trains
     runs on tensors without content; kernels' own temporaries are not in it.
 
-    `model.path` may be a folder with a pipeline's configs, builtin, or one of the models whose configs ship:
-    sd3.5-medium, sd3.5-large, flux.1-dev, flux.2-klein-4b, qwen-image, z-image, sana-1.6b, or their hub ids.
+    `model.path` may be a folder with a pipeline's configs, builtin, builtin-ocr, or one of the models whose
+    configs ship: sd3.5-medium, sd3.5-large, flux.1-dev, flux.2-klein-4b, qwen-image, z-image, sana-1.6b,
+    or their hub ids.
 
     - `crd-fast plan --set model.path=sd3.5-medium --set model.quantization=nf4 --gpu 8GB`
     """
@@ -196,7 +197,10 @@ def plan(
 @app.command(name="eval")
 def evaluate(
     source: Annotated[
-        str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"
+        ),
     ],
     prompts: Annotated[
         str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
@@ -257,7 +261,10 @@ def evaluate(
 @app.command()
 def sample(
     source: Annotated[
-        str, typer.Argument(help="A run's folder, a checkpoint's folder, or builtin.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable: a row of the grid each.")],
     out: Annotated[Path, typer.Option(help="The PNG to write. Never overwritten.")] = Path("grid.png"),

@@ -29,7 +29,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = {  # by the recipe that trains it
+    "builtin": Path(__file__).parent / "builtin",
+    "builtin-ocr": Path(__file__).parent / "builtin_ocr",
+}
 BUILTIN_FILES = ("transformer.safetensors", "text_encoder.safetensors", "tokenizer.json")
 MINIMUM_PYTHON = (3, 11)
 COMPILERS = ("c++", "g++", "clang++")
@@ -64,7 +67,7 @@ def checks() -> list[Check]:
         *(_package(name) for name in ("diffusers", "transformers", "peft")),
         _bitsandbytes(),
         _flash_attention(),
-        _builtin(),
+        *(_builtin(name, folder) for name, folder in BUILTIN.items()),
         _kernels_library(),
         _write_access(),
         _disk(),
@@ -336,17 +339,17 @@ def _flash_attention() -> Check:
 # --- files
 
 
-def _builtin() -> Check:
+def _builtin(name: str, folder: Path) -> Check:
     """The weights that ship with the package: every file there, and the safetensors whole."""
-    absent = [name for name in BUILTIN_FILES if not (BUILTIN / name).is_file()]
-    damaged = [name for name in BUILTIN_FILES if name not in absent and not _whole(BUILTIN / name)]
+    absent = [file for file in BUILTIN_FILES if not (folder / file).is_file()]
+    damaged = [file for file in BUILTIN_FILES if file not in absent and not _whole(folder / file)]
     if absent or damaged:
-        found = ", ".join([f"no {name}" for name in absent] + [f"{name} is damaged" for name in damaged])
+        found = ", ".join([f"no {file}" for file in absent] + [f"{file} is damaged" for file in damaged])
         return Check(
-            "built-in model", "missing", found, shlex.join(["git", "checkout", "--", _from_here(BUILTIN)])
+            f"model {name}", "missing", found, shlex.join(["git", "checkout", "--", _from_here(folder)])
         )
-    size = sum((BUILTIN / name).stat().st_size for name in BUILTIN_FILES)
-    return Check("built-in model", "ok", f"{size / 1e6:.1f} MB of weights")
+    size = sum((folder / file).stat().st_size for file in BUILTIN_FILES)
+    return Check(f"model {name}", "ok", f"{size / 1e6:.1f} MB of weights")
 
 
 def _whole(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """The built-in models: small MM-DiTs in pixel space, for the world of `crd_fast.world` and for signs.
 
 The transformer is diffusers' SD3 class, the text encoder transformers' T5 encoder over whole words (and, on
-signs, letters). The world's weights ship with the package; `tools/pretrain_builtin.py` made them. Those for
-signs do not exist yet: `tools/pretrain_builtin_ocr.py` does not draw readable letters so far.
+signs, letters). Their weights ship with the package; `tools/pretrain_builtin.py` and
+`tools/pretrain_builtin_ocr.py` made them.
 """
 
 from __future__ import annotations

@@ -132,14 +132,13 @@ def test_command_names_this_interpreter(monkeypatch, tmp_path):
     ],
     ids=["whole", "truncated", "too long", "empty", "absent"],
 )
-def test_builtin_weights(tmp_path, monkeypatch, damage, status, found):
-    monkeypatch.setattr(doctor, "BUILTIN", tmp_path)
+def test_builtin_weights(tmp_path, damage, status, found):
     for name in doctor.BUILTIN_FILES[:2]:
         save_file({"a": torch.zeros(3), "b": torch.zeros(2, 5, dtype=torch.bfloat16)}, tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")
     if damage:
         damage(tmp_path / "transformer.safetensors")
-    check = doctor._builtin()
+    check = doctor._builtin("builtin", tmp_path)
     assert check.status == status and found in check.found
     assert check.note.startswith("git checkout -- ") == (status == "missing")
 

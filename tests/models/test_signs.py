@@ -1,10 +1,14 @@
-"""The built-in model that draws signs: spelling and pictures."""
+"""The built-in model that draws signs: spelling, pictures, weights, and training through the command line."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from crd_fast import signs
+from crd_fast.cli import app
 from crd_fast.errors import UserError
 from crd_fast.models.builtin import SIGNS, BuiltinModel
 from crd_fast.prompts import PromptSource
@@ -95,3 +99,26 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     )
     assert np.array_equal(sample(again, prompts, 1.0, 1), sample(model, prompts, 1.0, 1))
     assert sample(again, prompts, 1.0, 1).shape == (1, signs.HEIGHT, signs.WIDTH, 3)
+
+
+def test_weights_are_small_and_draw_words():
+    pytest.importorskip("rapidocr")
+    assert sum(path.stat().st_size for path in SIGNS.folder.glob("*.safetensors")) <= 12e6
+    shipped = BuiltinModel.load(SIGNS)
+    assert pretrain_builtin_ocr.ocr_score(shipped, 4.5, 24) > 0.4
+
+
+@pytest.mark.slow
+def test_training_through_the_command_line(tmp_path):
+    pytest.importorskip("rapidocr")
+    run = tmp_path / "run"
+    small = ("rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "evaluate.max_prompts=4")
+    overrides = [word for setting in small for word in ("--set", setting)]
+    result = CliRunner().invoke(
+        app, ["train", "builtin-ocr", "--output", str(run), "--max-iterations", "2", *overrides]
+    )
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [0, 1, 2]
+    assert 0 <= records[-1]["eval/reward/ocr"] <= 1
+    assert records[-1]["grad_norm"] > 0
