@@ -1,9 +1,12 @@
 """Training on a GPU that is pretended: every tensor where it belongs, and the numbers of the CPU."""
 
 import pytest
+import torch
 
 from crd_fast.config import load_recipe
+from crd_fast.models.builtin import BuiltinModel
 from crd_fast.runlog import read_metrics
+from crd_fast.streaming import Streaming
 from crd_fast.trainer import Trainer
 from tests.models.conftest import ALL
 from tests.pretend_gpu import pretend_gpu
@@ -67,3 +70,26 @@ def test_families(tiny, recipe, family, tmp_path):
     assert_the_same_on_a_gpu(
         recipe(tiny(family), "train.steps_per_iteration=1", "train.timesteps=1"), tmp_path
     )
+
+
+def test_streamed_blocks():
+    """A block finds its weights on the GPU, in the forward and in the recomputation of the backward."""
+    sigma, x = torch.tensor([0.9, 0.4]), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(device):
+        model = BuiltinModel.load()
+        model.transformer.enable_gradient_checkpointing()
+        streaming = Streaming(model.transformer, device)
+        embeddings = {
+            key: value.to(device) for key, value in model.encode_prompts(["a red circle", ""]).items()
+        }
+        latents = x.clone().to(device).requires_grad_()
+        velocity = model.velocity(latents, sigma.to(device), embeddings)
+        velocity.square().sum().backward()
+        assert all(not tensor.is_cuda for tensor in streaming.host_tensors())
+        return velocity.detach().cpu(), latents.grad.cpu()
+
+    expected = run(torch.device("cpu"))
+    with pretend_gpu():
+        found = run(torch.device("cuda"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
