@@ -55,6 +55,9 @@ class LoraWeights:
                 for name in ("policy", *SNAPSHOTS):
                     network.add_adapter(self.config, adapter_name=name)
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:  # for good: compiled code does not notice a hook that comes later
+            layer.adapters_of_rows = None
+            layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
         self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
         for parameters in self._parameters.values():
             for key, parameter in parameters.items():
@@ -89,16 +92,13 @@ class LoraWeights:
     def use_rows(self, names: list[str]) -> Iterator[None]:
         """Within this context each row of a batch has the weights of its name. Without gradient."""
         adapters = ["__base__" if name == "reference" else name for name in names]  # as peft calls it
-
-        def choose(layer, args, kwargs):
-            return args, kwargs | {"adapter_names": adapters}
-
-        hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in self._layers]
+        for layer in self._layers:
+            layer.adapters_of_rows = adapters
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for layer in self._layers:
+                layer.adapters_of_rows = None
 
     def _activate(self, name: str) -> None:
         for layer in self._layers:
@@ -133,6 +133,13 @@ class LoraWeights:
             transformer_lora_layers=state,
             transformer_lora_adapter_metadata=self.config.to_dict(),
         )
+
+
+def _choose_rows(layer: BaseTunerLayer, args: tuple, kwargs: dict) -> tuple | None:
+    """Before a layer's forward: which adapter each row has, where they differ."""
+    if layer.adapters_of_rows is None:
+        return None
+    return args, kwargs | {"adapter_names": layer.adapters_of_rows}
 
 
 class FullWeights:

@@ -71,13 +71,15 @@ def choose_attention(network: torch.nn.Module, backend: str) -> None:
 def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
     """torch.compile of the blocks that repeat, with room for every set of weights at every batch size.
 
-    The compiled forwards with and without gradient are different code: equal policy and snapshot then predict
-    equally to rounding, not to the bit.
+    Of their forward alone: what brings a block's weights to the device before it, streaming or sharding, runs
+    as it is written. Weights are the compiled code's inputs, so blocks of one class share it. The compiled
+    forwards with and without gradient are different code: equal policy and snapshot then predict equally to
+    rounding, not to the bit.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in repeated_blocks(network):
-        block.compile(dynamic=False, backend=backend)
+        block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
 
 
 def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:

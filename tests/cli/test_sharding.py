@@ -140,7 +140,6 @@ def test_a_fixed_micro_batch():
     [
         (["model.method=lora"], "model: sharding: expected none with method lora, got fsdp"),
         (["model.dtype=bf16", "model.snapshots=host"], "model: dtype: expected default with sharding fsdp"),
-        (["train.compile=true"], "train.compile: expected false with model.sharding fsdp"),
         (["model.streaming=true"], "model: streaming: expected false with method full"),
         (["model.quantization=nf4"], "model: quantization: expected none with method full"),
     ],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from crd_fast import sharding
 from crd_fast.config import LossConfig
 from crd_fast.make import make_weights
-from crd_fast.models import load_model
+from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rollout import seed_table
 from crd_fast.update import Pairs, Updater
@@ -38,6 +38,8 @@ def accumulate(settings, pairs):
     """Weights with the gradient of these pairs, the policy moved away from its snapshots."""
     model = load_model(settings, PROMPTS)
     weights = make_weights(model, settings)
+    if settings.train.compile:  # traced and run by torch's own kernels
+        compile_blocks(model.transformer, backend="aot_eager")
     with torch.no_grad():
         for parameter in weights.trained():
             parameter.mul_(1.01)
@@ -101,7 +103,8 @@ def test_two_ranks_have_the_gradient_of_one(tiny, recipe, tmp_path):
         weights = accumulate(settings, pairs_of_two_prompts())
         expected[family] = gradients(weights)
         weights.save_policy(tmp_path / "one" / family)  # also fills the cache of encoded prompts
-    recipes = {family: recipe(tiny(family), *full, "model.sharding=fsdp") for family in ALL}
+    full += ("model.sharding=fsdp",)
+    recipes = {family: recipe(tiny(family), *full, f"train.compile={family == 'flux'}") for family in ALL}
     in_two_processes(sharded, recipes, tmp_path)
     for family in ALL:
         found = torch.load(tmp_path / f"{family}.pt")
