@@ -1,6 +1,11 @@
-"""The command line as a user calls it."""
+"""The command line as a user calls it, and the order of the tests."""
 
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Quick tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture
