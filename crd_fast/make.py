@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import torch
 
 from crd_fast.config import Recipe
@@ -38,15 +39,13 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
         raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
-    if recipe.model.dtype == "bf16":
-        kinds = {"adamw": RoundedAdamW, "adamw8bit": RoundedAdamW8bit}
-        optimizer = kinds.get(config.optimizer, RoundedPagedAdamW8bit)(parameters, **settings)
-        optimizer.seed = config.seed
-        return optimizer
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes
-
-    paged = config.optimizer == "paged_adamw8bit"
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return kind(parameters, **settings)
+    whole, rounded = {
+        "adamw": (torch.optim.AdamW, RoundedAdamW),
+        "adamw8bit": (bnb.optim.AdamW8bit, RoundedAdamW8bit),
+        "paged_adamw8bit": (bnb.optim.PagedAdamW8bit, RoundedPagedAdamW8bit),
+    }[config.optimizer]
+    if recipe.model.dtype != "bf16":
+        return whole(parameters, **settings)
+    optimizer = rounded(parameters, **settings)
+    optimizer.seed = config.seed
+    return optimizer
