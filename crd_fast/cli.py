@@ -122,9 +122,9 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
         from crd_fast.trainer import Trainer
 
         trainer = Trainer(recipe, output, resume)
-    console.print(f"run folder: {escape(str(output))}", highlight=False)
+    _say(f"run folder: {output}")
     if trainer.iteration:
-        console.print(f"resuming after iteration {trainer.iteration}", highlight=False)
+        _say(f"resuming after iteration {trainer.iteration}")
     with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
         trainer.progress = bars if main else Quiet()
         finished = trainer.run()
@@ -132,11 +132,9 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
         table = before_and_after(read_metrics(output))
         if table is not None:
             console.print(table)
-        console.print(f"report: {escape(str(write_report(output)))}", highlight=False)
+        _say(f"report: {write_report(output)}")
     if not finished:
-        console.print(
-            f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}"
-        )
+        _say(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
         raise typer.Exit(130)
 
 
@@ -183,7 +181,7 @@ def plan(
             found, lines = fits[-1].plan, [plan_fit.verdict(fit) for fit in fits]
     console.print(plan_fit.table(found, escape(loaded.model.path)))
     for line in [*plan_fit.summary(found).splitlines(), *lines]:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        _say(line)
     if json_ is not None:
         result = {"model": loaded.model.path, **found.to_json()}
         if gpu is not None:
@@ -284,7 +282,7 @@ def sample(
         sample_grid(
             source, prompt, out, samples=samples, guidance_scale=guidance_scale, steps=steps, seed=seed
         )
-    console.print(f"wrote {escape(str(out))}", highlight=False)
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -341,9 +339,7 @@ def score(
     for row in rows:
         table.add_row(escape(row["image"]), escape(row["prompt"]), f"{row['score']:.4f}")
     console.print(table)
-    console.print(
-        f"{escape(reward)}: mean {mean:.4f} of {len(rows)} pictures", highlight=False, soft_wrap=True
-    )
+    _say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
     if json_ is not None:
         result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
         json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -354,7 +350,7 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
     """Write report.html: curves, before and after, every setting, in one file that needs no network."""
     from crd_fast.report import write_report
 
-    console.print(f"report: {escape(str(write_report(run)))}", highlight=False)
+    _say(f"report: {write_report(run)}")
 
 
 @app.command(name="serve-reward")
@@ -394,7 +390,7 @@ def serve_reward(
         worker = server.Worker(reward, _settings(set_ or []))
         address = f"http://{host}:{listening.getsockname()[1]}"
         needed = "with a token" if token else "without a token"
-        console.print(f"serving {escape(reward)} at {address} {needed}", highlight=False)
+        _say(f"serving {reward} at {address} {needed}")
         server.serve(worker, listening, token, limits)
 
 
@@ -404,6 +400,11 @@ def doctor() -> None:
     from crd_fast.doctor import render
 
     raise typer.Exit(render(console))
+
+
+def _say(line: str) -> None:
+    """Prints one line as it is: not broken where the terminal ends, so that paths in it can be used."""
+    console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _settings(pairs: list[str]) -> dict:
