@@ -16,9 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: env
 	$(BIN)/crd-fast train $(ARGS)
 
-# Two processes of one thread each: on two cores that is faster than one process after the other's tests.
+# In two processes of one thread each; ARGS='-n 0 -x' runs it in one and stops at the first failure.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 benchmarks: env
 	$(BIN)/python -m pytest benchmarks $(ARGS)
