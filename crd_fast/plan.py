@@ -323,7 +323,6 @@ class Watch:
         live.peaks[live.phase] = Peak()
         with live.in_part("workspace"):
             result = self.velocity(x, sigma, embeddings)
-        torch.clear_autocast_cache()  # what it holds is part of each forward, and does not stay
         live.move(result, "latents")
         peak = live.peaks[live.phase]
         live.peaks[live.phase] = max(kept, peak, key=lambda p: p.bytes)

@@ -31,10 +31,13 @@ def seed_table(seed: int, *keys: int, count: int) -> torch.Tensor:
 
 
 def autocast(device_type: str, precision: str):
-    """The context of one forward. A context of its own each time: autocast caches the weights it has cast,
-    and a context that outlives an optimizer step goes on with the old ones."""
+    """The context of one forward, without the cache of weights that were cast.
+
+    A forward uses each weight once, and the cache would hold bfloat16 copies of all that are trained to its
+    end.
+    """
     if precision == "bf16":
-        return torch.autocast(device_type, torch.bfloat16)
+        return torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 

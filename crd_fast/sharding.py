@@ -85,8 +85,6 @@ def shard(network: torch.nn.Module) -> None:
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
     for module in (*repeated_blocks(network), network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    # autocast would keep a bfloat16 copy of every block's weights to the end of a forward
-    torch.set_autocast_cache_enabled(False)
 
 
 class WholeWeights:
