@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import bitsandbytes as bnb
 import torch
 
@@ -37,10 +39,12 @@ def make_weights(model, recipe: Recipe):
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     config = recipe.train
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "paged_adamw8bit" and not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if config.optimizer == "paged_adamw8bit" and not on_gpu:
         raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
     whole, rounded = {
-        "adamw": (torch.optim.AdamW, RoundedAdamW),
+        # fused, or it would hold the roots of all second moments at once
+        "adamw": (partial(torch.optim.AdamW, fused=on_gpu), RoundedAdamW),
         "adamw8bit": (bnb.optim.AdamW8bit, RoundedAdamW8bit),
         "paged_adamw8bit": (bnb.optim.PagedAdamW8bit, RoundedPagedAdamW8bit),
     }[config.optimizer]

@@ -220,15 +220,12 @@ class Planner:
         result.flops["update"] = (self.flops.total - flops) / count * prompts * group * timesteps
 
     def _step(self) -> None:
-        """The optimizer. On a GPU torch's AdamW takes all parameters at once, with roots of the moments."""
+        """The optimizer. Fused or of bitsandbytes, it takes one parameter after the other, in place."""
         with self.live.in_phase("step"), self.live.in_part("workspace"), self.mode:
             if self.recipe.model.dtype == "bf16":  # float32, random bits and what is rounded of one parameter
                 largest = max(parameter.numel() for parameter in self.trained)
                 wide = [torch.empty(largest, dtype=d) for d in (torch.float32, torch.int32, torch.bfloat16)]
                 del wide
-            elif self.recipe.train.optimizer == "adamw":
-                roots = [torch.empty_like(parameter) for parameter in self.trained]
-                del roots
         for parameter in self.trained:
             parameter.grad = None
 
