@@ -9,8 +9,6 @@ next forward gathers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +52,7 @@ class _Parts:
 
 
 class ShardedWeights(_Parts, FullWeights):
-    """As FullWeights, on parts: to use a set is to exchange its content with the policy's."""
-
-    @contextmanager
-    def use(self, name: str) -> Iterator[None]:
-        """Within this context the network has the weights of `name`, afterwards those of the policy."""
-        if name == "policy":
-            yield
-            return
-        self._exchange(name)
-        try:
-            yield
-        finally:
-            self._exchange(name)
+    """As FullWeights, on parts, whose memory is FSDP's: to use a set is to exchange contents."""
 
     @torch.no_grad()
     def _exchange(self, name: str) -> None:

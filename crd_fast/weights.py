@@ -151,8 +151,10 @@ class FullWeights:
     def __init__(self, network: torch.nn.Module, policy: dict[str, torch.nn.Parameter] | None = None):
         self.network = network
         network.requires_grad_(True)
-        policy = policy or dict(network.named_parameters())
-        self._sets = {"policy": policy}
+        self._sets = {"policy": policy or dict(network.named_parameters())}
+        self._add_copies(self._sets["policy"])
+
+    def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
         for name in (*SNAPSHOTS, "reference"):
             self._sets[name] = {key: parameter.detach().clone() for key, parameter in policy.items()}
 
@@ -165,14 +167,22 @@ class FullWeights:
         if name == "policy":
             yield
             return
-        policy = [parameter.data for parameter in self.trained()]
-        for parameter, value in zip(self.trained(), self._sets[name].values()):
-            parameter.data = value
+        self._put(name)
         try:
             yield
         finally:
-            for parameter, value in zip(self.trained(), policy):
-                parameter.data = value
+            self._put_back(name)
+
+    def _put(self, name: str) -> None:
+        self._exchange(name)
+
+    def _put_back(self, name: str) -> None:
+        self._exchange(name)
+
+    def _exchange(self, name: str) -> None:
+        """Policy and set change places; nothing is copied."""
+        for parameter, value in zip(self.trained(), self._sets[name].values()):
+            parameter.data, value.data = value.data, parameter.data
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
@@ -199,11 +209,7 @@ class HostWeights(FullWeights):
     exactly.
     """
 
-    def __init__(self, network: torch.nn.Module, policy: dict[str, torch.nn.Parameter] | None = None):
-        self.network = network
-        network.requires_grad_(True)
-        policy = policy or dict(network.named_parameters())
-        self._sets = {"policy": policy}
+    def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
         for name in SNAPSHOTS:
             self._sets[name] = {key: _on_host(value, torch.float32) for key, value in policy.items()}
         for name in ("reference", "policy on the host"):
@@ -212,18 +218,12 @@ class HostWeights(FullWeights):
     def host_tensors(self) -> list[torch.Tensor]:
         return [value for name, s in self._sets.items() if name != "policy" for value in s.values()]
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[None]:
-        """Within this context the network has the weights of `name`, afterwards those of the policy."""
-        if name == "policy":
-            yield
-            return
+    def _put(self, name: str) -> None:
         self._fetch_policy()
-        self._put(name)
-        try:
-            yield
-        finally:
-            self._put("policy on the host")
+        self._copy_from(name)
+
+    def _put_back(self, name: str) -> None:
+        self._copy_from("policy on the host")
 
     @torch.no_grad()
     def _fetch_policy(self) -> list[torch.Tensor]:
@@ -233,7 +233,7 @@ class HostWeights(FullWeights):
         return host
 
     @torch.no_grad()
-    def _put(self, name: str) -> None:
+    def _copy_from(self, name: str) -> None:
         for parameter, value in zip(self.trained(), self._sets[name].values()):
             parameter.copy_(value, non_blocking=True)
 
