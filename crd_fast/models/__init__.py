@@ -11,7 +11,7 @@ import torch
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
-from crd_fast.streaming import Streaming, repeated_blocks
+from crd_fast.streaming import repeated_blocks
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -110,12 +110,7 @@ def prepare_builtin(model, recipe: Recipe, device: torch.device) -> None:
     if recipe.model.dtype == "bf16":
         # diffusers' own `to` warns that layers may have to stay in float32: there are none
         torch.nn.Module.to(model.transformer, torch.bfloat16)
-    if recipe.model.streaming:
-        model.streaming = Streaming(model.transformer, device)
-    elif recipe.model.sharding == "none":
-        model.transformer.to(device)
-    if recipe.train.checkpointing:
-        model.transformer.enable_gradient_checkpointing()
+    model.place(model.transformer, recipe.model, device, recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from crd_fast.config import ModelConfig
 from crd_fast.streaming import Streaming
 
 # The attention projections of a block with an image and a text stream.
@@ -33,6 +34,15 @@ class FlowModel:
     @property
     def device(self) -> torch.device:
         return self.transformer.device
+
+    def place(self, network, config: ModelConfig, device: torch.device, checkpointing: bool) -> None:
+        """The transformer goes to the device, or its blocks are streamed there, or sharding will bring it."""
+        if config.streaming:
+            self.streaming = Streaming(network, device)
+        elif config.sharding == "none":
+            network.to(device)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
 
     def guide(self, conditional, unconditional, guidance_scale: float) -> torch.Tensor:
         """The guided velocity of the rollout: uncond + w (cond - uncond), float32."""

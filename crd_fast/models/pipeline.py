@@ -22,7 +22,6 @@ from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import FlowModel
 from crd_fast.models.quantize import quantize
-from crd_fast.streaming import Streaming
 
 
 class PipelineModel(FlowModel):
@@ -207,12 +206,7 @@ class PipelineModel(FlowModel):
             quantize(
                 transformer, self.config.quantization, self.dtype, self.device, self.unquantized, home=home
             )
-        if self.config.streaming:
-            self.streaming = Streaming(transformer, self.device)
-        elif self.config.sharding == "none":
-            transformer.to(self.device)
-        if checkpointing:
-            transformer.enable_gradient_checkpointing()
+        self.place(transformer, self.config, self.device, checkpointing)
         vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
         vae.requires_grad_(False).eval()
         vae.enable_tiling()
