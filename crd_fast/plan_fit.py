@@ -10,6 +10,7 @@ from rich.table import Table
 
 from crd_fast.config import BUILTIN_MODELS, Recipe, build_recipe
 from crd_fast.errors import UserError
+from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan import PARTS, Plan, Planner
 from crd_fast.trainer import AUTO_MICRO_BATCH
@@ -97,10 +98,11 @@ def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     """None if the overrides contradict the rest of the recipe."""
     try:
         changed = build_recipe(recipe.model_dump(), overrides)
+        if changed.model.path in BUILTIN_MODELS:
+            check_builtin(changed)
     except UserError:
         return None
-    builtin = changed.model.path in BUILTIN_MODELS
-    return None if builtin and changed.model.quantization != "none" else changed
+    return changed
 
 
 def _largest(recipe: Recipe, memory: int) -> Fit:
