@@ -25,6 +25,10 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+Source = Annotated[
+    str,
+    typer.Argument(help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the recipe. Repeatable."),
@@ -194,12 +198,7 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"
-        ),
-    ],
+    source: Source,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
     ] = None,
@@ -258,12 +257,7 @@ def evaluate(
 
 @app.command()
 def sample(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"
-        ),
-    ],
+    source: Source,
     prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable: a row of the grid each.")],
     out: Annotated[Path, typer.Option(help="The PNG to write. Never overwritten.")] = Path("grid.png"),
     samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
