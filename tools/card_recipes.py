@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+import yaml
+
 from crd_fast.config import RECIPES, build_recipe
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan import Planner
@@ -114,15 +116,9 @@ def yaml_text(name: str, card: int, chosen: tuple[str, int, int]) -> str:
     base, update, rollout = chosen
     lines = [f"# {MODELS[name][0]} on a card of {card} GB: base in {base}. The plan is in docs/cards.md."]
     for section, values in recipe(name, base, update, rollout).items():
-        lines.append(f"{section + ':':10} {flow(values)}")
+        text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
+        lines.append(f"{section + ':':10} {text}")
     return "\n".join(lines) + "\n"
-
-
-def flow(value) -> str:
-    """YAML in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def row(name: str, card: int, plans: dict, chosen: tuple[str, int, int]) -> str:
