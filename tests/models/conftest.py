@@ -5,7 +5,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from crd_fast.config import build_recipe
-from crd_fast.rollout import generate
+from crd_fast.rollout import generate, seed_table
+from crd_fast.update import Pairs
 from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
 
 RESOLUTION, STEPS = 64, 3
@@ -95,6 +96,23 @@ def load_pipeline(folder):
     if isinstance(pipe.scheduler, DPMSolverMultistepScheduler):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
     return pipe
+
+
+GROUP = 4
+
+
+def pairs_of_two_prompts(anchor=None):
+    """Two groups, by default all anchored."""
+    count = 2 * GROUP
+    return Pairs(
+        sample=torch.arange(count),
+        prompt=torch.arange(2).repeat_interleave(GROUP),
+        sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),
+        seed=seed_table(3, count=count),
+        group=torch.arange(2).repeat_interleave(GROUP),
+        advantage=torch.linspace(-2, 2, count),
+        anchor=torch.ones(count) if anchor is None else anchor,
+    )
 
 
 SAMPLE_PROMPTS, SEEDS = (0, 0, 1), (11, 12, 13)

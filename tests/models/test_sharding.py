@@ -14,24 +14,8 @@ from crd_fast.config import LossConfig
 from crd_fast.make import make_weights
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
-from crd_fast.rollout import seed_table
-from crd_fast.update import Pairs, Updater
-from tests.models.conftest import ALL, GUIDANCE, PROMPTS
-
-GROUP = 4
-
-
-def pairs_of_two_prompts():
-    count = 2 * GROUP
-    return Pairs(
-        sample=torch.arange(count),
-        prompt=torch.arange(2).repeat_interleave(GROUP),
-        sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),
-        seed=seed_table(3, count=count),
-        group=torch.arange(2).repeat_interleave(GROUP),
-        advantage=torch.linspace(-2, 2, count),
-        anchor=torch.ones(count),
-    )
+from crd_fast.update import Updater
+from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts
 
 
 def accumulate(settings, pairs):

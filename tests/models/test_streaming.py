@@ -11,12 +11,19 @@ from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.make import make_weights
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.rollout import seed_table
 from crd_fast.trainer import Trainer
-from crd_fast.update import Pairs, Updater
-from tests.models.conftest import ALL, GUIDANCE, PROMPTS, by_pipeline, by_rollout, load_pipeline, packed
-
-GROUP = 4
+from crd_fast.update import Updater
+from tests.models.conftest import (
+    ALL,
+    GROUP,
+    GUIDANCE,
+    PROMPTS,
+    by_pipeline,
+    by_rollout,
+    load_pipeline,
+    packed,
+    pairs_of_two_prompts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +58,7 @@ def gradients(loaded, micro_batch, one_pass, equal=False, anchor=None, **loss):
         weights.blend("old", 0.0)
     device, count = model.device, 2 * GROUP
     latents = torch.randn(count, *model.latent_shape(64), generator=torch.Generator().manual_seed(1))
-    pairs = Pairs(
-        sample=torch.arange(count),
-        prompt=torch.arange(2).repeat_interleave(GROUP),
-        sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),
-        seed=seed_table(3, count=count),
-        group=torch.arange(2).repeat_interleave(GROUP),
-        advantage=torch.linspace(-2, 2, count),
-        anchor=torch.ones(count) if anchor is None else anchor,
-    )
+    pairs = pairs_of_two_prompts(anchor)
     config = LossConfig(**{"beta": 5.0, "guidance_scale": GUIDANCE} | loss)
     updater = Updater(
         model,
