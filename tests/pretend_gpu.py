@@ -168,7 +168,7 @@ def _made_then_moved(make):
 
 def _run(func, args, kwargs, syncs: list[str]):
     packet = func._overloadpacket
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves((_on_device(func, args), kwargs)) if isinstance(t, torch.Tensor)]
     on_gpu = [isinstance(t, OnGpu) for t in tensors]
     wanted = kwargs.get("device")
     # "meta" is what torch's own C++ asks for where it makes a tensor beside one of these
@@ -204,6 +204,13 @@ def _run(func, args, kwargs, syncs: list[str]):
     if not to_gpu:
         return result
     return return_and_correct_aliasing(func, args, kwargs, tree_map(wrap, result))
+
+
+def _on_device(func, args):
+    """Without the numbers of a loss, which are on the host by design."""
+    if func.namespace != "crd_kernels":
+        return args
+    return [arg for arg, declared in zip(args, func._schema.arguments) if declared.name != "numbers"]
 
 
 def _masked(packet, args) -> bool:

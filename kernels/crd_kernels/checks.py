@@ -1,7 +1,5 @@
 """Argument checks. One line each: the argument, what was wanted, what came. Run before any implementation."""
 
-import math
-
 import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -41,6 +39,21 @@ def per_sample(name, value, batch, on, dtypes=FLOATS):
     device(name, value, on)
 
 
+def mask(value, like):
+    """A weight per element as a view of the shape of `like`, broadcast along dimensions of size 1; or None."""
+    if value is None:
+        return None
+    tensor("mask", value)
+    wanted = tuple(like.shape)
+    if value.dim() != like.dim() or any(n not in (1, size) for n, size in zip(value.shape, wanted)):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to {wanted} by sizes of 1, got {tuple(value.shape)}"
+        )
+    dtype("mask", value, (*FLOATS, torch.bool, torch.uint8))
+    device("mask", value, like.device)
+    return value.expand(like.shape)
+
+
 def shape(name, value, wanted):
     if tuple(value.shape) != wanted:
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
@@ -66,7 +79,7 @@ def number(name, value, *, above=None, at_least=None, at_most=None, infinite=Fal
     """A real number inside the bounds given; `infinite` admits inf."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if math.isnan(value) or (math.isinf(value) and not infinite):
+    if value != value or (value - value != 0 and not infinite):  # in a form that torch.compile can follow
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if above is not None and not value > above:
         raise ValueError(f"{name}: expected a number > {above}, got {value}")
@@ -76,14 +89,17 @@ def number(name, value, *, above=None, at_least=None, at_most=None, infinite=Fal
         raise ValueError(f"{name}: expected a number <= {at_most}, got {value}")
 
 
-def guidance(ref_cond, ref_uncond, guidance_scale):
-    """Returns the ref_uncond that is read: None without guidance."""
-    number("guidance_scale", guidance_scale)
+def guidance(policy, ref_cond, ref_uncond, guidance_scale):
+    """Returns the ref_uncond that is read: None without guidance. guidance_scale is a number."""
     if ref_cond is None:
         if ref_uncond is not None:
             raise ValueError("ref_cond: expected a tensor because ref_uncond is given, got None")
         return None
     if guidance_scale <= 1:
+        if ref_uncond is not None:  # unread, and yet a mistake where it is another's
+            tensor("ref_uncond", ref_uncond)
+            if isinstance(ref_cond, torch.Tensor) and ref_cond.shape == policy.shape:
+                shape("ref_uncond", ref_uncond, tuple(policy.shape))
         return None
     if ref_uncond is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What every Triton launch shares: operands as (pointer, strides), the block, and the device."""
+"""What every Triton launch shares: compiled handles, operands as (pointer, strides), block, device."""
 
 import contextlib
 import functools
@@ -8,6 +8,43 @@ import torch
 from . import dispatch, layout
 
 BLOCK = 2048  # elements of one program; eight a thread are one 128-bit load of bf16
+observer = None  # a function name -> context manager around each launch: profilers and counters set it
+
+
+class Launcher:
+    """A kernel with its grid, its compile-time constants and its launch options, for tensors of one layout.
+
+    The first call goes through Triton, which compiles; later ones launch the compiled handle, past Triton's
+    own look at every argument. So one Launcher serves only calls whose arguments Triton would specialise
+    alike: the same dtypes, the same alignment of pointers to 16 bytes, the same integers.
+    """
+
+    def __init__(self, kernel, grid, device, constants, **options):
+        self.kernel, self.grid, self.device = kernel, (*grid, *[1] * (3 - len(grid))), device
+        self.constants, self.options = tuple(constants), options
+        self.handle = None
+
+    def __call__(self, *arguments):
+        if observer is not None or self.handle is None or self._elsewhere():
+            self._with_care(arguments)
+        else:
+            self.handle(*arguments, *self.constants)
+
+    def _elsewhere(self):
+        """Whether another device is the current one."""
+        return self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+
+    def _with_care(self, arguments):
+        with contextlib.ExitStack() as stack:
+            if observer is not None:
+                stack.enter_context(observer(self.kernel.__name__))
+            if self._elsewhere():
+                stack.enter_context(torch.cuda.device(self.device))
+            if self.handle is not None:
+                return self.handle(*arguments, *self.constants)
+            compiled = self.kernel[self.grid](*arguments, *self.constants, **self.options)
+            if compiled is not None:  # None: the interpreter ran it
+                self.handle = compiled[self.grid]
 
 
 def block(dtype):
@@ -37,23 +74,11 @@ def warp_size():
 def operands(tensors):
     """tensors of one shape (B, ...), or None.
 
-    Returns (tensors, strides, sizes, wide): per tensor a tuple (batch stride, inner strides...), the inner
-    sizes that the strides refer to, and whether offsets inside a sample need 64 bits.
+    Returns (strides, sizes, wide): per tensor a tuple (batch stride, inner strides...), the inner sizes that
+    the strides refer to, and whether offsets inside a sample need 64 bits.
     """
-    tensors, sizes, strides = layout.collapse(tensors)
-    while len(sizes) > 1 and sizes[0] == 1:
-        sizes, strides = sizes[1:], [None if s is None else s[1:] for s in strides]
+    sizes, strides = layout.collapse(tensors)
     reach = [sum((n - 1) * abs(k) for n, k in zip(sizes, s)) for s in strides if s is not None]
-    numel = tensors_numel(tensors)
+    numel = next(t for t in tensors if t is not None).shape[1:].numel()
     packed = [None if t is None else (t.stride(0), *s) for t, s in zip(tensors, strides)]
-    return tensors, packed, tuple(sizes), max(*reach, numel) >= 2**31 - BLOCK
-
-
-def tensors_numel(tensors):
-    """Elements of one sample."""
-    return next(t for t in tensors if t is not None).shape[1:].numel()
-
-
-def on(device):
-    """Context in which a kernel is launched on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return packed, tuple(sizes), max(*reach, numel) >= 2**31 - BLOCK

@@ -1,29 +1,30 @@
-"""How the kernels see a latent: (batch, up to four inner dimensions), whatever its rank and strides.
+"""How the kernels see a latent: (batch, up to seven inner dimensions), whatever its strides.
 
 Neighbouring inner dimensions are merged where *every* operand allows it, so contiguous latents of any rank
 become (batch, n), the halves of a doubled batch too, and a channel slice of packed tokens (batch, tokens,
-channels). No operand is copied unless more than four inner dimensions remain.
+channels). A mask that is broadcast over channels has stride 0 there. No operand is copied.
 """
 
-DIMS = 4
+DIMS = 7
 
 
 def collapse(tensors):
-    """tensors: list of tensors of one shape (batch, ...), or None. Returns (tensors, sizes, strides).
+    """tensors: list of tensors of one shape (batch, ...), or None. Returns (sizes, strides).
 
-    sizes: DIMS inner sizes, padded with 1 in front; strides: per tensor the DIMS inner strides, or None.
-    The tensors come back as given, or copied where they cannot be described with DIMS dimensions.
+    sizes: up to DIMS inner sizes; strides: per tensor the inner strides, or None. Raises ValueError where the
+    latents cannot be described with DIMS dimensions.
     """
     given = [t for t in tensors if t is not None]
     if all(t[0].is_contiguous() for t in given):  # nearly every call; what the merge below would find
-        strides = [None if t is None else [0] * (DIMS - 1) + [1] for t in tensors]
-        return tensors, [1] * (DIMS - 1) + [given[0].shape[1:].numel()], strides
+        return [given[0].shape[1:].numel()], [None if t is None else [1] for t in tensors]
     sizes, strides = _merge(list(given[0].shape[1:]), [list(t.stride()[1:]) for t in given])
     if len(sizes) > DIMS:
-        return collapse([None if t is None else t.contiguous() for t in tensors])
-    pad = DIMS - len(sizes)
-    padded = iter([[0] * pad + s for s in strides])
-    return tensors, [1] * pad + sizes, [None if t is None else next(padded) for t in tensors]
+        raise ValueError(
+            f"policy: expected latents that are described by at most {DIMS} dimensions a sample, got "
+            f"{len(sizes)} of shape {tuple(given[0].shape)}: make them contiguous"
+        )
+    rows = iter(strides)
+    return sizes, [None if t is None else next(rows) for t in tensors]
 
 
 def _merge(sizes, strides):

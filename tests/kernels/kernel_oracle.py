@@ -54,6 +54,7 @@ def crd(
     temperature=math.inf,
     centering="prompt",
     advantage_clip=5.0,
+    mask=None,
 ):
     """Returns a dict with loss, policy_loss, kl_loss, implicit_reward, kl, old_kl, old_deviation, grad."""
     policy = inputs["policy"].detach().double().requires_grad_()
@@ -63,11 +64,18 @@ def crd(
     ids = [0] * batch if centering == "batch" else inputs["group"].tolist()
     a = [min(max(min(max(v, -c), c) / (2 * c) + 0.5, 0.0), 1.0) for v in inputs["advantage"].tolist()]
 
+    def mean_of(v, i):
+        """Over the elements of sample i that the mask leaves, each as often as it says."""
+        if mask is None:
+            return v.mean()
+        weight = mask.double().expand(policy.shape)[i]
+        return (weight * torch.where(weight == 0, 0.0, v)).sum() / weight.sum()
+
     def scale(v, i):
-        return max((v[i] - noise[i] + x0[i]).abs().mean().item(), 1e-5) if adaptive_weighting else 1.0
+        return max(mean_of((v[i] - noise[i] + x0[i]).abs(), i).item(), 1e-5) if adaptive_weighting else 1.0
 
     def error(v, i):
-        return (v[i] - (noise[i] - x0[i])).pow(2).mean() / scale(v, i)
+        return mean_of((v[i] - (noise[i] - x0[i])).pow(2), i) / scale(v, i)
 
     r = [error(old, i) - error(policy, i) for i in range(batch)]
     signs = [0.0] if math.isinf(temperature) else [1.0, -1.0]
@@ -87,12 +95,12 @@ def crd(
             terms.append(term / len(signs))
     policy_loss = c / beta * sum(terms) / batch
     zero = torch.zeros((), dtype=torch.float64)
-    kl = [zero if reference is None else (policy[i] - reference[i]).pow(2).mean() for i in range(batch)]
+    kl = [zero if reference is None else mean_of((policy[i] - reference[i]).pow(2), i) for i in range(batch)]
     k = [kl_min + a[i] * (kl_beta - kl_min) if reward_adaptive_kl else kl_beta for i in range(batch)]
     kl_loss = sum(k[i] * kl[i] for i in range(batch)) / batch
     loss = policy_loss + kl_loss
     loss.backward()
-    mean = lambda x: x.flatten(1).mean(1)  # noqa: E731
+    mean = lambda x: torch.stack([mean_of(x[i], i) for i in range(batch)])  # noqa: E731
     return {
         "loss": loss.detach(),
         "policy_loss": policy_loss.detach(),

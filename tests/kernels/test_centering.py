@@ -128,16 +128,106 @@ def test_samples_without_a_reference_have_no_anchor(impl):
     assert not stats.kl[3:].any() and not stats.old_kl[3:].any()
 
 
-def test_many_samples_in_blocks(monkeypatch):
-    """The comparison matrix is cut into blocks of rows; the cut must not show."""
-    from crd_kernels.centering import groups
+SETTINGS = [
+    {"temperature": t, "loss_type": kind} for t in (math.inf, 0.3, 0.0, 1e-30) for kind in ("mse", "bce")
+]
 
-    inputs = make(batch=37, shape=(3,), groups=(0, 1, 2, 1, 0, 5))
+
+@pytest.mark.parametrize(
+    "groups", [(1,), (5, -2, 7, 9, 2**40, -2, 5), tuple(range(60)), (-(2**63), 2**63 - 1)]
+)
+def test_groups_that_spread_over_blocks(impl, groups):
+    """More samples than one block of the GPU's kernel takes, whose groups find together over all of them."""
+    inputs = make(batch=101, shape=(3,), groups=groups)
+    stats, advantage = measured(inputs), inputs["advantage"]
+    for keywords in SETTINGS[:: 3 if INTERPRETING else 1]:
+        got = center(stats, advantage, inputs["group"], impl=impl, **keywords)
+        wanted = center(stats, advantage, inputs["group"], impl="reference", **keywords)
+        for name in ("loss", "policy_loss", "kl_loss", "c1", "c2"):
+            assert relative_error(getattr(got, name), getattr(wanted, name)) < 1e-12, name
+        if keywords["temperature"] in (math.inf, 0.3):
+            assert relative_error(got.loss, crd(inputs, **keywords)["loss"]) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_ids_of_every_integer_type(impl, dtype):
+    inputs = make(batch=40, shape=(3,), groups=(3, 100, 7))
     stats = measured(inputs)
-    whole = center(stats, inputs["advantage"], inputs["group"], temperature=0.5, impl="reference")
-    monkeypatch.setattr(groups, "BLOCK", 100)
-    blocks = center(stats, inputs["advantage"], inputs["group"], temperature=0.5, impl="reference")
-    assert torch.equal(whole.c1, blocks.c1) and torch.equal(whole.loss, blocks.loss)
+    got = center(stats, inputs["advantage"], inputs["group"].to(dtype), impl=impl)
+    wanted = center(stats, inputs["advantage"], inputs["group"], impl="reference")
+    assert relative_error(got.c1, wanted.c1) < 1e-12
+
+
+@pytest.mark.parametrize("loss_type", ["mse", "bce"])
+def test_small_temperatures_reach_their_limit(impl, loss_type):
+    """The largest of each group alone, in shares where several are: nothing overflows on the way there."""
+    inputs = make(batch=6, shape=(5,), groups=(0, 0, 1))
+    inputs["advantage"] = torch.tensor([1.0, 2, 0.5, 2, -1, 0.5], dtype=torch.float64)
+    stats = measured(inputs)
+    r, a = stats.implicit_reward, inputs["advantage"] / 10 + 0.5
+    for temperature in (1e-3, 1e-21, 1e-300):
+        keywords = {"temperature": temperature, "loss_type": "mse", "kl_beta": 0}
+        got = center(stats, inputs["advantage"], inputs["group"], impl=impl, **keywords)
+        terms = 0
+        for members, top, low in (([0, 1, 3, 4], [1, 3], [4]), ([2, 5], [2, 5], [2, 5])):
+            for chosen in (top, low):
+                delta = (r[members] - r[chosen].mean()) - (a[members] - a[chosen].mean())
+                terms = terms + (delta**2).sum() / 2
+        assert relative_error(got.policy_loss, 5 * terms / 6) < 1e-9
+        assert got.kl_loss == 0 and not got.c2.any()
+
+
+def test_temperature_0_selects_what_is_positive(impl):
+    """As the public trainer's weight_temp=0: softmax(a) over a > 0 one way, the plain mean the other."""
+    inputs = make(batch=6, shape=(5,), groups=(0, 0, 1))
+    inputs["advantage"] = torch.tensor([-9.0, 2, -9, 1, 0.5, -7], dtype=torch.float64)
+    stats = measured(inputs)
+    r, a = stats.implicit_reward, (inputs["advantage"].clamp(-5, 5) / 10 + 0.5)
+    terms = 0
+    for members in ([0, 1, 3, 4], [2, 5]):
+        p = torch.where(a[members] > 0, a[members].exp(), 0)
+        p = p / p.sum() if p.any() else torch.full_like(p, 1 / len(members))
+        for weights in (p, torch.full_like(p, 1 / len(members))):
+            delta = r[members] - weights @ r[members] - (a[members] - weights @ a[members])
+            terms = terms + (delta**2).sum() / 2
+    got = center(stats, inputs["advantage"], inputs["group"], temperature=0, impl=impl)
+    assert relative_error(got.policy_loss, 5 * terms / 6) < 1e-11
+
+
+def test_centering_is_linear_in_the_samples():
+    """Twice the samples, twice the operators at most: no comparison of everybody with everybody."""
+    counts = []
+    for batch in (2000, 20000):
+        inputs = make(batch=batch, shape=(1,), groups=tuple(range(batch // 8)))
+        stats = measured(inputs)
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            center(stats, inputs["advantage"], inputs["group"], temperature=0.5, impl="reference")
+        events = [event for event in profile.function_events if event.name.startswith("aten::")]
+        counts.append((len(events), max(event.cpu_memory_usage for event in events) / batch))
+    (few, small), (many, large) = counts
+    assert many <= few + 5 and large <= 1.1 * small
+
+
+def test_an_anchor_of_strength_0_needs_no_other_setting(impl):
+    inputs = make()
+    got = center(measured(inputs), inputs["advantage"], inputs["group"], kl_beta=0, impl=impl)
+    assert got.kl_loss == 0 and not got.c2.any() and got.c1.any()
+    with pytest.raises(ValueError, match="kl_min"):
+        center(measured(inputs), inputs["advantage"], inputs["group"], kl_beta=1e-5, impl=impl)
+
+
+def test_iteration_goes_sample_by_sample(impl):
+    inputs = make()
+    stats = measured(inputs)
+    coefficients = center(stats, inputs["advantage"], inputs["group"], impl=impl)
+    assert [len(one) for one in stats] == [1] * 7 and [len(one) for one in coefficients] == [1] * 7
+    assert torch.equal(torch.cat([one.kl for one in stats]), stats.kl)
+    assert torch.equal(torch.cat([one.c1 for one in coefficients]), coefficients.c1)
+    for wrong in (7, -8):
+        with pytest.raises(IndexError, match=rf"index: expected a sample of 7, got {wrong}"):
+            stats[wrong]
+        with pytest.raises(IndexError, match=rf"index: expected a sample of 7, got {wrong}"):
+            coefficients[wrong]
 
 
 def test_large_advantages_do_not_overflow_the_softmax(impl):

@@ -33,14 +33,19 @@ def test_compiles_without_spills_and_with_wide_accesses(tmp_path, target):
         "reference": "guided",
         "noise": "given",
         "layout": "contiguous",
-        "loss": "crd",
+        "op": "loss",
+        "method": "crd",
+        "settings": "",
+        "mask": "",
     }
     passes = {r["kernel"]: r for r in reports if published.items() <= r.items()}
     measure, gradient = passes["measure_kernel"], passes["gradient_kernel"]
     assert (measure["wide_reads"], measure["wide_writes"]) == (6, 0)
     assert (gradient["wide_reads"], gradient["wide_writes"]) == (5, 1)
     assert not any(r["spills"] or r["atomics"] for r in reports)
-    nft = {r["kernel"]: r for r in reports if r["loss"] == "nft"}
+    assert {r["launches"] for r in reports if r["op"] == "loss"} == {3}
+    nft = {"method": "nft", "dtype": "bf16", "layout": "contiguous"}
+    nft = {r["kernel"]: r for r in reports if nft.items() <= r.items()}
     assert nft["measure_kernel"]["wide_reads"] == nft["gradient_kernel"]["wide_reads"] == 4
     assert len(list((dump / target).iterdir())) >= 2 * len({r["kernel"] for r in reports})
 
@@ -50,7 +55,7 @@ def test_narrow_loads_end_in_a_failure():
     """One element to a thread cannot be loaded 128 bits wide: the command says so and exits with 1."""
     code = (
         "import sys; from tools import compile_kernels as tool;"
-        "case = tool.Case('measure', 'bf16'); tool.cases = lambda: iter([case]);"
+        "case = tool.Case('loss', 'bf16'); tool.cases = lambda: iter([case]);"
         "tool.launch.options = lambda elements: {'num_warps': 32};"
         "sys.exit(tool.main(['--targets', 'sm_90']))"
     )
@@ -65,8 +70,10 @@ def test_narrow_loads_end_in_a_failure():
 def test_problems_are_seen():
     from tools.compile_kernels import Case, problems
 
-    good = {"spills": 0, "atomics": 0, "wide_reads": 6.0, "wide_writes": 0.0}
-    case = Case("measure", "bf16")
+    good = {"kernel": "measure_kernel", "launches": 3, "spills": 0, "atomics": 0}
+    good |= {"wide_reads": 6.0, "wide_writes": 0.0}
+    case = Case("loss", "bf16")
+    assert problems(case, good | {"launches": 4}) == ["4 launches instead of 3"]
     assert not problems(case, good)
     assert problems(case, good | {"spills": 3}) == ["3 spills"]
     assert problems(case, good | {"atomics": 1}) == ["1 atomics"]

@@ -35,8 +35,8 @@ BAD = [
     ({"guidance_scale": math.nan}, ValueError, "guidance_scale: expected a finite number, got nan"),
     ({"guidance_scale": "4"}, TypeError, "guidance_scale: expected a number, got str"),
     ({"ref_cond": None}, ValueError, "ref_cond: expected a tensor because ref_uncond is given"),
-    ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0, got 0.0"),
-    ({"temperature": -1.0}, ValueError, "temperature: expected a number > 0, got -1.0"),
+    ({"temperature": math.nan}, ValueError, "temperature: expected a finite number, got nan"),
+    ({"temperature": -1.0}, ValueError, "temperature: expected a number >= 0, got -1.0"),
     ({"beta": 0.0}, ValueError, "beta: expected a number > 0, got 0.0"),
     ({"kl_min": 0.2}, ValueError, "kl_min: expected a number <= kl_beta = 0.1, got 0.2"),
     ({"kl_min": -0.1}, ValueError, "kl_min: expected a number >= 0, got -0.1"),
@@ -45,6 +45,13 @@ BAD = [
     ({"centering": "rank"}, ValueError, "centering: expected one of 'prompt', 'batch', got 'rank'"),
     ({"kl_weight": torch.zeros(3)}, ValueError, "kl_weight: expected shape (7,), got (3,)"),
     ({"denominator": 0}, ValueError, "denominator: expected a number > 0, got 0"),
+    ({"beta": True}, TypeError, "beta: expected a number, got bool"),
+    ({"beta": torch.ones(())}, TypeError, "beta: expected a number, got Tensor"),
+    ({"kl_beta": -1.0}, ValueError, "kl_beta: expected a number >= 0, got -1.0"),
+    ({"mask": torch.ones(7, 4, 6)}, ValueError, "mask: expected a shape that broadcasts to (7, 4, 6, 6)"),
+    ({"mask": torch.ones(7, 2, 6, 6)}, ValueError, "mask: expected a shape that broadcasts to (7, 4, 6, 6)"),
+    ({"mask": torch.ones(7, 1, 6, 6, dtype=torch.int64)}, TypeError, "mask: expected dtype"),
+    ({"mask": [1.0]}, TypeError, "mask: expected a tensor, got list"),
 ]
 
 
@@ -58,6 +65,20 @@ def test_message(impl, change, error, message):
         crd_loss(*args, **keywords)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_right_before_is_checked_again(impl):
+    """Checks are remembered by what the tensors look like; what else decides is looked at each time."""
+    keywords = make(dtype=torch.float32) | {"impl": impl}
+    args = [keywords.pop(name) for name in TENSORS]
+    crd_loss(*args, **keywords | {"ref_uncond": None, "guidance_scale": 1.0})
+    with pytest.raises(ValueError, match=r"ref_uncond: expected a tensor because guidance_scale is 2\.0"):
+        crd_loss(*args, **keywords | {"ref_uncond": None, "guidance_scale": 2.0})
+    crd_loss(*args, **keywords | {"beta": 1})
+    with pytest.raises(TypeError, match="beta: expected a number, got bool"):
+        crd_loss(*args, **keywords | {"beta": True})
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        crd_loss(*args, **keywords | {"impl": "cuda"})
 
 
 def test_the_steps_check_too(impl):

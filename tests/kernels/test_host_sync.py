@@ -19,9 +19,11 @@ from crd_kernels import (
     launch,
     measure,
     nft_loss,
+    passes,
     velocity_grad,
 )
 from kernel_oracle import INTERPRETING, crd, make, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretend_gpu import OnGpu, pretend_gpu
 
@@ -87,19 +89,23 @@ def test_the_three_steps_never_make_the_host_wait(gpu):
     assert relative_error(gradient.inner, wanted["grad"]) < 1e-5
 
 
+METHODS = ["crd", "nft", "awm", "dpo", "flow_matching", "reward"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("noise", ["given", "seeded"])
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
-def test_launchers_never_make_the_host_wait(gpu, monkeypatch, noise, layout):
-    """Down to the launch itself, which is left out."""
+def test_three_launches_and_nothing_for_the_host_to_wait_for(gpu, monkeypatch, method, noise, layout):
+    """Down to the launch itself, which is left out: sums, everything on B scalars, gradient."""
     pytest.importorskip("triton")
-    from crd_kernels.noise import triton as noise_kernels
+    from crd_kernels.problem import Kind, Latents, Numbers, Scalars
     from crd_kernels.velocity import triton as velocity_kernels
     from triton.runtime.jit import JITFunction
 
     launched = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.__name__))
     monkeypatch.setattr(launch, "warp_size", lambda: 32)
-    monkeypatch.setattr(launch, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     x = on_gpu()
     policy, old, cond, uncond, x0, eps = (
         x[name].detach() for name in ("policy", "old", "ref_cond", "ref_uncond", "x0", "noise")
@@ -107,12 +113,82 @@ def test_launchers_never_make_the_host_wait(gpu, monkeypatch, noise, layout):
     if layout == "strided":
         cond, uncond = torch.cat([cond, uncond], -1).chunk(2, -1)
     eps, seed = (eps, None) if noise == "given" else (None, x["group"])
-    scale = x["advantage"]
-    velocity_kernels.measure(policy, old, cond, uncond, x0, eps, seed, 4.5, True, 0.5)
-    velocity_kernels.velocity_grad(policy, old, cond, uncond, x0, eps, seed, scale, scale, scale, 4.5)
-    noise_kernels.interpolate(x0, scale, eps, seed, torch.bfloat16)
-    assert launched == ["measure_kernel", "summarize_kernel", "gradient_kernel", "interpolate_kernel"]
+    latents = Latents(policy, old, cond, uncond, x0, eps, seed)
+    scalars = Scalars(x["advantage"], x["group"], x["advantage"], x["advantage"])
+    run = velocity_kernels.Passes(latents, scalars, Kind(method, third=method == "nft"))
+    with counting() as ops:
+        table, loss = run.forward(latents, scalars, Numbers())
+        run.backward(latents, table, loss, Numbers())
+    assert launched == ["measure_kernel", "finish_kernel", "gradient_kernel"]
     assert gpu.syncs == []
+    assert set(ops) <= ALLOCATIONS | VIEWS
+
+
+# What launches nothing on a GPU.
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
+VIEWS = {"unbind", "select", "detach", "view", "expand", "slice", "alias"}
+
+
+@contextlib.contextmanager
+def counting():
+    """The names of the aten operators that run within."""
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with Counting():
+        yield names
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_public_functions_run_nothing_but_three_launches(monkeypatch, name):
+    """On their short way, which plain tensors take: these are on the CPU, and the launches left out."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.__name__))
+    monkeypatch.setattr(launch, "warp_size", lambda: 32)
+    monkeypatch.setattr(dispatch, "choose", lambda impl, device: "triton")
+    monkeypatch.setattr(passes, "_PASSES", {})
+    x = make(batch=6, dtype=torch.float32)
+    x["policy"].requires_grad_()
+    prepared = {key: x[key].sigmoid().abs() if key == "advantage" else x[key] for key in x}
+    one = torch.ones(())
+    run = LOSSES[name]
+    run(prepared)
+    launched.clear()
+    with torch.autograd.profiler.profile() as profile:
+        loss = run(prepared)
+        loss.backward(one)
+    assert launched == ["measure_kernel", "finish_kernel", "gradient_kernel"]
+    names = {
+        event.name.removeprefix("aten::")
+        for event in profile.function_events
+        if event.name.startswith("aten::")
+    }
+    assert names <= ALLOCATIONS | VIEWS | PREPARED
+
+
+# Of the test's own making: the inputs that LOSSES computes.
+PREPARED = {"sigmoid", "abs", "as_strided", "sum", "ones_like", "fill_", "set_"}
+
+
+def test_interpolation_is_one_launch(gpu, monkeypatch):
+    pytest.importorskip("triton")
+    from crd_kernels.noise import triton as noise_kernels
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.append(self.__name__))
+    monkeypatch.setattr(launch, "warp_size", lambda: 32)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x = on_gpu()
+    noise_kernels.interpolate(x["x0"].detach(), x["advantage"], None, x["group"], torch.bfloat16)
+    assert launched == ["interpolate_kernel"] and gpu.syncs == []
 
 
 def test_interpolation_never_makes_the_host_wait(gpu):

@@ -10,7 +10,7 @@ from kernel_oracle import INTERPRETING, make, relative_error
 
 
 def case(name, dtype=torch.float64, shape=(3, 5, 7)):
-    """Fused loss, its definition, positional tensors, keywords."""
+    """Fused loss, its definition, positional tensors, keywords; all cases by name for None."""
     x = make(batch=6, shape=shape, dtype=dtype)
     sigma = torch.tensor([0.01, 0.1, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
     guidance = {"ref_uncond": x["ref_uncond"], "guidance_scale": 4.5}
@@ -19,37 +19,41 @@ def case(name, dtype=torch.float64, shape=(3, 5, 7)):
     )
     nft = (nft_loss, reference.nft_loss, [policy, old, cond, x0, noise, advantage, sigma])
     awm = (awm_loss, reference.awm_loss, [policy, cond, x0, noise, advantage])
-    return {
-        "flow_matching": (flow_matching_loss, reference.flow_matching_loss, [policy, x0, noise], {}),
-        "flow_matching_weighted": (
-            flow_matching_loss,
-            reference.flow_matching_loss,
-            [policy, x0, noise],
-            {"weight": advantage},
-        ),
+    dpo = (diffusion_dpo_loss, reference.diffusion_dpo_loss, [policy, old, x0, noise])
+    flow_matching = (flow_matching_loss, reference.flow_matching_loss, [policy, x0, noise])
+    mask = (x["ref_uncond"].reshape(6, -1, shape[-1])[:, :1] > 0).reshape(
+        6, *[1] * (len(shape) - 1), shape[-1]
+    )
+    mask[..., 0] = True  # of every sample something is left
+    cases = {
+        "flow_matching": (*flow_matching, {}),
+        "flow_matching_weighted": (*flow_matching, {"weight": advantage}),
         "awm": (*awm, {"kl_beta": 0.2, "advantage_clip": 2.0, **guidance}),
         "awm_without_reference": (*awm[:2], [policy, None, x0, noise, advantage], {}),
         "awm_off_policy": (*awm, {"old": old, **guidance, "kl_beta": 0.2}),
         "awm_clipped": (*awm, {"old": old, "clip_range": 0.02}),
+        "awm_asymmetric": (*awm, {"old": old, "clip_range": (0.01, 0.3)}),
+        "awm_old_error": (*awm, {"old_error": x["advantage"].abs() + 0.5, "clip_range": 0.3}),
+        "awm_t": (*awm, {"weighting": "t", "sigma": sigma, "old": old}),
+        "awm_t2": (*awm, {"weighting": "t2", "sigma": sigma}),
+        "awm_huber": (*awm, {"weighting": "huber", "sigma": sigma, "old": old, "clip_range": 0.01}),
+        "awm_ghuber": (*awm, {"weighting": "ghuber", "sigma": sigma, "old_error": x["advantage"].abs()}),
+        "awm_ema": (*awm, {"ema": old, "ema_kl_beta": 0.7, "kl_beta": 0.1, "kl_weight": sigma}),
+        "awm_ema_is_old": (*awm, {"ema": old, "old": old, "ema_kl_beta": 0.7, "denominator": 9.0}),
+        "awm_masked": (*awm, {"old": old, "kl_beta": 0.2, "mask": mask, "ema": old, "ema_kl_beta": 0.1}),
         "nft": (*nft, {"kl_beta": 0.3, **guidance}),
+        "nft_masked": (*nft, {"kl_beta": 0.3, "mask": mask, "beta": 0.5}),
+        "nft_weighted": (*nft, {"kl_beta": 0.3, "kl_weight": sigma, "denominator": 48.0, **guidance}),
+        "dpo_masked": (*dpo, {"beta": 7.0, "mask": mask}),
+        "flow_matching_masked": (*flow_matching, {"mask": mask, "weight": advantage}),
         "nft_small_beta": (*nft, {"beta": 0.1, "advantage_clip": 2.0}),
         "nft_plain": (*nft, {"beta": 2.0, "adaptive_weighting": False}),
-        "dpo": (diffusion_dpo_loss, reference.diffusion_dpo_loss, [policy, old, x0, noise], {"beta": 7.0}),
-    }[name]
+        "dpo": (*dpo, {"beta": 7.0}),
+    }
+    return cases[name] if name else cases
 
 
-NAMES = [
-    "flow_matching",
-    "flow_matching_weighted",
-    "awm",
-    "awm_without_reference",
-    "awm_off_policy",
-    "awm_clipped",
-    "nft",
-    "nft_small_beta",
-    "nft_plain",
-    "dpo",
-]
+NAMES = list(case(None))
 
 
 def both(name, impl, dtype, shape=(3, 5, 7)):
@@ -58,7 +62,10 @@ def both(name, impl, dtype, shape=(3, 5, 7)):
     out = fused(policy, *tensors[1:], impl=impl, **keywords)
     out.loss.backward()
     wide = [None if t is None else t.double() for t in tensors]
-    keywords = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    keywords = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.dtype != torch.bool else v
+        for k, v in keywords.items()
+    }
     exact = wide[0].detach().requires_grad_()
     wanted = definition(exact, *wide[1:], **keywords)
     wanted.backward()
@@ -149,7 +156,7 @@ def test_implicit_reward_is_differentiable_per_sample(impl):
 @pytest.mark.skipif(INTERPRETING, reason="a seed takes the same way through every loss")
 @pytest.mark.parametrize("name", ["flow_matching", "awm", "nft", "dpo"])
 def test_noise_by_seed(impl, name):
-    from crd_kernels.noise.reference import normal
+    from crd_kernels.noise.philox import normal
 
     fused, _, tensors, keywords = case(name, torch.float32)
     where = {"flow_matching": 2, "awm": 3, "nft": 4, "dpo": 3}[name]
@@ -166,6 +173,43 @@ def test_nan_reaches_every_loss(impl):
         tensors[0] = tensors[0].clone()
         tensors[0].view(-1)[5] = math.nan
         assert fused(*tensors, impl=impl, **keywords).loss.isnan()
+
+
+def test_on_policy_and_off_policy_with_the_errors_of_before(impl):
+    """The errors that awm_loss returned stand in for a forward of `old`."""
+    x = make(batch=4)
+    args = [x[k] for k in ("ref_cond", "x0", "noise", "advantage")]
+    before = awm_loss(x["old"], *args, impl=impl).error
+    gradients = []
+    for keywords in ({"old": x["old"]}, {"old_error": before}):
+        policy = x["policy"].clone().requires_grad_()
+        awm_loss(policy, *args, clip_range=0.2, impl=impl, **keywords).loss.backward()
+        gradients.append(policy.grad)
+    assert relative_error(*gradients) < 1e-11
+
+
+def test_bad_settings_of_awm(impl):
+    x, v = torch.zeros(3, 4), torch.zeros(3)
+    for keywords, message in (
+        ({"weighting": "t"}, "sigma: expected a tensor, got NoneType"),
+        (
+            {"weighting": "time"},
+            "weighting: expected one of 'uniform', 't', 't2', 'huber', 'ghuber', got 'time'",
+        ),
+        ({"clip_range": 0.2}, "old: expected a tensor, got NoneType"),
+        ({"clip_range": (0.1, -1.0), "old": x}, "clip_range: expected a number > 0, got -1.0"),
+        (
+            {"clip_range": (1.0, 2.0, 3.0), "old": x},
+            r"clip_range: expected a number or \(below, above\), got 3",
+        ),
+        ({"old": x, "ema": x + 1}, "old: expected None or `ema` itself because ema is given"),
+        ({"old": x, "old_error": v}, "old_error: expected None because old is given"),
+        ({"old_error": torch.zeros(2)}, r"old_error: expected shape \(3,\), got \(2,\)"),
+        ({"kl_weight": torch.zeros(2)}, r"kl_weight: expected shape \(3,\), got \(2,\)"),
+        ({"denominator": 0}, "denominator: expected a number > 0, got 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            awm_loss(x, None, x, x, v, impl=impl, **keywords)
 
 
 def test_bad_input(impl):

@@ -55,3 +55,29 @@ def test_two_ranks_average_to_one_process(tmp_path, split):
         assert relative_error(torch.cat([first, second]) / 2, gradient) < 1e-12
         alone, _ = loss_of(inputs, slice(0, split), **settings)
         assert math.isfinite(alone) and not torch.isclose(alone, first_loss, rtol=1e-6, atol=0)
+
+
+def empty_rank_main(rank, file, results):
+    """Rank 1 comes without samples; a step later both have some."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    inputs, group, found = make(batch=4, groups=(0, 0, 3)), dist.group.WORLD, []
+    for rows in (slice(0, 4 if rank == 0 else 0), slice(2 * rank, 2 * rank + 2)):
+        try:
+            found.append(float(loss_of(inputs, rows, process_group=group)[0]))
+        except ValueError as error:
+            found.append(str(error))
+    torch.save(found, f"{results}{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_a_rank_without_samples_ends_the_step_on_every_rank(tmp_path):
+    """By name, and without leaving the others waiting."""
+    multiprocessing.spawn(empty_rank_main, (tmp_path / "store", str(tmp_path / "rank")), nprocs=2)
+    inputs = make(batch=4, groups=(0, 0, 3))
+    whole, _ = loss_of(inputs, slice(None))
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    for found in ranks:
+        assert found[0] == "stats: expected at least one sample on every rank, got none on [1]"
+    assert (ranks[0][1] + ranks[1][1]) / 2 == pytest.approx(float(whole), rel=1e-12)

@@ -3,38 +3,40 @@
 import pytest
 import torch
 from crd_kernels import center, crd_loss, measure, velocity_grad
-from crd_kernels.centering.ops import center_op
+from crd_kernels.finish.ops import finish_op, loss_op
+from crd_kernels.problem import Kind, Numbers
 from crd_kernels.velocity import ops
+from crd_kernels.velocity.stats import ROWS
 from kernel_oracle import make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TENSORS = ("policy", "old", "ref_cond", "x0", "noise", "advantage", "group")
 
 
+NUMBERS = torch.tensor(Numbers(guidance_scale=4.5, kl_beta=0.1), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(impl, dtype):
-    x = make(batch=3, shape=(5, 7), dtype=dtype)
+    x = make(batch=3, shape=(5, 7), dtype=dtype, groups=(3, 3, -1))
     policy, old, cond, uncond, x0, noise = (
         x[name] for name in ("policy", "old", "ref_cond", "ref_uncond", "x0", "noise")
     )
+    mask = torch.rand(3, 5, 1).expand(3, 5, 7)
+    latents = (policy, old, cond, uncond, x0, noise, None, mask)
     c1, c2 = torch.randn(2, 3)
-    loss = torch.tensor(1.5)
-    torch.library.opcheck(ops.measure_op, (policy, old, cond, uncond, x0, noise, None, 4.5, True, 0.0, impl))
-    torch.library.opcheck(ops.measure_op, (policy, old, None, None, x0, noise, None, 1.0, False, 0.5, impl))
-    torch.library.opcheck(
-        ops.velocity_grad_op, (policy, old, cond, uncond, x0, noise, None, c1, c2, c1, 4.5, impl)
-    )
-    torch.library.opcheck(
-        ops.attach_gradient_op,
-        (loss, policy.clone().requires_grad_(), None, cond, None, x0, noise, None, c1, c2, None, 1.0, impl),
-    )
-
-
-def test_opcheck_of_centering():
-    rows = torch.rand(4, 5)
-    ids = torch.tensor([3, 3, -1, 3, -1])
-    settings = (None, [1.0, 0.1, 1e-4, 5.0, 0.5], True, "bce")
-    torch.library.opcheck(center_op, (*rows.unbind(0), torch.randn(5), ids, None, 12, *settings))
+    kind = str(Kind("crd", adaptive_weighting=True))
+    check = torch.library.opcheck
+    check(ops.measure_op, (*latents, NUMBERS, str(Kind("measure")), impl))
+    check(ops.measure_op, (policy, old, None, None, x0, noise, None, None, NUMBERS, kind, impl))
+    check(ops.velocity_grad_op, (*latents, c1, c2, c1, NUMBERS, impl))
+    scalars = (x["advantage"], x["group"], None, None, None)
+    check(loss_op, (*latents, *scalars, NUMBERS, kind, impl))
+    table, loss = loss_op(*latents, *scalars, NUMBERS, kind, impl)
+    check(finish_op, (table[:ROWS], *scalars, NUMBERS, kind, impl))
+    check(ops.loss_grad_op, (*latents, table, loss, NUMBERS, kind, impl))
+    given = (policy.clone().requires_grad_(), *latents[1:])
+    check(ops.attach_gradient_op, (loss, *given, table, NUMBERS, kind, impl))
 
 
 def test_compiles_without_a_graph_break(impl):

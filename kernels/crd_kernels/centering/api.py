@@ -1,36 +1,37 @@
 """center: from per-sample statistics to the losses and the two gradient coefficients of each sample.
 
-B scalars in, B scalars out, in float64 whatever the dtype of the statistics: torch ops on the device and no
-host sync (reference.py), on the CPU one call of C++ (center.cpp).
+B scalars in, B scalars out, in float64 whatever the dtype of the statistics: one launch on a GPU, one call of
+C++ on the CPU (finish/), by the definition of reference.py.
 """
 
 import torch
+from torch import Tensor
 
-from .. import checks, dispatch
-from . import reference
+from .. import checks, dispatch, fused
+from ..finish import ops
+from ..problem import Kind, Numbers, Scalars, settings
+from ..velocity.stats import Stats
 from .coefficients import Coefficients
-from .ops import center_op
 
 
-@torch.no_grad()
 def center(
-    stats,
-    advantage,  # (B,) float
-    group,  # (B,) int
+    stats: Stats,
+    advantage: Tensor,  # (B,) float
+    group: Tensor,  # (B,) int
     *,
-    beta=1.0,
-    kl_beta=0.1,
-    kl_min=1e-4,
-    reward_adaptive_kl=True,
-    loss_type="mse",
-    temperature=float("inf"),
-    centering="prompt",
-    advantage_clip=5.0,
-    kl_weight=None,  # (B,) float
-    denominator=None,
-    process_group=None,
-    impl="auto",
-):
+    beta: float = 1.0,
+    kl_beta: float = 0.1,
+    kl_min: float = 1e-4,
+    reward_adaptive_kl: bool = True,
+    loss_type: str = "mse",
+    temperature: float = float("inf"),
+    centering: str = "prompt",
+    advantage_clip: float = 5.0,
+    kl_weight: Tensor | None = None,  # (B,) float
+    denominator: float | None = None,
+    process_group=None,  # torch.distributed.ProcessGroup
+    impl: str = "auto",
+) -> Coefficients:
     """Losses and gradient coefficients of centered reward distillation.
 
     With r the implicit rewards, c = advantage_clip, a_i = clip(clip(A_i, -c, c) / (2c) + 1/2, 0, 1), and for
@@ -44,7 +45,9 @@ def center(
         c2_i        = 2 k_i / (n B)
 
     p is uniform at temperature inf; at a finite temperature T the policy loss is the average of the two
-    directions p = softmax(a / T) and p = softmax(-a / T).
+    directions p = softmax(a / T) and p = softmax(-a / T). Temperature 0 is the hard selection of the public
+    trainer: softmax(a) over the samples with a > 0 in one direction, and in the other, for which a < 0 would
+    be selected and nothing is, the uniform p. kl_beta = 0 switches the anchor off, whatever kl_min.
 
     stats: from `measure`, all samples of every group that appears. advantage: the raw A_i. group: any
     integers, in any order, groups of any sizes. centering "batch" treats all samples as one group.
@@ -54,52 +57,87 @@ def center(
     process_group: a torch.distributed group over whose ranks the groups may spread. Every rank passes its own
     samples, as many as it has, and gets its own coefficients. The means are then over all ranks' samples,
     times the number of ranks, so that averaging the ranks' gradients (and losses), as data parallel wrappers
-    do, gives those of one process with all samples. Batch sizes are exchanged through the host.
+    do, gives those of one process with all samples. Batch sizes are exchanged through the host; a rank
+    without samples raises ValueError on every rank.
 
     Raises TypeError or ValueError naming the argument. NaN in a sample reaches the losses.
     Source: arXiv 2603.14128.
     """
-    _check(stats, advantage, group, kl_weight)
-    impl = dispatch.choose(impl, stats.implicit_reward.device)
-    checks.number("beta", beta, above=0)
-    checks.number("kl_min", kl_min, at_least=0)
-    checks.number("kl_beta", kl_beta)
-    if kl_min > kl_beta:
-        raise ValueError(f"kl_min: expected a number <= kl_beta = {kl_beta}, got {kl_min}")
-    checks.number("temperature", temperature, above=0, infinite=True)
-    checks.number("advantage_clip", advantage_clip, above=0)
-    checks.choice("loss_type", loss_type, ("mse", "bce"))
-    checks.choice("centering", centering, ("prompt", "batch"))
-    if denominator is not None:
-        checks.number("denominator", denominator, above=0)
-
-    if centering == "batch":
-        group = torch.zeros_like(group)
-    arguments = (
-        stats.implicit_reward,
-        stats.policy_scale,
-        stats.kl,
-        stats.anchored,
-        advantage,
-        group,
-        kl_weight,
-        stats.n,
-        None if denominator is None else float(denominator),
-        [float(value) for value in (beta, kl_beta, kl_min, advantage_clip, temperature)],
-        bool(reward_adaptive_kl),
-        loss_type,
-    )
-    if impl == "cpu" and process_group is None:
-        losses, coefficients = center_op(*arguments)
-        return Coefficients(*losses.unbind(0), *coefficients.unbind(0))
-    return reference.center(*arguments, process_group)
-
-
-def _check(stats, advantage, group, kl_weight):
-    batch, device = len(stats), stats.implicit_reward.device
-    if batch == 0:
+    batch, device = len(stats), stats.table.device
+    if batch == 0 and process_group is None:  # over ranks everybody is to fail, after the exchange
         raise ValueError("stats: expected at least one sample, got none")
     checks.per_sample("advantage", advantage, batch, device)
     checks.per_sample("group", group, batch, device, checks.INTEGERS)
     if kl_weight is not None:
         checks.per_sample("kl_weight", kl_weight, batch, device)
+    kind, numbers = crd_settings(
+        1.0,
+        beta,
+        kl_beta,
+        kl_min,
+        False,
+        reward_adaptive_kl,
+        loss_type,
+        temperature,
+        centering,
+        advantage_clip,
+        denominator,
+    )
+    scalars = Scalars(advantage, group, None, kl_weight)
+    with torch.no_grad():
+        impl = dispatch.choose(impl, device)
+        if process_group is None and fused.traced(stats.table):
+            loss, outcome = ops.finish_op(stats.table, *scalars, fused.pack(numbers), str(kind), impl)
+        else:
+            loss, outcome = ops.finish(stats.table, scalars, kind, numbers, impl, process_group)
+    c1, c2, _, policy_loss, kl_loss = outcome.unbind(0)
+    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2)
+
+
+@settings
+def crd_settings(
+    guidance_scale,
+    beta,
+    kl_beta,
+    kl_min,
+    adaptive_weighting,
+    reward_adaptive_kl,
+    loss_type,
+    temperature,
+    centering,
+    advantage_clip,
+    denominator,
+):
+    """(Kind, Numbers) of these settings. Raises TypeError or ValueError naming the one that is wrong."""
+    checks.number("guidance_scale", guidance_scale)
+    checks.number("beta", beta, above=0)
+    checks.number("kl_beta", kl_beta, at_least=0)
+    checks.number("kl_min", kl_min, at_least=0)
+    if kl_beta == 0:
+        kl_min = 0.0
+    if kl_min > kl_beta:
+        raise ValueError(f"kl_min: expected a number <= kl_beta = {kl_beta}, got {kl_min}")
+    checks.number("temperature", temperature, at_least=0, infinite=True)
+    checks.number("advantage_clip", advantage_clip, above=0)
+    checks.choice("loss_type", loss_type, ("mse", "bce"))
+    checks.choice("centering", centering, ("prompt", "batch"))
+    if denominator is not None:
+        checks.number("denominator", denominator, above=0)
+    kind = Kind(
+        "crd",
+        adaptive_weighting=bool(adaptive_weighting),
+        reward_adaptive_kl=bool(reward_adaptive_kl),
+        bce=loss_type == "bce",
+        one_group=centering == "batch",
+        tempered=temperature != float("inf"),
+    )
+    numbers = Numbers(
+        guidance_scale=float(guidance_scale),
+        beta=float(beta),
+        kl_beta=float(kl_beta),
+        kl_min=float(kl_min),
+        advantage_clip=float(advantage_clip),
+        temperature=float(temperature) if kind.tempered else 1.0,
+        denominator=0.0 if denominator is None else float(denominator),
+    )
+    return kind, numbers

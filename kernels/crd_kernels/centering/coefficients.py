@@ -1,8 +1,13 @@
 """The result of centering."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from ..velocity.stats import samples
 
 
 @dataclass(frozen=True)
@@ -10,7 +15,7 @@ class Coefficients:
     """Losses of the whole batch and each sample's two gradient coefficients.
 
     `coefficients[i:j]` selects samples for a micro-batch: c1 and c2 are sliced, the losses stay those of the
-    whole.
+    whole. Iteration goes sample by sample.
     """
 
     loss: torch.Tensor  # scalar, policy_loss + kl_loss
@@ -19,10 +24,12 @@ class Coefficients:
     c1: torch.Tensor  # (B,): d loss / d policy = c1 (policy - target) + c2 (policy - reference)
     c2: torch.Tensor  # (B,)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.c1.shape[0]
 
-    def __getitem__(self, index):
-        if isinstance(index, int):
-            index = slice(index, index + 1 or None)
+    def __getitem__(self, index) -> Coefficients:
+        index = samples(index, len(self))
         return Coefficients(self.loss, self.policy_loss, self.kl_loss, self.c1[index], self.c2[index])
+
+    def __iter__(self) -> Iterator[Coefficients]:
+        return (self[i] for i in range(len(self)))

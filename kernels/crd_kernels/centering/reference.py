@@ -3,68 +3,59 @@
 import torch
 import torch.nn.functional as F
 
-from .coefficients import Coefficients
+from ..problem import Kind, Numbers, Scalars
 from .distributed import gather
-from .groups import group_means
+from .groups import Groups
 
 
-def center(
-    rewards,  # (B,) and so are the next three, rows of `Stats`
-    policy_scale,
-    kl,
-    anchored,
-    advantage,  # (B,)
-    group,  # (B,)
-    kl_weight,  # (B,) or None
-    numel,
-    denominator,
-    settings,
-    reward_adaptive_kl,
-    loss_type,
-    process_group=None,
-):
-    """The public `center` on checked arguments. settings: beta, kl_beta, kl_min, advantage_clip, temperature.
-
-    In float64 throughout: it costs nothing at this size.
-    """
-    beta, kl_beta, kl_min, advantage_clip, temperature = settings
-    reward = rewards.double()
+def unit_interval(advantage, advantage_clip):
+    """a = clip(clip(A, -c, c) / (2c) + 1/2, 0, 1), float64."""
     a = advantage.double().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
-    a = a.clamp(0, 1)
+    return a.clamp(0, 1)
+
+
+def center(stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group=None):
+    """The public `center` on checked arguments: policy_loss, kl_loss, c1, c2, in float64 throughout."""
+    reward, group = stats.implicit_reward.double(), scalars.group
+    a = unit_interval(scalars.advantage, numbers.advantage_clip)
+    if kind.one_group:
+        group = torch.zeros_like(group)
     samples, mine, all_reward, all_a = reward.shape[0], slice(None), reward, a
     if process_group is not None:
         (all_reward, all_a, group), mine, ranks = gather(process_group, reward, a, group.long())
         samples = all_reward.shape[0] / ranks
-    samples = samples if denominator is None else denominator
+    samples = numbers.denominator or samples
 
-    directions = [None] if temperature == float("inf") else [all_a / temperature, -all_a / temperature]
+    groups, both = Groups(group), torch.stack([all_reward, all_a])
+    if not kind.tempered:
+        weights = [torch.ones_like(all_a)]
+    elif numbers.temperature == 0:
+        weights = [groups.selected_weights(all_a), torch.ones_like(all_a)]
+    else:
+        weights = [groups.softmax_weights(tilted, numbers.temperature) for tilted in (all_a, -all_a)]
     policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
-    for logits in directions:
-        centers = group_means(torch.stack([all_reward, all_a]), logits, group)
-        r_centered, a_centered = reward - centers[0, mine], a - centers[1, mine]
-        loss, derivative = _terms(r_centered, a_centered, beta, loss_type)
-        share = advantage_clip / beta / samples / len(directions)
+    for weight in weights:
+        centers = groups.means(both, weight)[:, mine]
+        loss, derivative = _terms(reward - centers[0], a - centers[1], numbers.beta, kind.bce)
+        share = numbers.advantage_clip / numbers.beta / samples / len(weights)
         policy_loss = policy_loss + share * loss.sum()
         slope = slope + share * derivative
 
-    k = kl_min + a * (kl_beta - kl_min) if reward_adaptive_kl else torch.full_like(a, kl_beta)
-    if kl_weight is not None:
-        k = k * kl_weight.double()
-    kl_loss = (k * kl.double()).sum() / samples
-
-    dtype = rewards.dtype
-    return Coefficients(
-        loss=(policy_loss + kl_loss).to(dtype),
-        policy_loss=policy_loss.to(dtype),
-        kl_loss=kl_loss.to(dtype),
-        c1=(-2 / numel * slope / policy_scale.double()).to(dtype),
-        c2=(2 / numel / samples * k * anchored.double()).to(dtype),
-    )
+    k = torch.full_like(a, numbers.kl_beta)
+    if kind.reward_adaptive_kl:
+        k = numbers.kl_min + a * (numbers.kl_beta - numbers.kl_min)
+    if scalars.kl_weight is not None:
+        k = k * scalars.kl_weight.double()
+    kl_loss = (k * stats.kl.double()).sum() / samples
+    elements = stats.elements.double()
+    c1 = -2 / elements * slope / stats.policy_scale.double()
+    c2 = 2 / elements / samples * k * stats.anchored.double()
+    return policy_loss, kl_loss, c1, c2
 
 
-def _terms(r_centered, a_centered, beta, loss_type):
+def _terms(r_centered, a_centered, beta, bce):
     """Each sample's term of the policy loss (before c / beta / B) and its derivative with respect to r_i."""
-    if loss_type == "mse":
+    if not bce:
         delta = beta * r_centered - a_centered
         return delta**2, 2 * beta * delta
     logits, labels = beta * r_centered, a_centered.sigmoid()

@@ -1,54 +1,66 @@
 """crd_loss: centered reward distillation in one call."""
 
-from dataclasses import dataclass
-
 import torch
+from torch import Tensor
 
-from .. import checks, dispatch
-from ..centering import center
-from ..velocity import measure
-from ..velocity.api import attach_gradient
+from .. import checks, dispatch, fused
+from ..centering.api import crd_settings
+from ..centering.distributed import everyone_has_samples
+from ..finish import ops
+from ..problem import Kind, Latents, Scalars
+from ..velocity.stats import ROWS, Stats
 
 
-@dataclass(frozen=True)
 class CRDOutput:
-    """What `crd_loss` returns. Only `loss` carries a gradient, and to `policy` alone."""
+    """What `crd_loss` returns. Only `loss` carries a gradient, and to `policy` alone; the rest is detached.
 
-    loss: torch.Tensor  # scalar, policy_loss + kl_loss
-    policy_loss: torch.Tensor  # scalar, detached
-    kl_loss: torch.Tensor  # scalar, detached
-    implicit_reward: torch.Tensor  # (B,), detached like the rest
-    kl: torch.Tensor  # (B,) mean((policy - reference)^2)
-    old_kl: torch.Tensor  # (B,) mean((old - reference)^2)
-    old_deviation: torch.Tensor  # (B,) mean((policy - old)^2)
+    loss             scalar, policy_loss + kl_loss
+    policy_loss      scalar
+    kl_loss          scalar
+    implicit_reward  (B,)
+    kl               (B,) mean((policy - reference)^2)
+    old_kl           (B,) mean((old - reference)^2)
+    old_deviation    (B,) mean((policy - old)^2)
+    """
+
+    def __init__(self, loss: Tensor, table: Tensor):
+        self.loss, self._stats = loss, Stats(table, 0)
+
+    policy_loss = property(lambda self: self._stats.table[ROWS + 3, 0])
+    kl_loss = property(lambda self: self._stats.table[ROWS + 4, 0])
+    implicit_reward = property(lambda self: self._stats.implicit_reward)
+    kl = property(lambda self: self._stats.kl)
+    old_kl = property(lambda self: self._stats.old_kl)
+    old_deviation = property(lambda self: self._stats.old_deviation)
 
 
 def crd_loss(
-    policy,  # (B, ...)
-    old,  # (B, ...)
-    ref_cond,  # (B, ...) or None
-    x0,  # (B, ...)
-    noise,  # (B, ...) or None
-    advantage,  # (B,) float
-    group,  # (B,) int
+    policy: Tensor,  # (B, ...)
+    old: Tensor,  # (B, ...)
+    ref_cond: Tensor | None,  # (B, ...)
+    x0: Tensor,  # (B, ...)
+    noise: Tensor | None,  # (B, ...)
+    advantage: Tensor,  # (B,) float
+    group: Tensor,  # (B,) int
     *,
-    seed=None,  # (B,) int64
-    ref_uncond=None,  # (B, ...)
-    guidance_scale=1.0,
-    beta=1.0,
-    kl_beta=0.1,
-    kl_min=1e-4,
-    adaptive_weighting=True,
-    reward_adaptive_kl=True,
-    loss_type="mse",
-    temperature=float("inf"),
-    centering="prompt",
-    advantage_clip=5.0,
-    kl_weight=None,  # (B,) float
-    denominator=None,
-    process_group=None,
-    impl="auto",
-):
+    seed: Tensor | None = None,  # (B,) int64
+    ref_uncond: Tensor | None = None,  # (B, ...)
+    guidance_scale: float = 1.0,
+    mask: Tensor | None = None,  # broadcasts to (B, ...)
+    beta: float = 1.0,
+    kl_beta: float = 0.1,
+    kl_min: float = 1e-4,
+    adaptive_weighting: bool = True,
+    reward_adaptive_kl: bool = True,
+    loss_type: str = "mse",
+    temperature: float = float("inf"),
+    centering: str = "prompt",
+    advantage_clip: float = 5.0,
+    kl_weight: Tensor | None = None,  # (B,) float
+    denominator: float | None = None,
+    process_group=None,  # torch.distributed.ProcessGroup
+    impl: str = "auto",
+) -> CRDOutput:
     """The loss of centered reward distillation and its gradient, over whole groups. Returns a `CRDOutput`.
 
     `measure`, then `center` (whose docstrings have the formulas and the other arguments), then on
@@ -65,58 +77,51 @@ def crd_loss(
     Source: arXiv 2603.14128.
     """
     checks.tensor("policy", policy)
-    impl = dispatch.choose(impl, policy.device)
-    with torch.no_grad():
-        stats = measure(
-            policy,
-            old,
-            ref_cond,
-            x0,
-            noise,
-            seed=seed,
-            ref_uncond=ref_uncond,
-            guidance_scale=guidance_scale,
-            adaptive_weighting=adaptive_weighting,
-            impl=impl,
-        )
-        coefficients = center(
-            stats,
-            advantage,
-            group,
-            beta=beta,
-            kl_beta=kl_beta,
-            kl_min=kl_min,
-            reward_adaptive_kl=reward_adaptive_kl,
-            loss_type=loss_type,
-            temperature=temperature,
-            centering=centering,
-            advantage_clip=advantage_clip,
-            kl_weight=kl_weight,
-            denominator=denominator,
-            process_group=process_group,
-            impl=impl,
-        )
-    return CRDOutput(
-        loss=attach_gradient(
-            coefficients.loss,
-            coefficients.c1,
-            coefficients.c2,
-            policy,
-            ref_cond,
-            x0,
-            noise,
-            seed=seed,
-            ref_uncond=ref_uncond,
-            guidance_scale=guidance_scale,
-            impl=impl,
-        ),
-        policy_loss=coefficients.policy_loss,
-        kl_loss=coefficients.kl_loss,
-        implicit_reward=stats.implicit_reward,
-        kl=stats.kl,
-        old_kl=stats.old_kl,
-        old_deviation=stats.old_deviation,
+    kind, numbers = crd_settings(
+        guidance_scale,
+        beta,
+        kl_beta,
+        kl_min,
+        adaptive_weighting,
+        reward_adaptive_kl,
+        loss_type,
+        temperature,
+        centering,
+        advantage_clip,
+        denominator,
     )
+    ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
+    latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
+    scalars = Scalars(advantage, group, None, kl_weight)
+    if process_group is not None:
+        return _over_ranks(latents, scalars, kind, numbers, process_group, impl)
+
+    def check():
+        latents.check()
+        checks.given(old=old)
+        scalars.check(policy)
+
+    return CRDOutput(*fused.loss(check, latents, scalars, kind, numbers, impl, "crd_loss"))
+
+
+def _over_ranks(latents, scalars, kind, numbers, process_group, impl):
+    """The three steps, with an exchange of scalars between the ranks in the middle."""
+    policy = latents.policy
+    if policy.shape[0] == 0:
+        everyone_has_samples(process_group, 0, policy.device)
+    impl = dispatch.choose(impl, policy.device)
+
+    def check():
+        latents.check()
+        checks.given(old=latents.old)
+        scalars.check(policy)
+
+    with torch.no_grad():
+        measuring = Kind("measure", adaptive_weighting=kind.adaptive_weighting)
+        table = fused.measure(check, latents, measuring, numbers, impl)
+        loss, outcome = ops.finish(table, scalars, kind, numbers, impl, process_group)
+        table = torch.cat([table, outcome])
+    return CRDOutput(fused.attach(loss, table, latents, kind, numbers, impl), table)
 
 
 class CRDLoss(torch.nn.Module):

@@ -19,7 +19,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 SOURCES = [
     PACKAGE / "velocity" / "velocity.cpp",
-    PACKAGE / "centering" / "center.cpp",
+    PACKAGE / "finish" / "finish.cpp",
     PACKAGE / "noise" / "interpolate.cpp",
 ]
 HEADERS = [PACKAGE / "native" / "latents.h", PACKAGE / "native" / "philox.h"]
@@ -100,10 +100,10 @@ def _processor():
 def _declare(lib):
     pointer, word, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     lib.crd_chunk.restype = word
-    lib.crd_measure.argtypes = [pointer, real, real, word, word, pointer, pointer, word]
-    lib.crd_gradient.argtypes = [pointer, real, word, pointer, pointer, pointer, word]
+    lib.crd_measure.argtypes = [pointer, real, real, word, word, word, pointer, pointer, word]
+    lib.crd_gradient.argtypes = [pointer, real, word, *[pointer] * 4, word, word]
     lib.crd_interpolate.argtypes = [pointer, pointer, word, word]
-    lib.crd_center.argtypes = [pointer, pointer, pointer]
-    for function in (lib.crd_measure, lib.crd_gradient, lib.crd_center, lib.crd_interpolate):
+    lib.crd_finish.argtypes = [pointer] * 5
+    for function in (lib.crd_measure, lib.crd_gradient, lib.crd_finish, lib.crd_interpolate):
         function.restype = None
     return lib

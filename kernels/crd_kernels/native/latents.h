@@ -16,11 +16,12 @@ namespace {
 constexpr int64_t RUN = 1024;         // elements that one float sum covers before it goes to a double
 constexpr int64_t TILE = 256;         // elements of a buffer; larger ones were slower, they crowd the L1 cache
 constexpr int64_t CHUNK = 16 * 1024;  // elements of one task and of one partial sum
-constexpr int DIMS = 4;               // dimensions of a sample after collapsing
+constexpr int DIMS = 7;               // dimensions of a sample after collapsing, padded with 1 in front
 
-enum Dtype : int64_t { BFLOAT16 = 0, FLOAT16 = 1, FLOAT32 = 2, FLOAT64 = 3 };
+// As native/problem.py numbers them; a mask may be BOOL or UINT8, what is one entry a sample any of them.
+enum Dtype : int64_t { BFLOAT16, FLOAT16, FLOAT32, FLOAT64, UINT8, INT8, INT16, INT32, INT64, BOOL };
 
-// One tensor of shape (batch, sizes[0..3]); strides are in elements. build.py packs the same eight words.
+// One tensor of shape (batch, sizes...); strides are in elements. native/problem.py packs the same words.
 struct Operand {
   char* data;
   int64_t dtype;
@@ -61,11 +62,10 @@ inline void for_each_run(const Operand& x, const int64_t* sizes, int64_t b, int6
                          Visit visit) {
   int64_t done = 0;
   while (done < count) {
-    int64_t rest = begin + done, offset = b * x.batch_stride, inner = 0;
-    for (int d = DIMS - 1; d >= 0; --d) {
-      int64_t index = rest % sizes[d];
-      if (d == DIMS - 1) inner = index;
-      offset += index * x.strides[d];
+    int64_t rest = begin + done, offset = b * x.batch_stride;
+    const int64_t inner = rest % sizes[DIMS - 1];
+    for (int d = DIMS - 1; d >= 0 && rest > 0; --d) {
+      offset += (rest % sizes[d]) * x.strides[d];
       rest /= sizes[d];
     }
     int64_t length = sizes[DIMS - 1] - inner;
@@ -97,6 +97,8 @@ void load(const Operand& x, const int64_t* sizes, int64_t b, int64_t begin, int6
     case BFLOAT16: return load_as<BFloat16>(x, sizes, b, begin, count, tile);
     case FLOAT16: return load_as<Float16>(x, sizes, b, begin, count, tile);
     case FLOAT32: return load_as<float>(x, sizes, b, begin, count, tile);
+    case BOOL:
+    case UINT8: return load_as<uint8_t>(x, sizes, b, begin, count, tile);
     default: return load_as<double>(x, sizes, b, begin, count, tile);
   }
 }
@@ -129,7 +131,7 @@ void store(const Operand& x, const int64_t* sizes, int64_t b, int64_t begin, int
 
 // The tensors of one call: absent ones have data == nullptr. `seed` stands in for `noise` when it is given.
 struct Problem {
-  Operand policy, old, ref_cond, ref_uncond, x0, noise, out;
+  Operand policy, old, ref_cond, ref_uncond, x0, noise, mask, out;
   const int64_t* seed;  // (batch,)
   int64_t batch, sizes[DIMS], numel;
 };
@@ -137,19 +139,19 @@ struct Problem {
 // What a loop works on: `count` elements of every operand. S is the stored type, or the compute type for tiles.
 template <class S>
 struct Views {
-  const S *policy, *old, *ref_cond, *ref_uncond, *x0, *noise;
+  const S *policy, *old, *ref_cond, *ref_uncond, *x0, *noise, *mask;
   S* out;
 };
 
 template <class T>
 struct Tiles {
-  alignas(64) T policy[TILE], old[TILE], ref_cond[TILE], ref_uncond[TILE], x0[TILE], noise[TILE], out[TILE];
+  alignas(64) T policy[TILE], old[TILE], ref_cond[TILE], ref_uncond[TILE], x0[TILE], noise[TILE], mask[TILE], out[TILE];
 };
 
 // The dtype of all operands when the loop can work on them in place, else -1.
 inline int64_t direct_dtype(const Problem& p) {
   int64_t dtype = -1;
-  if (p.seed || p.sizes[DIMS - 1] != p.numel) return -1;
+  if (p.seed || p.mask.data || p.sizes[DIMS - 1] != p.numel) return -1;
   for (const Operand* x : {&p.policy, &p.old, &p.ref_cond, &p.ref_uncond, &p.x0, &p.noise, &p.out}) {
     if (!x->data) continue;
     if (x->strides[DIMS - 1] != 1 || (dtype >= 0 && dtype != x->dtype)) return -1;
@@ -165,7 +167,7 @@ void in_place(const Problem& p, int64_t b, int64_t begin, int64_t end, Body body
   };
   for (int64_t from = begin; from < end; from += RUN) {
     Views<S> v{at(p.policy, from), at(p.old, from), at(p.ref_cond, from), at(p.ref_uncond, from),
-               at(p.x0, from),     at(p.noise, from), at(p.out, from)};
+               at(p.x0, from),     at(p.noise, from), nullptr,                at(p.out, from)};
     body(v, end - from < RUN ? end - from : RUN);
   }
 }
@@ -173,7 +175,7 @@ void in_place(const Problem& p, int64_t b, int64_t begin, int64_t end, Body body
 template <class T, class Body>
 void through_tiles(const Problem& p, int64_t b, int64_t begin, int64_t end, Body body) {
   Tiles<T> t;
-  const Views<T> v{t.policy, t.old, t.ref_cond, t.ref_uncond, t.x0, t.noise, t.out};
+  const Views<T> v{t.policy, t.old, t.ref_cond, t.ref_uncond, t.x0, t.noise, p.mask.data ? t.mask : nullptr, t.out};
   for (int64_t from = begin; from < end; from += TILE) {
     const int64_t count = end - from < TILE ? end - from : TILE;
     if (p.policy.data) load(p.policy, p.sizes, b, from, count, t.policy);
@@ -181,6 +183,7 @@ void through_tiles(const Problem& p, int64_t b, int64_t begin, int64_t end, Body
     if (p.ref_cond.data) load(p.ref_cond, p.sizes, b, from, count, t.ref_cond);
     if (p.ref_uncond.data) load(p.ref_uncond, p.sizes, b, from, count, t.ref_uncond);
     if (p.x0.data) load(p.x0, p.sizes, b, from, count, t.x0);
+    if (p.mask.data) load(p.mask, p.sizes, b, from, count, t.mask);
     if (p.seed) {
       philox_normal(p.seed[b], from, count, t.noise);
     } else {

@@ -6,28 +6,51 @@ import torch
 
 from .. import layout
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_NAMES = ("policy", "old", "ref_cond", "ref_uncond", "x0", "noise", "out")
+# The codes of latents.h.
+DTYPES = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+    torch.int8: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
+    torch.bool: 9,
+}
+OPERANDS = 8  # policy, old, ref_cond, ref_uncond, x0, noise, mask, out
+WORDS = 3 + layout.DIMS  # of an operand
 
 
 class Problem:
-    """Holds the words and everything that their pointers point into."""
+    """One layout: everything but the tensors' addresses, which `words` fills in."""
 
-    def __init__(self, seed=None, **tensors):
-        operands, sizes, strides = layout.collapse([tensors.get(name) for name in _NAMES])
-        if seed is not None:
-            seed = seed.to(torch.int64).contiguous()
-        shape = next(t for t in operands if t is not None).shape
-        self.batch, self.numel = shape[0], shape[1:].numel()
+    def __init__(self, tensors):
+        """tensors: the OPERANDS, of one shape (B, ...), or None."""
+        sizes, strides = layout.collapse(tensors)
+        given = next(t for t in tensors if t is not None)
+        self.batch, self.numel = given.shape[0], given.shape[1:].numel()
+        pad = layout.DIMS - len(sizes)
         words = []
-        for operand, inner in zip(operands, strides):
+        for operand, inner in zip(tensors, strides):
             if operand is None:
-                words += [0] * (3 + layout.DIMS)
+                words += [0] * WORDS
             else:
-                words += [operand.data_ptr(), _DTYPES[operand.dtype], operand.stride(0), *inner]
-        words += [0 if seed is None else seed.data_ptr(), self.batch, *sizes, self.numel]
-        self.words = (ctypes.c_int64 * len(words))(*words)
-        self._keep = operands, seed
+                words += [0, DTYPES[operand.dtype], operand.stride(0), *[0] * pad, *inner]
+        words += [0, self.batch, *[1] * pad, *sizes, self.numel]
+        self._type = ctypes.c_int64 * len(words)
+        self._template = self._type(*words)
+        self._places = [(WORDS * i, i) for i, t in enumerate(tensors) if t is not None]
+
+    def words(self, tensors, seed):
+        """The struct for these tensors, which the caller keeps alive; seed: (B,) int64 contiguous, or None"""
+        words = self._type.from_buffer_copy(self._template)
+        for place, index in self._places:
+            words[place] = tensors[index].data_ptr()
+        if seed is not None:
+            words[WORDS * OPERANDS] = seed.data_ptr()
+        return words
 
     def chunks(self, library):
         """Tasks of one sample, and slots of its partial sums."""

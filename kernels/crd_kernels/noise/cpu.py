@@ -16,8 +16,9 @@ def interpolate(x0, sigma, noise, seed, dtype):
             parts = [None if t is None else t[one] for t in (noise, seed)]
             out[one] = reference.interpolate(x0[one], sigma[one], *parts, dtype)
         return out
-    problem = Problem(seed, x0=x0, noise=noise, out=out)
-    sigma = sigma.double().contiguous()
+    tensors = (None, None, None, None, x0, noise, None, out)
+    problem, sigma = Problem(tensors), sigma.double().contiguous()
+    seed = None if seed is None else seed.contiguous()
     double = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
-    lib.crd_interpolate(problem.words, sigma.data_ptr(), double, problem.threads(lib))
+    lib.crd_interpolate(problem.words(tensors, seed), sigma.data_ptr(), double, problem.threads(lib))
     return out

@@ -5,7 +5,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..registration import register
+from ..registration import fake, register
 
 
 @register
@@ -16,6 +16,6 @@ def interpolate_op(
     return importlib.import_module(f".{impl}", __package__).interpolate(x0, sigma, noise, seed, dtype)
 
 
-@torch.library.register_fake("crd_kernels::interpolate")
+@fake("interpolate")
 def _(x0, sigma, noise, seed, dtype, impl):
     return x0.new_empty(x0.shape, dtype=dtype)

@@ -119,24 +119,13 @@ def interpolate_kernel(
 def interpolate(x0, sigma, noise, seed, dtype):
     out = torch.empty(x0.shape, dtype=dtype, device=x0.device)
     double = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
-    compute = torch.float64 if double else torch.float32
-    (out_, x0, noise), strides, sizes, wide = launch.operands([out, x0, noise])
-    elements, numel = launch.block(compute), launch.tensors_numel([out])
+    strides, sizes, wide = launch.operands([out, x0, noise])
+    elements, numel = launch.block(torch.float64 if double else torch.float32), out.shape[1:].numel()
     chunks = triton.cdiv(numel, elements)
-    with launch.on(out.device):
-        interpolate_kernel[(out.shape[0] * chunks,)](
-            out_,
-            x0,
-            noise,
-            None if seed is None else seed.contiguous(),
-            sigma.contiguous(),
-            *strides,
-            sizes,
-            numel,
-            chunks,
-            WIDE=wide,
-            ACC=tl.float64 if double else tl.float32,
-            BLOCK=elements,
-            **launch.options(elements),
-        )
+    constants = (wide, tl.float64 if double else tl.float32, elements)
+    run = launch.Launcher(
+        interpolate_kernel, (out.shape[0] * chunks,), out.device, constants, **launch.options(elements)
+    )
+    seed = None if seed is None else seed.contiguous()
+    run(out, x0, noise, seed, sigma.contiguous(), *strides, sizes, numel, chunks)
     return out

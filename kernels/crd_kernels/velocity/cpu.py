@@ -1,60 +1,116 @@
 """The two passes on the CPU: C++ where a compiler is found (velocity.cpp), tiles of torch ops otherwise.
 
-Extra memory: 7 doubles per 16384 elements for `measure`, the gradient itself for `velocity_grad`.
+Extra memory: 8 doubles per 16384 elements for `measure`, the gradient itself for `gradient`.
 """
 
 import torch
 
+from ..finish import cpu as finishing
+from ..finish import reference as definition
 from ..native import build
 from ..native.problem import Problem
+from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
 from . import tiles
-from .stats import ROWS, compute_dtype, summarize
+from .stats import OUTCOME, ROWS, SUMS, summarize
+
+# What velocity.cpp adds up; the other rows of the table are 0 then, and nobody reads them.
+FULL, MIXED, ALONE, PAIR = range(4)
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix):
-    lib = build.library()
-    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
-    if lib is None:
-        sums = tiles.measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, mix)
-        return summarize(sums, policy.shape[1:].numel(), ref_cond is not None, adaptive_weighting, dtype)
-    problem = Problem(
-        seed, policy=policy, old=old, ref_cond=ref_cond, ref_uncond=ref_uncond, x0=x0, noise=noise
-    )
-    partial = torch.empty(problem.batch, problem.chunks(lib), 7, dtype=torch.float64)
-    table = torch.empty(ROWS, problem.batch, dtype=dtype)
-    lib.crd_measure(
-        problem.words,
-        guidance_scale,
-        mix,
-        adaptive_weighting,
-        dtype == torch.float64,
-        partial.data_ptr(),
-        table.data_ptr(),
-        problem.threads(lib),
-    )
-    return table
+class Passes:
+    """The two passes over latents of one layout (crd_kernels/passes.py)."""
 
+    def __init__(self, latents: Latents, scalars: Scalars, kind: Kind):
+        self.kind = kind
+        self.dtype = compute_dtype(*latents[:6])
+        self.double = self.dtype == torch.float64
+        self.anchored, self.masked = latents.ref_cond is not None, latents.mask is not None
+        self.batch, self.numel = latents.policy.shape[0], latents.policy.shape[1:].numel()
+        self.reading = Problem([*latents[:6], latents.mask, None])
+        self.writing = None
+        self.sums = FULL
+        if kind.method == "nft":
+            self.sums = MIXED
+        elif kind.method in ("flow_matching", "awm", "dpo"):
+            self.sums = ALONE if latents.old is None else PAIR
 
-def velocity_grad(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
-    lib = build.library()
-    gradient = torch.empty_like(policy)
-    if lib is None:
-        tiles.velocity_grad(
-            gradient, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale
+    def measure(self, latents: Latents, numbers: Numbers):
+        return self._measure(latents, numbers, ROWS)
+
+    def forward(self, latents: Latents, scalars: Scalars, numbers: Numbers):
+        if build.library() is None:
+            return definition.table_and_loss(self.measure(latents, numbers), scalars, self.kind, numbers)
+        table = self._measure(latents, numbers, ROWS + OUTCOME)
+        outcome = table.data_ptr() + ROWS * self.batch * table.itemsize
+        return table, finishing.run(table, outcome, scalars, self.kind, numbers)
+
+    def _measure(self, latents, numbers, rows):
+        lib = build.library()
+        if lib is None:
+            sums = tiles.measure(latents, numbers)
+            about = self.numel, self.anchored, self.masked, self.kind.adaptive_weighting, self.dtype
+            return summarize(sums, *about)
+        *tensors, seed, mask = latents
+        seed = None if seed is None else seed.contiguous()
+        partial = torch.empty(self.batch * self.reading.chunks(lib) * SUMS, dtype=torch.float64)
+        table = torch.empty((rows, self.batch), dtype=self.dtype)
+        lib.crd_measure(
+            self.reading.words((*tensors, mask), seed),
+            numbers.guidance_scale,
+            numbers.mix,
+            self.sums,
+            self.kind.adaptive_weighting,
+            self.double,
+            partial.data_ptr(),
+            table.data_ptr(),
+            self.reading.threads(lib),
+        )
+        return table
+
+    def backward(self, latents: Latents, table, upstream, numbers: Numbers):
+        if build.library() is None:
+            c1, c2, c3 = table[ROWS : ROWS + 3]
+            return tiles.gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers)
+        row = self.batch * table.itemsize
+        c1 = table.data_ptr() + ROWS * row
+        upstream = upstream.to(self.dtype)
+        return self._gradient(
+            latents, (c1, c1 + row, c1 + 2 * row if self.kind.third else None), upstream, numbers
+        )
+
+    def gradient(self, latents: Latents, coefficients, numbers: Numbers):
+        if build.library() is None:
+            return tiles.gradient(latents, *coefficients, None, numbers)
+        kept = [None if c is None else c.to(self.dtype).contiguous() for c in coefficients]
+        return self._gradient(latents, [None if c is None else c.data_ptr() for c in kept], None, numbers)
+
+    def _gradient(self, latents, pointers, upstream, numbers):
+        lib = build.library()
+        policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
+        seed = None if seed is None else seed.contiguous()
+        gradient = torch.empty_like(policy)
+        tensors = (
+            policy,
+            None if pointers[2] is None else old,
+            ref_cond,
+            ref_uncond,
+            x0,
+            noise,
+            mask,
+            gradient,
+        )
+        if self.writing is None:
+            self.writing = Problem(tensors)
+        at, stride = None, 0
+        if upstream is not None:
+            at, stride = upstream.data_ptr(), 0 if upstream.dim() == 0 else upstream.stride(0)
+        lib.crd_gradient(
+            self.writing.words(tensors, seed),
+            numbers.guidance_scale,
+            self.double,
+            *pointers,
+            at,
+            stride,
+            self.writing.threads(lib),
         )
         return gradient
-    problem = Problem(
-        seed,
-        policy=policy,
-        old=old,
-        ref_cond=ref_cond,
-        ref_uncond=ref_uncond,
-        x0=x0,
-        noise=noise,
-        out=gradient,
-    )
-    double = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise) == torch.float64
-    scales = [None if c is None else c.double().contiguous() for c in (c1, c2, c3)]
-    pointers = [None if c is None else c.data_ptr() for c in scales]
-    lib.crd_gradient(problem.words, guidance_scale, double, *pointers, problem.threads(lib))
-    return gradient

@@ -1,42 +1,36 @@
-"""The passes as registered operators, so that torch.compile, FakeTensor and autograd know them.
-
-Arguments arrive checked (api.py) and `impl` is never "auto".
-"""
-
-import importlib
+"""The two passes as registered operators (see finish/ops.py for how they travel through torch.compile)."""
 
 import torch
 from torch import Tensor
 
-from ..registration import register
-from .stats import ROWS, compute_dtype
-
-
-def _implementation(impl):
-    return importlib.import_module(f".{impl}", __package__)
+from .. import passes
+from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
+from ..registration import autograd, fake, register
+from .stats import ROWS
 
 
 @register
 def measure_op(
     policy: Tensor,
-    old: Tensor,
+    old: Tensor | None,
     ref_cond: Tensor | None,
     ref_uncond: Tensor | None,
     x0: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
-    guidance_scale: float,
-    adaptive_weighting: bool,
-    mix: float,
+    mask: Tensor | None,
+    numbers: Tensor,
+    kind: str,
     impl: str,
 ) -> Tensor:
     """The (ROWS, B) table of statistics."""
-    run = _implementation(impl).measure
-    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix)
+    latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
+    run = passes.of(impl, latents, Scalars(), Kind.parse(kind))
+    return run.measure(latents, Numbers(*numbers.tolist()))
 
 
-@torch.library.register_fake("crd_kernels::measure")
-def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix, impl):
+@fake("measure")
+def _(policy, old, ref_cond, ref_uncond, x0, noise, *others):
     dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
     return policy.new_empty((ROWS, policy.shape[0]), dtype=dtype)
 
@@ -50,19 +44,48 @@ def velocity_grad_op(
     x0: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
     c1: Tensor,
-    c2: Tensor,
+    c2: Tensor | None,
     c3: Tensor | None,
-    guidance_scale: float,
+    numbers: Tensor,
     impl: str,
 ) -> Tensor:
-    """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), in policy's dtype."""
-    run = _implementation(impl).velocity_grad
-    return run(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale)
+    """mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), in policy's dtype."""
+    latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
+    run = passes.of(impl, latents, (c1, c2, c3), Kind("measure", third=c3 is not None))
+    return run.gradient(latents, (c1, c2, c3), Numbers(*numbers.tolist()))
 
 
-@torch.library.register_fake("crd_kernels::velocity_grad")
-def _(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
+@fake("velocity_grad")
+def _(policy, *others):
+    return torch.empty_like(policy)
+
+
+@register
+def loss_grad_op(
+    policy: Tensor,
+    old: Tensor | None,
+    ref_cond: Tensor | None,
+    ref_uncond: Tensor | None,
+    x0: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    table: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    kind: str,
+    impl: str,
+) -> Tensor:
+    """The gradient of the loss that left this table, times the gradient that came in, in policy's dtype."""
+    latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
+    run = passes.of(impl, latents, Scalars(), Kind.parse(kind))
+    return run.backward(latents, table, upstream, Numbers(*numbers.tolist()))
+
+
+@fake("loss_grad")
+def _(policy, *others):
     return torch.empty_like(policy)
 
 
@@ -76,61 +99,38 @@ def attach_gradient_op(
     x0: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
-    c1: Tensor,
-    c2: Tensor,
-    c3: Tensor | None,
-    guidance_scale: float,
+    mask: Tensor | None,
+    table: Tensor,
+    numbers: Tensor,
+    kind: str,
     impl: str,
 ) -> Tensor:
     """A copy of `loss` whose gradient with respect to `policy` is the velocity gradient.
 
-    loss is a scalar, or (B,) where each entry depends on its own sample alone. The backward runs the gradient
-    pass with c1, c2 and c3 scaled by the incoming gradient: no stored gradient, no second pass to scale it,
-    no look at the scale's value on the host.
+    loss is a scalar, or (B,) where each entry depends on its own sample alone. table: what it left. The
+    backward runs the gradient pass with the incoming gradient: no stored gradient, no second pass to scale
+    it, no look at its value on the host.
     """
     return loss.clone()
 
 
-@torch.library.register_fake("crd_kernels::attach_gradient")
-def _(loss, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale, impl):
+@fake("attach_gradient")
+def _(loss, *others):
     return torch.empty_like(loss)
 
 
 def _save(ctx, inputs, output):
-    _, *tensors, guidance_scale, impl = inputs
+    _, *tensors, kind, impl = inputs
     ctx.save_for_backward(*tensors)
-    ctx.settings = guidance_scale, impl
+    ctx.static = kind, impl
 
 
-def _backward(ctx, grad):
-    policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3 = ctx.saved_tensors
+def _backward(ctx, upstream):
+    *latents, table, numbers = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[1]:
-        gradient = velocity_grad_op(
-            policy,
-            old,
-            ref_cond,
-            ref_uncond,
-            x0,
-            noise,
-            seed,
-            c1 * grad,
-            c2 * grad,
-            None if c3 is None else c3 * grad,
-            *ctx.settings,
-        )
+        gradient = loss_grad_op(*latents, table, upstream, numbers, *ctx.static)
     return None, gradient, *[None] * 11
 
 
-torch.library.register_autograd("crd_kernels::attach_gradient", _backward, setup_context=_save)
-
-
-class AttachGradient(torch.autograd.Function):
-    """The same for eager calls, past the dispatcher: its generic autograd costs some 100 microseconds."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        return inputs[0].clone()
-
-    backward = staticmethod(_backward)
+autograd("attach_gradient", _backward, _save)

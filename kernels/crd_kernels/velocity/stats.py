@@ -1,76 +1,92 @@
 """What is measured of each sample, and how sums over its elements become that."""
 
-from dataclasses import dataclass, fields
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 SCALE_FLOOR = 1e-5
-ROWS = 9  # rows of the table that the measure op returns, in the order of Stats' tensors
+SUMS = 8  # what the passes add up of each sample
+ROWS = 10  # of the table of `Stats`, which every implementation writes
+# What a loss makes of them: c1, c2, c3, and a row each of the policy's part of the loss and the anchor's. They
+# follow the statistics in the table that a loss leaves.
+OUTCOME = 5
+
+
+def _row(index: int) -> property:
+    return property(lambda self: self.table[index])
 
 
 @dataclass(frozen=True)
 class Stats:
     """Per-sample statistics of a batch: tensors of shape (B,), fp32, or fp64 when an input was fp64.
 
-    `stats[i:j]`, `stats[mask]` and `stats[[3, 1]]` select samples, `Stats.cat` joins micro-batches.
-    All means are over the n elements of one sample's latent.
+    `stats[i:j]`, `stats[mask]` and `stats[[3, 1]]` select samples, `stats[i]` is one of them, iteration goes
+    sample by sample, and `Stats.cat` joins micro-batches. All means are over the elements of one sample's
+    latent, weighted by the mask where there is one.
+
+    implicit_reward  r = -(policy_error / policy_scale - old_error / old_scale)
+    policy_scale     s(policy) = max(mean|policy - target|, 1e-5); 1 without adaptive weighting
+    old_scale        s(old)
+    policy_error     mean((policy - target)^2): the flow-matching loss of the policy
+    old_error        mean((old - target)^2)
+    kl               mean((policy - reference)^2); 0 without a reference
+    old_kl           mean((old - reference)^2); 0 without a reference
+    old_deviation    mean((policy - old)^2)
+    anchored         1 where a reference was given, else 0
+    elements         what the means are divided by: n, or the sum of the mask
     """
 
-    implicit_reward: torch.Tensor  # r = -(policy_error / policy_scale - old_error / old_scale)
-    policy_scale: torch.Tensor  # s(policy) = max(mean|policy - target|, 1e-5); 1 without adaptive weighting
-    old_scale: torch.Tensor  # s(old)
-    policy_error: torch.Tensor  # mean((policy - target)^2): the flow-matching loss of the policy
-    old_error: torch.Tensor  # mean((old - target)^2)
-    kl: torch.Tensor  # mean((policy - reference)^2); 0 without a reference
-    old_kl: torch.Tensor  # mean((old - reference)^2); 0 without a reference
-    old_deviation: torch.Tensor  # mean((policy - old)^2)
-    anchored: torch.Tensor  # 1 where a reference was given, else 0
+    table: torch.Tensor  # (ROWS, B), the rows above in order
     n: int  # elements of one sample
 
-    def __len__(self):
-        return self.implicit_reward.shape[0]
+    implicit_reward, policy_scale, old_scale = _row(0), _row(1), _row(2)
+    policy_error, old_error = _row(3), _row(4)
+    kl, old_kl, old_deviation = _row(5), _row(6), _row(7)
+    anchored, elements = _row(8), _row(9)
 
-    def __getitem__(self, index):
-        if isinstance(index, int):
-            index = slice(index, index + 1 or None)
-        return self._map(lambda value: value[index])
+    def __len__(self) -> int:
+        return self.table.shape[1]
 
-    def to(self, *args, **kwargs):
+    def __getitem__(self, index) -> Stats:
+        return Stats(self.table[:, samples(index, len(self))], self.n)
+
+    def __iter__(self) -> Iterator[Stats]:
+        return (self[i] for i in range(len(self)))
+
+    def to(self, *args, **kwargs) -> Stats:
         """`Tensor.to` on every tensor."""
-        return self._map(lambda value: value.to(*args, **kwargs))
-
-    def _map(self, function):
-        return Stats(**{name: function(getattr(self, name)) for name in _NAMES}, n=self.n)
+        return Stats(self.table.to(*args, **kwargs), self.n)
 
     @staticmethod
-    def cat(parts):
+    def cat(parts: Iterable[Stats]) -> Stats:
         """The samples of all parts in order. Raises ValueError on an empty list or unequal n."""
         parts = list(parts)
         if not parts:
             raise ValueError("parts: expected at least one Stats, got none")
         if len({part.n for part in parts}) > 1:
             raise ValueError(f"parts: expected one latent size, got {sorted({part.n for part in parts})}")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _NAMES}
-        return Stats(**joined, n=parts[0].n)
+        return Stats(torch.cat([part.table for part in parts], 1), parts[0].n)
 
 
-_NAMES = tuple(field.name for field in fields(Stats) if field.name != "n")
-assert len(_NAMES) == ROWS
+def samples(index, size: int):
+    """An index of samples that keeps their dimension. Raises IndexError for an integer out of range."""
+    if isinstance(index, int):
+        if not -size <= index < size:
+            raise IndexError(f"index: expected a sample of {size}, got {index}")
+        return slice(index, index + 1 or None)
+    return index
 
 
-def compute_dtype(*tensors):
-    """float64 when any operand is float64, else float32. None is skipped."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
-
-
-def summarize(sums, n, anchored, adaptive_weighting, dtype):
-    """sums: (7, B) float64, in the order of the kernels. Returns the (ROWS, B) table that `Stats` unpacks.
+def summarize(sums, n, anchored, masked, adaptive_weighting, dtype):
+    """sums: (SUMS, B) float64, in the order of the kernels. Returns the (ROWS, B) table of `Stats`.
 
     In float64 to the last step: r is a small difference of two numbers near one.
     """
-    policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation = sums / n
+    elements = sums[7] if masked else torch.full_like(sums[7], n)
+    policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation = sums[:7] / elements
     if adaptive_weighting:
         policy_scale = policy_abs.clamp(min=SCALE_FLOOR)
         old_scale = old_abs.clamp(min=SCALE_FLOOR)
@@ -78,5 +94,5 @@ def summarize(sums, n, anchored, adaptive_weighting, dtype):
         policy_scale = old_scale = torch.ones_like(policy_abs)
     reward = old_square / old_scale - policy_square / policy_scale  # this way round equals give +0, not -0
     flag = torch.full_like(reward, float(anchored))
-    rows = [reward, policy_scale, old_scale, policy_square, old_square, kl, old_kl, deviation, flag]
+    rows = [reward, policy_scale, old_scale, policy_square, old_square, kl, old_kl, deviation, flag, elements]
     return torch.stack(rows).to(dtype)

@@ -7,8 +7,9 @@ import itertools
 
 import torch
 
-from ..noise.reference import normal_range
-from .stats import compute_dtype
+from ..noise.philox import normal_range
+from ..problem import Latents, Numbers, compute_dtype
+from .stats import SUMS
 
 TILE = 32768
 
@@ -27,41 +28,56 @@ def tiles(shape):
     return [(*index, slice(at, at + step)) for index in outer for at in range(0, shape[dim], step)]
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, mix):
-    """Returns the sums of velocity.cpp, (7, B) float64."""
-    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
-    sums = torch.zeros(policy.shape[0], 7, dtype=torch.float64)
+def measure(latents: Latents, numbers: Numbers):
+    """Returns the sums of velocity.cpp, (SUMS, B) float64."""
+    policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
+    dtype, mix = compute_dtype(*latents[:6]), numbers.mix
+    sums = torch.zeros(policy.shape[0], SUMS, dtype=torch.float64)
     for at, begin in _tiles_of(policy):
-        b = at[0]
         target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
-        p, o = _load(policy, at, dtype), _load(old, at, dtype)
+        p = _load(policy, at, dtype)
+        o = p if old is None else _load(old, at, dtype)
+        weight = None if mask is None else _load(mask, at, dtype)
+
+        def total(x, weight=weight):
+            return (x if weight is None else torch.where(weight != 0, weight * x, 0)).sum()
+
         first, second = ((1 - mix) * o + mix * p, (1 + mix) * o - mix * p) if mix else (p, o)
-        sums[b, 0] += (first - target).square_().sum()
-        sums[b, 1] += (first - target).abs_().sum()
-        sums[b, 2] += (second - target).square_().sum()
-        sums[b, 3] += (second - target).abs_().sum()
+        row = sums[at[0]]
+        row[0] += total((first - target).square_())
+        row[1] += total((first - target).abs_())
+        row[2] += total((second - target).square_())
+        row[3] += total((second - target).abs_())
         if ref_cond is not None:
-            reference = _reference(ref_cond, ref_uncond, at, guidance_scale, dtype)
-            sums[b, 4] += (p - reference).square_().sum()
-            sums[b, 5] += (o - reference).square_().sum()
-        sums[b, 6] += (p - o).square_().sum()
+            reference = _reference(ref_cond, ref_uncond, at, numbers.guidance_scale, dtype)
+            row[4] += total((p - reference).square_())
+            row[5] += total((o - reference).square_())
+        row[6] += total((p - o).square_())
+        row[7] += 0 if weight is None else weight.sum()
     return sums.T
 
 
-def velocity_grad(gradient, policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
-    """Writes c1 (policy - target) + c2 (policy - reference) + c3 (policy - old) into `gradient`."""
-    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
+def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers):
+    """upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), policy's dtype."""
+    policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
+    dtype, gradient = compute_dtype(*latents[:6]), torch.empty_like(policy)
+    scale = 1 if upstream is None else upstream.to(dtype)
+    c1, c2, c3 = (None if c is None else c.to(dtype) * scale for c in (c1, c2, c3))
     for at, begin in _tiles_of(policy):
         b = at[0]
         p = _load(policy, at, dtype)
         target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
-        total = (p - target).mul_(c1[b].to(dtype))
+        total = (p - target).mul_(c1[b])
         if ref_cond is not None:
-            reference = _reference(ref_cond, ref_uncond, at, guidance_scale, dtype)
-            total += (p - reference).mul_(c2[b].to(dtype))
+            reference = _reference(ref_cond, ref_uncond, at, numbers.guidance_scale, dtype)
+            total += (p - reference).mul_(c2[b])
         if c3 is not None:
-            total += (p - _load(old, at, dtype)).mul_(c3[b].to(dtype))
+            total += (p - _load(old, at, dtype)).mul_(c3[b])
+        if mask is not None:
+            weight = _load(mask, at, dtype)
+            total = torch.where(weight != 0, weight * total, 0)
         gradient[at] = total
+    return gradient
 
 
 def _tiles_of(latents):

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..finish import triton as finishing
 from ..noise.triton import load_latent, seeded_noise, store_latent
-from .stats import ROWS, SCALE_FLOOR, compute_dtype
-
-SLOTS = 8  # partial sums of a block: seven and an empty one
+from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
+from .stats import OUTCOME, ROWS
 
 
 # Per-sample sums, first stage. With
@@ -19,20 +19,22 @@ SLOTS = 8  # partial sums of a block: seven and an empty one
 # one program adds up one block of one sample, in registers, in a fixed tree:
 #
 #   0 (policy - target)^2     1 |policy - target|      2 (old - target)^2     3 |old - target|
-#   4 (policy - reference)^2  5 (old - reference)^2    6 (policy - old)^2
+#   4 (policy - reference)^2  5 (old - reference)^2    6 (policy - old)^2   7 1, with a mask
 #
-# where with a mix m sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy,
-# and stores the seven sums in its own slots of partial, (B, 8, chunks). No atomics; what a sample adds up to
-# does not depend on the batch it came in. Every input is read once.
+# each weighted by the mask where there is one (an element of weight 0 is not looked at, be it NaN); with a mix m
+# sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy, and without `old` the policy stands in.
+# The sums go to the program's own slots of partial, (B, 8, chunks) of the compute type. No atomics; what a
+# sample adds up to does not depend on the batch it came in. Every input is read once.
 @triton.jit
 def measure_kernel(
-    partial,
+    partial,  # float64 memory
     policy,
-    old,
+    old,  # or None
     ref_cond,  # or None
     ref_uncond,  # or None
     x0,
     noise,  # or None
+    mask,  # or None
     seed,  # (B,) int64 when noise is None
     policy_strides,  # (batch stride, inner strides...) each
     old_strides,
@@ -40,6 +42,7 @@ def measure_kernel(
     ref_uncond_strides,
     x0_strides,
     noise_strides,
+    mask_strides,
     sizes,  # inner sizes
     numel,
     chunks,
@@ -53,15 +56,17 @@ def measure_kernel(
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     begin = chunk.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    mask = lane < numel - begin
+    there = lane < numel - begin
 
-    p = load_latent(policy, policy_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
-    o = load_latent(old, old_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
-    target = -load_latent(x0, x0_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+    p = load_latent(policy, policy_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+    o = p
+    if old is not None:
+        o = load_latent(old, old_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+    target = -load_latent(x0, x0_strides, sizes, sample, begin, lane, there, WIDE, ACC)
     if seed is None:
-        target += load_latent(noise, noise_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+        target += load_latent(noise, noise_strides, sizes, sample, begin, lane, there, WIDE, ACC)
     else:
-        target += tl.where(mask, seeded_noise(seed, sample, begin, BLOCK), 0.0).to(ACC)
+        target += tl.where(there, seeded_noise(seed, sample, begin, BLOCK), 0.0).to(ACC)
 
     # Every load comes before the reduction's barriers, so that all are in flight together.
     policy_error, old_error, moved = p - target, o - target, p - o
@@ -70,89 +75,40 @@ def measure_kernel(
         policy_error, old_error = (1 - m) * o + m * p - target, (1 + m) * o - m * p - target
     policy_drift, old_drift = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     if ref_cond is not None:
-        reference = load_latent(ref_cond, ref_cond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+        reference = load_latent(ref_cond, ref_cond_strides, sizes, sample, begin, lane, there, WIDE, ACC)
         if ref_uncond is not None:
-            uncond = load_latent(ref_uncond, ref_uncond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+            uncond = load_latent(ref_uncond, ref_uncond_strides, sizes, sample, begin, lane, there, WIDE, ACC)
             reference = uncond + tl.full((1,), guidance_scale, ACC) * (reference - uncond)
         policy_drift, old_drift = p - reference, o - reference
 
+    policy_abs, old_abs, weight = tl.abs(policy_error), tl.abs(old_error), tl.zeros((BLOCK,), ACC)
+    if mask is not None:
+        weight = load_latent(mask, mask_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+        seen = weight != 0
+        policy_error, old_error = tl.where(seen, policy_error, 0.0), tl.where(seen, old_error, 0.0)
+        policy_drift, old_drift = tl.where(seen, policy_drift, 0.0), tl.where(seen, old_drift, 0.0)
+        policy_abs, old_abs = weight * tl.abs(policy_error), weight * tl.abs(old_error)
+        moved = tl.where(seen, moved, 0.0)
+    policy_square, old_square = policy_error * policy_error, old_error * old_error
+    policy_drift, old_drift, moved = policy_drift * policy_drift, old_drift * old_drift, moved * moved
+    if mask is not None:
+        policy_square, old_square, moved = weight * policy_square, weight * old_square, weight * moved
+        policy_drift, old_drift = weight * policy_drift, weight * old_drift
+
     # Joined to (BLOCK, 2, 2, 2), the sums cost one reduction with one exchange between warps, not seven.
-    # Sum k = 4 x + 2 y + z lies at [x, y, z]; the eighth is empty.
-    even = tl.join(
-        tl.join(policy_error * policy_error, policy_drift * policy_drift),  # 0, 4
-        tl.join(old_error * old_error, moved * moved),  # 2, 6
-    )
-    odd = tl.join(
-        tl.join(tl.abs(policy_error), old_drift * old_drift),  # 1, 5
-        tl.join(tl.abs(old_error), tl.zeros((BLOCK,), ACC)),  # 3, 7
-    )
+    # Sum k = 4 x + 2 y + z lies at [x, y, z].
+    even = tl.join(tl.join(policy_square, policy_drift), tl.join(old_square, moved))  # 0, 4; 2, 6
+    odd = tl.join(tl.join(policy_abs, old_drift), tl.join(old_abs, weight))  # 1, 5; 3, 7
     sums = tl.reshape(tl.sum(tl.join(even, odd), 0), (8,))
-    slot = partial + sample.to(tl.int64) * (8 * chunks) + chunk
+    slot = partial.to(tl.pointer_type(ACC), bitcast=True) + sample.to(tl.int64) * (8 * chunks) + chunk
     tl.store(slot + tl.arange(0, 8) * chunks, sums)
 
 
-# Per-sample sums, second stage: one program adds the slots of one sample in order, in float64, and turns them
-# into its column of the (ROWS, B) table (the rows of `Stats`):
+# d loss / d policy = upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old))
 #
-#   s(v) = max(mean|v - target|, 1e-5), or 1
-#   r    = mean((old - target)^2) / s(old) - mean((policy - target)^2) / s(policy)
-@triton.jit
-def summarize_kernel(
-    table,
-    partial,
-    numel,
-    chunks,
-    batch,
-    FLOOR: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(0)
-    slots = partial + sample.to(tl.int64) * (8 * chunks)
-    policy_square = mean_of(slots, numel, chunks, BLOCK)
-    policy_scale = mean_of(slots + chunks, numel, chunks, BLOCK)
-    old_square = mean_of(slots + 2 * chunks, numel, chunks, BLOCK)
-    old_scale = mean_of(slots + 3 * chunks, numel, chunks, BLOCK)
-    deviation = mean_of(slots + 6 * chunks, numel, chunks, BLOCK)
-    if ADAPTIVE:  # compared this way round, NaN stays NaN
-        policy_scale = tl.where(policy_scale < FLOOR, FLOOR, policy_scale)
-        old_scale = tl.where(old_scale < FLOOR, FLOOR, old_scale)
-    else:
-        policy_scale = policy_scale * 0 + 1
-        old_scale = old_scale * 0 + 1
-    column = table + sample
-    tl.store(column, old_square / old_scale - policy_square / policy_scale)
-    tl.store(column + batch, policy_scale)
-    tl.store(column + 2 * batch, old_scale)
-    tl.store(column + 3 * batch, policy_square)
-    tl.store(column + 4 * batch, old_square)
-    if ANCHORED:
-        tl.store(column + 5 * batch, mean_of(slots + 4 * chunks, numel, chunks, BLOCK))
-        tl.store(column + 6 * batch, mean_of(slots + 5 * chunks, numel, chunks, BLOCK))
-        tl.store(column + 8 * batch, 1.0)
-    else:
-        tl.store(column + 5 * batch, 0.0)
-        tl.store(column + 6 * batch, 0.0)
-        tl.store(column + 8 * batch, 0.0)
-    tl.store(column + 7 * batch, deviation)
-
-
-@triton.jit
-def mean_of(slots, numel, chunks, BLOCK: tl.constexpr):
-    """Sum of `chunks` partial sums in fixed order, over numel; float64."""
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for at in range(0, chunks, BLOCK):
-        total += tl.load(slots + at + lane, lane < chunks - at, other=0.0).to(tl.float64)
-    return tl.sum(total) / numel
-
-
-# d loss / d policy = c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)
-#
-# target and reference as above; the last term only with c3. Every input is read once, the result is written
-# once.
-@triton.jit
+# target and reference as above; upstream is the gradient that came in, one number or one per sample. Every
+# input is read once, the result is written once.
+@triton.jit(do_not_specialize_on_alignment=["c1", "c2", "c3", "upstream"])
 def gradient_kernel(
     gradient,
     policy,
@@ -161,10 +117,13 @@ def gradient_kernel(
     ref_uncond,  # or None
     x0,
     noise,  # or None
+    mask,  # or None
     seed,  # (B,) int64 when noise is None
-    c1,  # (B,)
-    c2,  # (B,)
-    c3,  # (B,), or None with old
+    c1,  # (B,), or the table of a loss, in which c1, c2 and c3 are the rows behind the statistics
+    c2,  # (B,), or None
+    c3,  # (B,), or None
+    upstream,  # () or (B,), or None
+    upstream_stride,
     gradient_strides,
     policy_strides,
     old_strides,
@@ -172,10 +131,13 @@ def gradient_kernel(
     ref_uncond_strides,
     x0_strides,
     noise_strides,
+    mask_strides,
     sizes,
     numel,
     chunks,
+    batch,
     guidance_scale: tl.float64,
+    ROWS: tl.constexpr,  # of statistics in the table, or 0 where c1, c2 and c3 are given one by one
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,90 +145,102 @@ def gradient_kernel(
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     begin = chunk.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    mask = lane < numel - begin
+    there = lane < numel - begin
+    if ROWS > 0:
+        c1 += ROWS * batch
+        c2 = c1 + batch
+        c3 = c2 + batch
 
-    p = load_latent(policy, policy_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
-    target = -load_latent(x0, x0_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+    p = load_latent(policy, policy_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+    target = -load_latent(x0, x0_strides, sizes, sample, begin, lane, there, WIDE, ACC)
     if seed is None:
-        target += load_latent(noise, noise_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+        target += load_latent(noise, noise_strides, sizes, sample, begin, lane, there, WIDE, ACC)
     else:
         target += seeded_noise(seed, sample, begin, BLOCK).to(ACC)
-    result = tl.load(c1 + sample).to(ACC) * (p - target)
+    scale = tl.full((1,), 1.0, ACC)
+    if upstream is not None:
+        scale = scale * tl.load(upstream + sample.to(tl.int64) * upstream_stride).to(ACC)
+    result = tl.load(c1 + sample).to(ACC) * scale * (p - target)
     if ref_cond is not None:
-        reference = load_latent(ref_cond, ref_cond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+        reference = load_latent(ref_cond, ref_cond_strides, sizes, sample, begin, lane, there, WIDE, ACC)
         if ref_uncond is not None:
-            uncond = load_latent(ref_uncond, ref_uncond_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
+            uncond = load_latent(ref_uncond, ref_uncond_strides, sizes, sample, begin, lane, there, WIDE, ACC)
             reference = uncond + tl.full((1,), guidance_scale, ACC) * (reference - uncond)
-        result += tl.load(c2 + sample).to(ACC) * (p - reference)
-    if c3 is not None:
-        o = load_latent(old, old_strides, sizes, sample, begin, lane, mask, WIDE, ACC)
-        result += tl.load(c3 + sample).to(ACC) * (p - o)
-    store_latent(gradient, gradient_strides, sizes, sample, begin, lane, mask, result, WIDE)
+        result += tl.load(c2 + sample).to(ACC) * scale * (p - reference)
+    if old is not None:
+        o = load_latent(old, old_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+        result += tl.load(c3 + sample).to(ACC) * scale * (p - o)
+    if mask is not None:
+        weight = load_latent(mask, mask_strides, sizes, sample, begin, lane, there, WIDE, ACC)
+        result = tl.where(weight != 0, weight * result, 0.0)
+    store_latent(gradient, gradient_strides, sizes, sample, begin, lane, there, result, WIDE)
 
 
-def measure(policy, old, ref_cond, ref_uncond, x0, noise, seed, guidance_scale, adaptive_weighting, mix):
-    latents = [policy, old, ref_cond, ref_uncond, x0, noise]
-    dtype = compute_dtype(*latents)
-    batch, numel, elements = policy.shape[0], policy.shape[1:].numel(), launch.block(dtype)
-    chunks = triton.cdiv(numel, elements)
-    partial = torch.empty((batch, SLOTS, chunks), dtype=dtype, device=policy.device)
-    table = torch.empty((ROWS, batch), dtype=dtype, device=policy.device)
-    latents, strides, sizes, wide = launch.operands(latents)
-    with launch.on(policy.device):
-        measure_kernel[(batch * chunks,)](
-            partial,
-            *latents,
-            None if seed is None else seed.contiguous(),
-            *strides,
-            sizes,
-            numel,
-            chunks,
-            guidance_scale,
-            mix,
-            MIX=mix != 0,
-            WIDE=wide,
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            BLOCK=elements,
-            **launch.options(elements),
-        )
-        summarize_kernel[(batch,)](
-            table,
-            partial,
-            numel,
-            chunks,
-            batch,
-            FLOOR=SCALE_FLOOR,
-            ADAPTIVE=adaptive_weighting,
-            ANCHORED=ref_cond is not None,
-            BLOCK=256,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-    return table
+class Passes:
+    """The launches for tensors of one layout (crd_kernels/passes.py)."""
+
+    def __init__(self, latents: Latents, scalars: Scalars, kind: Kind):
+        policy = latents.policy
+        self.kind, self.device, self.batch = kind, policy.device, policy.shape[0]
+        self.dtype = compute_dtype(*latents[:6])
+        numel, self.elements = policy.shape[1:].numel(), launch.block(self.dtype)
+        self.chunks = triton.cdiv(numel, self.elements)
+        self.acc = tl.float64 if self.dtype == torch.float64 else tl.float32
+        strides, sizes, self.wide = launch.operands([*latents[:6], latents.mask])
+        self.layout = (*strides, sizes, numel, self.chunks)
+        self.contiguous = all(t is None or t.is_contiguous() for t in (*scalars, latents.seed))
+        self.launch = self._launcher(measure_kernel, kind.method == "nft", self.wide)
+        about = latents.ref_cond is not None, latents.mask is not None
+        self.finish = finishing.Finish(kind, self.batch, self.dtype, self.device, numel, self.chunks, *about)
+        self.backwards: dict = {}
+
+    def _launcher(self, kernel, *constants):
+        grid, options = (self.batch * self.chunks,), launch.options(self.elements)
+        return launch.Launcher(kernel, grid, self.device, (*constants, self.acc, self.elements), **options)
+
+    def measure(self, latents: Latents, numbers: Numbers):
+        return self._run(latents, NOTHING, numbers, ROWS)[0]
+
+    def forward(self, latents: Latents, scalars: Scalars, numbers: Numbers):
+        return self._run(latents, scalars, numbers, ROWS + OUTCOME)
+
+    def _run(self, latents, scalars, numbers, rows):
+        if not self.contiguous:
+            latents = latents._replace(seed=_contiguous(latents.seed))
+            scalars = [_contiguous(t) for t in scalars]
+        *tensors, seed, mask = latents
+        work = self.finish.work()
+        self.launch(work, *tensors, mask, seed, *self.layout, numbers.guidance_scale, numbers.mix)
+        table = torch.empty((rows, self.batch), dtype=self.dtype, device=self.device)
+        return table, self.finish(table, None, work, scalars, numbers)
+
+    def backward(self, latents: Latents, table, upstream, numbers: Numbers):
+        if not self.kind.third:
+            latents = latents._replace(old=None)
+        return self._gradient(latents, (table, None, None), upstream, numbers, ROWS)
+
+    def gradient(self, latents: Latents, coefficients, numbers: Numbers):
+        if not self.contiguous:
+            coefficients = [_contiguous(c) for c in coefficients]
+        return self._gradient(latents, coefficients, None, numbers, 0)
+
+    def _gradient(self, latents, coefficients, upstream, numbers, rows):
+        policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
+        gradient = torch.empty_like(policy)
+        tensors = (gradient, policy, old, ref_cond, ref_uncond, x0, noise, mask)
+        stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+        known = self.backwards.get(stride)
+        if known is None:
+            strides, sizes, wide = launch.operands(tensors)
+            layout = (stride, *strides, sizes, *self.layout[-2:], self.batch)
+            known = self.backwards[stride] = self._launcher(gradient_kernel, rows, wide), layout
+        run, layout = known
+        run(*tensors, _contiguous(seed), *coefficients, upstream, *layout, numbers.guidance_scale)
+        return gradient
 
 
-def velocity_grad(policy, old, ref_cond, ref_uncond, x0, noise, seed, c1, c2, c3, guidance_scale):
-    dtype = compute_dtype(policy, old, ref_cond, ref_uncond, x0, noise)
-    batch, numel, elements = policy.shape[0], policy.shape[1:].numel(), launch.block(dtype)
-    chunks = triton.cdiv(numel, elements)
-    gradient = torch.empty_like(policy)
-    latents = [gradient, policy, old, ref_cond, ref_uncond, x0, noise]
-    latents, strides, sizes, wide = launch.operands(latents)
-    with launch.on(policy.device):
-        gradient_kernel[(batch * chunks,)](
-            *latents,
-            None if seed is None else seed.contiguous(),
-            c1.contiguous(),
-            c2.contiguous(),
-            None if c3 is None else c3.contiguous(),
-            *strides,
-            sizes,
-            numel,
-            chunks,
-            guidance_scale,
-            WIDE=wide,
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            BLOCK=elements,
-            **launch.options(elements),
-        )
-    return gradient
+NOTHING = Scalars()
+
+
+def _contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,1 @@
+"""From per-sample sums to statistics, losses and gradient coefficients: B scalars, one kernel."""

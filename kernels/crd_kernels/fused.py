@@ -1,0 +1,159 @@
+"""From checked arguments to a loss with a gradient: what every public function of this package ends in.
+
+Plain tensors take the short way: the passes that served this layout before are called directly, and one
+autograd function hands out the gradient. Under torch.compile, torch.export and with tensors that are none
+(FakeTensor, wrappers) the registered operators stand in their place.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from . import dispatch, passes
+from .finish import ops as finish_ops
+from .problem import Kind, Latents, Numbers, Scalars
+from .velocity import ops
+
+NOTHING = Scalars()
+
+
+def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, name: str):
+    """The loss, with a gradient for policy, and the table, (ROWS + OUTCOME, B), that it left.
+
+    check() validates the tensors; it is not called again for tensors that look like ones that passed.
+    name: of the public function, for errors.
+    """
+    policy = latents.policy
+    if traced(policy):
+        check()
+        impl = dispatch.choose(impl, policy.device)
+        tensors = map(_detached, (*latents, *scalars))
+        table, value = finish_ops.loss_op(*tensors, pack(numbers), str(kind), impl)
+        return attach(value, table, latents, kind, numbers, impl), table
+    refuse_transforms(name, policy)
+    key = (impl, kind, passes.signature(latents, scalars))
+    run = passes.known(key)
+    if run is None:
+        check()
+        run = passes.of(dispatch.choose(impl, policy.device), latents, scalars, kind, key)
+    if not (policy.requires_grad and torch.is_grad_enabled()):
+        table, value = run.forward(latents, scalars, numbers)
+        return value, table
+    call = Call(run, latents, scalars, numbers, name)
+    value = _Loss.apply(policy, call)
+    return value, call.table
+
+
+def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
+    """The table of statistics."""
+    if traced(latents.policy):
+        check()
+        impl = dispatch.choose(impl, latents.policy.device)
+        return ops.measure_op(*map(_detached, latents), pack(numbers), str(kind), impl)
+    refuse_transforms("measure", latents.policy)
+    key = (impl, kind, passes.signature(latents, NOTHING))
+    run = passes.known(key)
+    if run is None:
+        check()
+        run = passes.of(dispatch.choose(impl, latents.policy.device), latents, NOTHING, kind, key)
+    return run.measure(latents, numbers)
+
+
+def gradient(check, latents: Latents, coefficients, numbers: Numbers, impl: str):
+    """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), times the mask."""
+    kind = Kind("measure", third=coefficients[2] is not None)
+    if traced(latents.policy):
+        check()
+        impl = dispatch.choose(impl, latents.policy.device)
+        return ops.velocity_grad_op(*map(_detached, (*latents, *coefficients)), pack(numbers), impl)
+    refuse_transforms("velocity_grad", latents.policy)
+    key = (impl, kind, passes.signature(latents, coefficients))
+    run = passes.known(key)
+    if run is None:
+        check()
+        run = passes.of(dispatch.choose(impl, latents.policy.device), latents, coefficients, kind, key)
+    return run.gradient(latents, coefficients, numbers)
+
+
+def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
+    """A copy of `value`, () or (B,), with the gradient for policy that the outcome in `table` says."""
+    if not (latents.policy.requires_grad and torch.is_grad_enabled()):
+        return value
+    others = map(_detached, latents[1:])
+    return ops.attach_gradient_op(value, latents.policy, *others, table, pack(numbers), str(kind), impl)
+
+
+class Call:
+    """One loss call on its way through autograd, which looks at each argument: so they are one."""
+
+    __slots__ = ("latents", "name", "numbers", "run", "scalars", "table")
+
+    def __init__(self, run, latents, scalars, numbers, name):
+        self.run, self.latents, self.scalars, self.numbers, self.name = run, latents, scalars, numbers, name
+
+
+class _Loss(torch.autograd.Function):
+    """Runs the loss and keeps what the gradient pass needs: inputs that are alive anyway, and B scalars."""
+
+    @staticmethod
+    def forward(ctx, policy, call):
+        run, latents = call.run, call.latents
+        table, value = run.forward(latents, call.scalars, call.numbers)
+        call.table = table
+        ctx.run, ctx.numbers, ctx.name, ctx.frozen = run, call.numbers, call.name, None
+        kept = latents[1:]
+        if True in [t is not None and t.is_inference() for t in kept]:  # which autograd will not save
+            ctx.frozen = [t if t is not None and t.is_inference() else None for t in kept]
+            kept = [None if t is None or t.is_inference() else t for t in kept]
+        ctx.save_for_backward(policy, *kept, table)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        *latents, table = ctx.saved_tensors
+        if ctx.frozen is not None:
+            others = [saved if held is None else held for saved, held in zip(latents[1:], ctx.frozen)]
+            latents = [latents[0], *others]
+        latents = Latents(*latents)
+        if not torch.is_grad_enabled():
+            return ctx.run.backward(latents, table, upstream, ctx.numbers), None
+        with torch.no_grad():  # create_graph=True
+            gradient = ctx.run.backward(latents, table, upstream, ctx.numbers)
+        return _OnlyOnce.apply(gradient, latents.policy, upstream, ctx.name), None
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that refuses to be differentiated: it depends on what was not recorded."""
+
+    @staticmethod
+    def forward(ctx, gradient, policy, upstream, name):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(f"{ctx.name}: expected to be differentiated once, got a second-order gradient")
+
+
+def refuse_transforms(name, policy):
+    """Function transforms and forward mode would see a constant where the loss depends on policy."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{name}: expected backward() or torch.autograd.grad, got a torch.func transform")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(policy).tangent is not None:
+        raise RuntimeError(f"{name}: expected backward() or torch.autograd.grad, got a forward-mode gradient")
+
+
+def pack(numbers: Numbers) -> torch.Tensor:
+    """The numbers as a float64 tensor on the CPU; as products of a tensor, torch.compile keeps them open."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * number for number in numbers])
+
+
+def traced(policy) -> bool:
+    """Whether operators must be called by their registered names."""
+    if torch.compiler.is_compiling():
+        return True
+    return type(policy) not in passes.PLAIN or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _detached(tensor):
+    return None if tensor is None else tensor.detach()

@@ -1,0 +1,49 @@
+"""The passes of one implementation over latents of one layout, kept from call to call.
+
+What a call needs to know of its tensors' layout (strides, grids, compiled kernels) is worked out once and
+found again by what the tensors look like. `of` is the only entry; an implementation's class has
+
+    Passes(latents, scalars, kind)               raises ValueError where it cannot serve the layout
+    .measure(latents, numbers)                   -> table (ROWS, B)
+    .forward(latents, scalars, numbers)          -> table (ROWS + OUTCOME, B), loss
+    .backward(latents, table, upstream, numbers) -> like policy: the gradient of that loss, times upstream
+    .gradient(latents, (c1, c2, c3), numbers)    -> like policy
+"""
+
+import importlib
+
+import torch
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+LIMIT = 512  # layouts kept; a training run has a handful
+_PASSES: dict = {}
+
+
+def signature(latents, scalars) -> tuple | None:
+    """What tensors look like to a kernel, or None where they are no plain tensors (fakes, wrappers)."""
+    look: list = []
+    for t in (*latents, *scalars):
+        if t is None:
+            look.append(None)
+        elif type(t) in PLAIN:
+            look += (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15)
+        else:
+            return None
+    return tuple(look)
+
+
+def known(key):
+    """The passes of a layout that has been served before, or None."""
+    return _PASSES.get(key)
+
+
+def of(impl, latents, scalars, kind, key=None):
+    """The passes for these tensors, made where they are new. key: (impl, kind, signature), where at hand."""
+    key = (impl, kind, signature(latents, scalars)) if key is None else key
+    passes = _PASSES.get(key)
+    if passes is None:
+        passes = importlib.import_module(f".velocity.{impl}", __package__).Passes(latents, scalars, kind)
+        if len(_PASSES) >= LIMIT:
+            _PASSES.clear()
+        _PASSES[key] = passes
+    return passes
