@@ -40,7 +40,7 @@ def per_sample(name, value, batch, on, dtypes=FLOATS):
 
 
 def mask(value, like):
-    """A weight per element as a view of the shape of `like`, broadcast along dimensions of size 1; or None."""
+    """A weight per element as a view of the shape of `like`, broadcast along sizes of 1; or None."""
     if value is None:
         return None
     tensor("mask", value)

@@ -21,8 +21,8 @@ from .stats import OUTCOME, ROWS
 #   0 (policy - target)^2     1 |policy - target|      2 (old - target)^2     3 |old - target|
 #   4 (policy - reference)^2  5 (old - reference)^2    6 (policy - old)^2   7 1, with a mask
 #
-# each weighted by the mask where there is one (an element of weight 0 is not looked at, be it NaN); with a mix m
-# sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy, and without `old` the policy stands in.
+# each weighted by the mask where there is one (an element of weight 0 is not looked at, be it NaN). With a mix
+# m, sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy; without `old` the policy stands in.
 # The sums go to the program's own slots of partial, (B, 8, chunks) of the compute type. No atomics; what a
 # sample adds up to does not depend on the batch it came in. Every input is read once.
 @triton.jit
