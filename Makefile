@@ -6,11 +6,14 @@ STAMP := .venv/.installed
 
 env: $(STAMP)
 
-# torch is installed first and by its exact version: a range would pull gigabytes of CUDA libraries.
+# torch is installed first and by its exact version: a range would pull gigabytes of CUDA libraries. Hugging Face's
+# `kernels` is for one test, which puts its folder on the path: where it can be imported, bitsandbytes asks the hub
+# for a kernel whenever it is imported.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/hub kernels tomlkit
 	touch $(STAMP)
 
 train: env

@@ -1,27 +1,31 @@
-"""Functions as operators of the package's own namespace (`_ops.py`)."""
+"""Functions as operators of this copy's own namespace (_ops.py), which nothing else in the package spells."""
+
+from collections.abc import Callable
 
 import torch
 
-_LIBRARY = torch.library.Library("crd_kernels", "FRAGMENT")
-NAMESPACE = "crd_kernels"
+from ._ops import add_op_namespace_prefix, ops
+
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
 
 
-def register(function):
+def register(function: Callable) -> torch._ops.OpOverload:
     """The operator that runs `function`, named as it is without `_op`; its schema comes from the annotations.
 
     By way of `Library` and not `torch.library.custom_op`, whose wrappers cost each call some ten microseconds
     more. The function must neither mutate its arguments nor return one of them.
     """
     name = function.__name__.removesuffix("_op")
-    tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=tags)
-    _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(ops, name).default
 
 
-def fake(name):
-    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorates the function that gives the operator `name` outputs without content, for tracing."""
+    return torch.library.register_fake(add_op_namespace_prefix(name))
 
 
-def autograd(name, backward, setup_context=None):
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives the operator `name` a backward; both functions as in `torch.library.register_autograd`."""
+    torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=setup_context)
