@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -68,18 +69,92 @@ def test_without_a_compiler_it_says_so_and_works(tmp_path):
     assert said.startswith("[1.0, 1.0] [") and "no C++ compiler found" in said
 
 
-def test_compiles_once(tmp_path, monkeypatch):
+@pytest.fixture
+def cxx(monkeypatch):
+    """The system's compiler, told to be quick; in a folder that every user can read."""
     from crd_kernels.native import build
 
-    if build.compiler() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setenv("CRD_KERNELS_CACHE", str(tmp_path))
+    found = build.compiler() or pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        quick = Path(folder) / "c++"
+        quick.write_text(f'#!/bin/sh\nexec {found} "$@" -O0\n')
+        for path in (quick, quick.parent):
+            path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(quick))
+        yield str(quick)
+
+
+def test_compiles_once(tmp_path, cxx):
+    from crd_kernels.native import build
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first = build._build()
+        first = build._build(cxx, tmp_path)
     stamp = first.stat().st_mtime_ns
-    assert build._build() == first and first.stat().st_mtime_ns == stamp
+    assert build._build(cxx, tmp_path) == first and first.stat().st_mtime_ns == stamp
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+CALLS = """
+import warnings, torch, crd_kernels as k
+from crd_kernels.native import build
+x = torch.ones(2, 3)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    kl = k.measure(x, x, x + 1, x, x).kl
+    k.interpolate(x, torch.ones(2), x)
+print(build.library() is not None, kl.tolist(), len(seen), *(w.message for w in seen))
+"""
+NO_FOLDER = {
+    "home does not exist": {"HOME": "nobody"},
+    "cache below a file": {"XDG_CACHE_HOME": "file"},
+    "cache on a file system that takes none": {"CRD_KERNELS_CACHE": "/proc/crd_kernels"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", NO_FOLDER.values(), ids=NO_FOLDER)
+def test_where_nothing_can_be_kept_it_says_so_once_and_compiles(environment, tmp_path, cxx):
+    """In a temporary folder, gone afterwards. Not by permissions: root has them all."""
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "temporary").mkdir()
+    environment = {name: str(tmp_path / value) for name, value in environment.items()}
+    empty = dict.fromkeys({"XDG_CACHE_HOME", "CRD_KERNELS_CACHE"} - set(environment), "")
+    said = python(CALLS, **empty, **environment, TMPDIR=str(tmp_path / "temporary"))
+    assert said.startswith("True [1.0, 1.0] 1 ") and "cannot be kept" in said
+    assert next(iter(environment.values())) in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "temporary"]
+    assert not list((tmp_path / "temporary").glob("crd_kernels*"))
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home(cxx):
+    """A user id that no file knows, as containers often have it."""
+    from crd_kernels.native import build
+
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in build.PACKAGE.parents):
+        pytest.skip("nobody else can read this checkout")
+    said = python(
+        "import os, torch, crd_kernels.velocity.cpu, crd_kernels.noise.cpu\n"
+        "[os.environ.pop(name, None) for name in ('HOME', 'XDG_CACHE_HOME', 'CRD_KERNELS_CACHE')]\n"
+        "os.setuid(12345)\n" + CALLS
+    )
+    assert said.startswith("True [1.0, 1.0] 1 ") and "cannot be kept" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0.0, 0.999])
+def test_a_library_that_was_cut_short_is_compiled_again(left, tmp_path, cxx):
+    """Loading it would end the process (SIGBUS), or leave the slow path without a word."""
+    from crd_kernels.native import build
+
+    kept = build._build(cxx, tmp_path)
+    content = kept.read_bytes()
+    os.truncate(kept, int(left * len(content)))
+    assert python(CALLS, CRD_KERNELS_CACHE=str(tmp_path)) == "True [1.0, 1.0] 0"
+    assert content in [path.read_bytes() for path in tmp_path.iterdir()]
 
 
 def test_tiles_are_small_and_cover_everything():

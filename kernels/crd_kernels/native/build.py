@@ -1,8 +1,10 @@
 """Compiles the package's C++ once per machine with the system's compiler and loads it through ctypes.
 
 No header of torch is needed, so the compiler runs for a few seconds only. The library is kept in
-$CRD_KERNELS_CACHE, or the user's cache directory, under a name that covers the source, the compiler and the
-processor. Without a compiler `library()` is None and the ops run tile by tile (velocity/tiles.py).
+$CRD_KERNELS_CACHE, or the user's cache directory, under a name that covers the source, the compiler, the
+processor, and the library's own bytes: a file that was cut short is compiled again and never loaded. Where
+nothing can be kept, each process compiles its own. Without a compiler `library()` is None and the ops run
+tile by tile (velocity/tiles.py).
 """
 
 import ctypes
@@ -25,12 +27,22 @@ SOURCES = [
 HEADERS = [PACKAGE / "native" / "latents.h", PACKAGE / "native" / "philox.h"]
 # The two -fno flags let square roots and selections vectorise; results and NaN stay IEEE's.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FAILURES = (OSError, subprocess.SubprocessError)
 
 
 def cache_directory():
+    """Where compiled libraries are kept. Raises OSError where the user has no home."""
     if chosen := os.environ.get("CRD_KERNELS_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crd_kernels"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "crd_kernels"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(f"{error}") from error
+    if not home.is_dir():
+        raise NotADirectoryError(f"the home {home} is no folder")
+    return home / ".cache" / "crd_kernels"
 
 
 def compiler():
@@ -42,10 +54,13 @@ def compiler():
 @functools.cache
 def library():
     """The loaded library, or None where it cannot be built."""
+    cxx = compiler()
     try:
-        return _declare(ctypes.CDLL(str(_build())))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
+        if cxx is None:
+            raise OSError("no C++ compiler found ($CXX, c++, g++, clang++)")
+        return _declare(_load(cxx))
+    except FAILURES as error:
+        reason = _reason(error)
         warnings.warn(
             f"crd_kernels: the C++ kernels could not be built, the cpu ops run tile by tile: {reason}",
             RuntimeWarning,
@@ -54,37 +69,56 @@ def library():
         return None
 
 
-def _build():
-    cxx = compiler()
-    if cxx is None:
-        raise OSError("no C++ compiler found ($CXX, c++, g++, clang++)")
+def _load(cxx):
+    """The library out of the cache directory, or of a temporary one where that cannot be used."""
+    try:
+        return ctypes.CDLL(str(_build(cxx, cache_directory())))
+    except FAILURES as error:
+        refused = _reason(error)
+    with tempfile.TemporaryDirectory(prefix="crd_kernels-") as folder:
+        loaded = ctypes.CDLL(str(_build(cxx, Path(folder))))  # needs its file no longer
+    warnings.warn(
+        f"crd_kernels: the compiled C++ kernels cannot be kept ({refused}), so that each process spends some "
+        "seconds on compiling them: name a folder that can be written to in CRD_KERNELS_CACHE",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return loaded
+
+
+def _build(cxx, folder):
+    """Path of the library in `folder`: the one that is there and whole, or a new one."""
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     text = [path.read_text() for path in SOURCES + HEADERS]
-    key = "\n".join([*text, cxx, version, _processor(), *FLAGS])
-    name = f"crd_kernels-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    folder = cache_directory()
-    if not (folder / name).exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(cxx, folder / name)
-        except PermissionError:
-            folder = Path(tempfile.mkdtemp(prefix="crd_kernels-"))
-            _compile(cxx, folder / name)
-    return folder / name
+    prefix = "crd_kernels-" + _digest("\n".join([*text, cxx, version, _processor(), *FLAGS]).encode())
+    for kept in folder.glob(f"{prefix}-*.so"):
+        if kept.name == f"{prefix}-{_digest(kept.read_bytes())}.so":
+            return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        built = _compile(cxx, Path(inside) / "library.so")
+        target = folder / f"{prefix}-{_digest(built.read_bytes())}.so"
+        os.replace(built, target)  # atomic: another process may be building the same
+    return target
 
 
-def _compile(cxx, target):
+def _compile(cxx, built):
     """Tries the best flags first: not every compiler has OpenMP or knows `native`."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / "library.so"
-        choices = [("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()]
-        for extra in choices:
-            command = [cxx, *FLAGS, *extra, f"-I{PACKAGE / 'native'}", *map(str, SOURCES), "-o", str(built)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode == 0:
-                os.replace(built, target)  # atomic: another process may be building the same
-                return
-        result.check_returncode()
+    choices = [("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()]
+    for extra in choices:
+        command = [cxx, *FLAGS, *extra, f"-I{PACKAGE / 'native'}", *map(str, SOURCES), "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return built
+    result.check_returncode()
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()[:20]
+
+
+def _reason(error):
+    return getattr(error, "stderr", None) or error
 
 
 def _processor():
