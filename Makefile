@@ -9,10 +9,10 @@ env: $(STAMP)
 # torch is installed first and by its exact version: a range would pull gigabytes of CUDA libraries. Hugging Face's
 # `kernels` is for one test, which puts its folder on the path: where it can be imported, bitsandbytes asks the hub
 # for a kernel whenever it is imported.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e kernels/ -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/hub kernels tomlkit
 	touch $(STAMP)
 
@@ -34,4 +34,4 @@ lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache
+	rm -rf .venv .pytest_cache $(foreach root,. kernels,$(root)/build $(root)/dist $(root)/*.egg-info)
