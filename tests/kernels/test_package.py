@@ -49,6 +49,16 @@ def test_import_is_light():
     assert set(python(code).split()) <= {"crd_kernels", "torch"}
 
 
+def test_an_eager_call_does_not_import_dynamo():
+    """It takes seconds, and nobody has asked for torch.compile."""
+    code = (
+        "import sys, torch, crd_kernels as k; x = torch.ones(2, 3, requires_grad=True); y = torch.ones(2, 3);"
+        "k.crd_loss(x, y, None, y, y, torch.ones(2), torch.zeros(2, dtype=torch.long)).loss.backward();"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert python(code) == "False"
+
+
 def test_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch, crd_kernels as k; x = torch.ones(2, 3);"
