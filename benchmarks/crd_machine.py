@@ -29,11 +29,16 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def copy_bandwidth(nbytes, device="cpu"):
-    """Bytes read and written per second by `copy_` between two buffers of nbytes / 2 each."""
+def copy_of(nbytes, device="cpu"):
+    """A call that moves nbytes: it reads one buffer of nbytes / 2 and writes another."""
     source = torch.zeros(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(nbytes, device="cpu"):
+    """Bytes per second of a copy that moves nbytes, its buffers in the caches as far as they fit."""
+    return nbytes / seconds(copy_of(nbytes, device), device)
 
 
 def peak_extra_bytes(run, device="cpu"):

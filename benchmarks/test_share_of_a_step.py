@@ -6,7 +6,9 @@ with, the loss, the backward through the model. Larger models make the loss's sh
 
 import pytest
 import torch
-from crd_providers import PROVIDERS
+from crd_providers import LOSSES, Provider
+
+CRD = LOSSES["crd"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def step(device):
     def predict():
         return model(hidden_states=x, **condition)[0]
 
-    def run(loss):
+    def run(name):
         with torch.no_grad():
-            frozen = {name: predict() for name in ("old", "ref_cond", "ref_uncond")}
-        loss(policy=predict(), **frozen, **constant).backward()
+            frozen = {branch: predict() for branch in ("old", "ref_cond", "ref_uncond")}
+        Provider(CRD, name, {"policy": predict(), **frozen, **constant}).forward().backward()
 
     with torch.no_grad():
         ready = {name: predict() for name in ("old", "ref_cond", "ref_uncond")}
@@ -54,21 +56,17 @@ def step(device):
     return run, ready | constant
 
 
-@pytest.mark.parametrize("provider", ["eager_float64_weights", "ours"])
+@pytest.mark.parametrize("name", ["eager, float64 weights", "ours"])
 @pytest.mark.parametrize("part", ["loss", "step"])
-def test_share_of_a_step(benchmark, timed, step, provider, part):
+def test_share_of_a_step(benchmark, timed, step, name, part):
     run, ready = step
-    loss = PROVIDERS[provider]
     policy = ready["policy"].requires_grad_()
-
-    def alone():
-        policy.grad = None
-        loss(**ready).backward()
-
-    timed(part, alone if part == "loss" else lambda: run(loss), 12 * policy.nbytes, rounds=5)
+    alone = Provider(CRD, name, ready).both
+    once = alone if part == "loss" else lambda: run(name)
+    timed(part, once, CRD.bytes(policy.nbytes), rounds=3, warmup_rounds=1)
     benchmark.extra_info |= {
         "op": "share",
-        "provider": provider,
+        "provider": name,
         "shape": "SD3, 4 layers, 384 wide",
         "samples": 8,
     }
