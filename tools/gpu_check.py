@@ -2,10 +2,11 @@
 
     python -m tools.gpu_check [--out DIR]        (make gpu)
 
-Runs the tests marked gpu, the benchmarks, a short training run, and the memory plan against what is allocated
-(tools/memory_check.py); each step has its share of the time and is stopped at its end. Writes DIR/page.md
-(machine, commit, every step's verdict and last lines) and keeps the steps' own files beside it. Exit status 1
-if a step failed; a step that this checkout cannot run is listed as skipped.
+Runs the headline benchmarks, the tests marked gpu, a short training run, the memory plan against what is
+allocated (tools/memory_check.py), and the benchmarks of other shapes; each step has its share of the time and
+is stopped at its end. Writes DIR/page.md (machine, commit, every step's verdict and last lines) after each
+step, and keeps the steps' own files beside it: of a step that was stopped, what it had measured. Exit status
+1 if a step failed; a step that this checkout cannot run is listed as skipped.
 """
 
 import argparse
@@ -28,6 +29,7 @@ class Step:
     command: tuple  # what runs, from the repository's root
     seconds: int  # its limit
     needs: str = ""  # path that must exist, else the step is skipped
+    tail: int = TAIL
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,19 @@ class Verdict:
 def steps(out):
     """The steps of a real run, in order; their limits add up to the budget."""
     python = (sys.executable, "-m")
+    headline, others = f"{out}/headline.jsonl", f"{out}/other_shapes.jsonl"
     return [
-        Step("tests", (*python, "pytest", "tests", "-m", "gpu", "-q"), 150),
         Step(
-            "benchmarks",
-            (*python, "pytest", "benchmarks", "-q", "--benchmark-json", f"{out}/benchmarks.json"),
-            220,
-            needs="benchmarks",
+            "headline",
+            (*python, "benchmarks.compare_gpu", "--headline", "--out", headline),
+            150,
+            needs="benchmarks/compare_gpu.py",
         ),
-        Step(
-            "table", (sys.executable, "benchmarks/plot.py", f"{out}/benchmarks.json"), 20, needs="benchmarks"
-        ),
+        Step("tests", (*python, "pytest", "tests", "-m", "gpu", "-q"), 130),
         Step(
             "training",
             (*python, "crd_fast", "train", "--max-iterations", "3", "--output", f"{out}/run"),
-            120,
+            115,
             needs="crd_fast/cli",
         ),
         Step(
@@ -63,6 +63,19 @@ def steps(out):
             (*python, "tools.memory_check", "--json", f"{out}/memory.json"),
             90,
             needs="tools/memory_check.py",
+        ),
+        Step(  # as many as there is time for: the last one begun may take the rest
+            "other shapes",
+            (*python, "benchmarks.compare_gpu", "--without-headline", "--seconds", "60", "--out", others),
+            105,
+            needs="benchmarks/compare_gpu.py",
+        ),
+        Step(
+            "figures",
+            (*python, "benchmarks.crd_results", headline, others),
+            10,
+            needs="benchmarks/crd_results.py",
+            tail=150,
         ),
     ]
 
@@ -99,7 +112,7 @@ def page(verdicts):
     lines = ["# One card, one run", "", *machine(), "", "| step | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {v.step.name} | {v.outcome} | {v.seconds:.0f} |" for v in verdicts]
     for v in verdicts:
-        tail = v.output.strip().splitlines()[-TAIL:]
+        tail = v.output.strip().splitlines()[-v.step.tail :]
         lines += ["", f"## {v.step.name}", "", f"`{' '.join(v.step.command[1:])}`", "", "```", *tail, "```"]
     return "\n".join(lines) + "\n"
 
@@ -107,12 +120,12 @@ def page(verdicts):
 def check(planned, out):
     """Runs the steps and writes the page; returns the exit status."""
     start, verdicts = time.monotonic(), []
+    out.mkdir(parents=True, exist_ok=True)
     for step in planned:
         verdict = run_step(step, BUDGET - (time.monotonic() - start))
         print(f"{step.name}: {verdict.outcome}, {verdict.seconds:.0f} s", flush=True)
         verdicts.append(verdict)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "page.md").write_text(page(verdicts))
+        (out / "page.md").write_text(page(verdicts))
     print(f"written: {out / 'page.md'}")
     return 1 if any(v.outcome in ("failed", "timed out") for v in verdicts) else 0
 
