@@ -151,6 +151,7 @@ class TrainConfig(Section):
     micro_batch: Literal["auto"] | int = "auto"
     checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks that repeat
+    profile: bool = False  # NVTX ranges around the phases
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw8bit"
     learning_rate: float = Field(3.0e-4, gt=0)
     weight_decay: float = Field(1.0e-4, ge=0)

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast import checkpoint, sharding
+from crd_fast import checkpoint, profiling, sharding
 from crd_fast.advantage import advantages, combine
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
 from crd_fast.make import make_optimizer, make_weights
 from crd_fast.models import compile_blocks, load_model
+from crd_fast.profiling import phase
 from crd_fast.progress import Quiet
 from crd_fast.prompts import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
@@ -44,6 +45,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, output: Path, resume: bool = False, progress=None):
         self.recipe, self.output = recipe, output
         self.progress = progress or Quiet()
+        profiling.start(recipe.train.profile)
         self.ranks = Ranks()
         self.sharded = recipe.model.sharding != "none"
         check_ranks(recipe, self.ranks.count)
@@ -116,6 +118,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
 
+    @phase("iteration")
     def _iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
@@ -133,7 +136,8 @@ class Trainer:
         updates = self._update(shares, own, latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
-            self.weights.blend(name, decay)
+            with phase("snapshots"):
+                self.weights.blend(name, decay)
         clock.append(time.perf_counter())
 
         self.iteration += 1
@@ -149,6 +153,7 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
+    @phase("rollout")
     def _rollout(self, own: np.ndarray, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """K samples of each of this rank's prompts by the sampler: embeddings (P), latents (P * K).
 
@@ -179,6 +184,7 @@ class Trainer:
             )
         return embeddings, latents_N
 
+    @phase("rewards")
     def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
         """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
         config = self.recipe.rollout
@@ -192,6 +198,7 @@ class Trainer:
             for name, values in scores.items()
         }
 
+    @phase("update")
     def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         pairs_by_step = [self._pairs(prompts, own, advantage_PK) for prompts in shares]
@@ -202,7 +209,8 @@ class Trainer:
                 metrics = self.ranks.mean(metrics)
                 metrics["grad_norm"] = self._finish_gradients()
                 self._check_finite(metrics)
-                self.optimizer.step()
+                with phase("optimizer"):
+                    self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 collected.append(metrics)
@@ -251,6 +259,7 @@ class Trainer:
         )
         return pairs[row[prompt] >= 0]
 
+    @phase("evaluation")
     def _log_evaluation(self, record: dict) -> None:
         started = time.perf_counter()
         with self.progress.phase("evaluation", len(self.evaluation)) as advance:
@@ -266,6 +275,7 @@ class Trainer:
             self.log.write(record, grid)
             self.watch.see(record)
 
+    @phase("checkpoint")
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
         weights, optimizer = self.weights, self.optimizer

@@ -14,6 +14,7 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
+from crd_fast.profiling import phase
 from crd_fast.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
 
 
@@ -180,12 +181,14 @@ class Updater:
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
         return _Chunk(pairs, x0, noise, x)
 
+    @phase("old")
     @torch.no_grad()
     def _old(self, chunks: list[_Chunk]) -> None:
         with self.weights.use("old"):
             for chunk in chunks:
                 chunk.old = self._velocity(chunk)
 
+    @phase("reference")
     @torch.no_grad()
     def _reference(self, chunks: list[_Chunk]) -> None:
         """Predictions of the reference, only for the pairs that are anchored."""
@@ -209,6 +212,7 @@ class Updater:
                 ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
         self._set_reference(chunk, rows, ref_cond, ref_uncond)
 
+    @phase("forwards in one batch")
     @torch.no_grad()
     def _rows(self, chunk: _Chunk, names: tuple[str, ...]) -> list[torch.Tensor]:
         """The predictions of `names`, the last of them old, and of the reference, in one batch."""
@@ -245,12 +249,14 @@ class Updater:
         if ref_uncond is not None:
             chunk.ref_uncond = chunk.old.index_put((rows,), ref_uncond)
 
+    @phase("forward")
     def _velocity(self, chunk: _Chunk) -> torch.Tensor:
         """By the weights that are active."""
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt, chunk.x.device)
         with self._autocast(chunk):
             return self.model.velocity(chunk.x, chunk.pairs.sigma, embeddings)
 
+    @phase("measure")
     def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         return crd_kernels.measure(
             policy,
@@ -264,6 +270,7 @@ class Updater:
             impl=self.loss.impl,
         )
 
+    @phase("center")
     def _center(self, stats: crd_kernels.Stats, unit: Pairs, denominator: int) -> crd_kernels.Coefficients:
         return crd_kernels.center(
             stats,
@@ -282,6 +289,7 @@ class Updater:
             impl=self.loss.impl,
         )
 
+    @phase("backward")
     def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
         gradient = crd_kernels.velocity_grad(
             policy.detach(),
