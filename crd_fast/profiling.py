@@ -1,4 +1,4 @@
-"""Names for what a profiler shows: NVTX ranges around the trainer's phases, off unless asked for.
+"""Names for what a profiler shows: NVTX ranges around phases and launches, off unless asked for.
 
     CRD_NVTX=1 nsys profile -t cuda,nvtx -o run crd-fast train --max-iterations 2
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from crd_kernels import launch
 
 from crd_fast.errors import UserError
 
@@ -24,12 +25,13 @@ def start(asked: bool) -> None:
     """
     global _on
     _on = asked or os.environ.get(SWITCH) == "1"
+    launch.observer = torch.cuda.nvtx.range if _on else None
     if not _on:
         return
     try:
         torch.cuda.nvtx.mark("crd-fast")
     except RuntimeError as error:
-        _on = False
+        _on, launch.observer = False, None
         wanted = "expected a torch with NVTX, built for CUDA or ROCm"
         raise UserError(f"train.profile, {SWITCH}: {wanted}, got {torch.__version__}") from error
 

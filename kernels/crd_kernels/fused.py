@@ -39,7 +39,13 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
         table, value = run.forward(latents, scalars, numbers)
         return value, table
     call = Call(run, latents, scalars, numbers, name)
-    value = _Loss.apply(policy, call)
+    try:
+        value = _apply(policy, call)
+    except RuntimeError:
+        call.inference = any(t is not None and t.is_inference() for t in latents)
+        if not call.inference:
+            raise
+        value = _apply(policy, call)  # autograd will not save what was made in inference mode: we hold it
     return value, call.table
 
 
@@ -78,6 +84,8 @@ def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: s
     """A copy of `value`, () or (B,), with the gradient for policy that the outcome in `table` says."""
     if not (latents.policy.requires_grad and torch.is_grad_enabled()):
         return value
+    if not kind.third:
+        latents = latents._replace(old=None)
     others = map(_detached, latents[1:])
     return ops.attach_gradient_op(value, latents.policy, *others, table, pack(numbers), str(kind), impl)
 
@@ -85,10 +93,11 @@ def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: s
 class Call:
     """One loss call on its way through autograd, which looks at each argument: so they are one."""
 
-    __slots__ = ("latents", "name", "numbers", "run", "scalars", "table")
+    __slots__ = ("inference", "latents", "name", "numbers", "run", "scalars", "table")
 
     def __init__(self, run, latents, scalars, numbers, name):
         self.run, self.latents, self.scalars, self.numbers, self.name = run, latents, scalars, numbers, name
+        self.inference = False
 
 
 class _Loss(torch.autograd.Function):
@@ -96,29 +105,35 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, policy, call):
-        run, latents = call.run, call.latents
-        table, value = run.forward(latents, call.scalars, call.numbers)
-        call.table = table
-        ctx.run, ctx.numbers, ctx.name, ctx.frozen = run, call.numbers, call.name, None
-        kept = latents[1:]
-        if True in [t is not None and t.is_inference() for t in kept]:  # which autograd will not save
+        run, numbers = call.run, call.numbers
+        call.table, value = run.forward(call.latents, call.scalars, numbers)
+        _, old, *kept = call.latents
+        kept.append(old if run.kind.third else None)  # the gradient seldom needs it
+        ctx.call = run, numbers, call.name
+        ctx.frozen = None
+        if call.inference:
             ctx.frozen = [t if t is not None and t.is_inference() else None for t in kept]
             kept = [None if t is None or t.is_inference() else t for t in kept]
-        ctx.save_for_backward(policy, *kept, table)
+        ctx.save_for_backward(policy, *kept, call.table)
         return value
 
     @staticmethod
     def backward(ctx, upstream):
-        *latents, table = ctx.saved_tensors
+        run, numbers, name = ctx.call
+        policy, *kept, table = ctx.saved_tensors
         if ctx.frozen is not None:
-            others = [saved if held is None else held for saved, held in zip(latents[1:], ctx.frozen)]
-            latents = [latents[0], *others]
-        latents = Latents(*latents)
+            kept = [saved if held is None else held for saved, held in zip(kept, ctx.frozen)]
+        *others, old = kept
+        latents = Latents(policy, old, *others)
         if not torch.is_grad_enabled():
-            return ctx.run.backward(latents, table, upstream, ctx.numbers), None
+            return run.backward(latents, table, upstream, numbers), None
         with torch.no_grad():  # create_graph=True
-            gradient = ctx.run.backward(latents, table, upstream, ctx.numbers)
-        return _OnlyOnce.apply(gradient, latents.policy, upstream, ctx.name), None
+            gradient = run.backward(latents, table, upstream, numbers)
+        return _OnlyOnce.apply(gradient, policy, upstream, name), None
+
+
+# Past torch's own `apply`, which first looks for remains of function transforms: those are refused before.
+_apply = super(torch.autograd.Function, _Loss).apply
 
 
 class _OnlyOnce(torch.autograd.Function):

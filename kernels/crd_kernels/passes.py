@@ -6,7 +6,8 @@ found again by what the tensors look like. `of` is the only entry; an implementa
     Passes(latents, scalars, kind)               raises ValueError where it cannot serve the layout
     .measure(latents, numbers)                   -> table (ROWS, B)
     .forward(latents, scalars, numbers)          -> table (ROWS + OUTCOME, B), loss
-    .backward(latents, table, upstream, numbers) -> like policy: the gradient of that loss, times upstream
+    .backward(latents, table, upstream, numbers) -> like policy: the gradient of that loss, times upstream;
+                                                    `old` is None unless the kind says `third`
     .gradient(latents, (c1, c2, c3), numbers)    -> like policy
 """
 
@@ -21,12 +22,12 @@ _PASSES: dict = {}
 
 def signature(latents, scalars) -> tuple | None:
     """What tensors look like to a kernel, or None where they are no plain tensors (fakes, wrappers)."""
-    look: list = []
+    look: list = [latents[0].device]  # of the others the number is enough: theirs are checked against it
     for t in (*latents, *scalars):
         if t is None:
             look.append(None)
         elif type(t) in PLAIN:
-            look += (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15)
+            look += (t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15)
         else:
             return None
     return tuple(look)

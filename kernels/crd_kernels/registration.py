@@ -17,7 +17,10 @@ def register(function: Callable) -> torch._ops.OpOverload:
     never the function's body or what that calls.
     """
     name = function.__name__.removesuffix("_op")
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    schema = name + torch.library.infer_schema(function, mutates_args=())
+    # A CUDA graph would keep the numbers that a loss had when it was captured: torch.compile leaves them out.
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    _LIBRARY.define(schema, tags=() if unsafe is None else (unsafe,))
     _LIBRARY.impl(name, _opaque(function), "CompositeExplicitAutograd")
     return getattr(ops, name).default
 

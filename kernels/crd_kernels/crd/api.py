@@ -24,14 +24,14 @@ class CRDOutput:
     """
 
     def __init__(self, loss: Tensor, table: Tensor):
-        self.loss, self._stats = loss, Stats(table, 0)
+        self.loss, self._table = loss, table  # its other tensors are rows, made when they are asked for
 
-    policy_loss = property(lambda self: self._stats.table[ROWS + 3, 0])
-    kl_loss = property(lambda self: self._stats.table[ROWS + 4, 0])
-    implicit_reward = property(lambda self: self._stats.implicit_reward)
-    kl = property(lambda self: self._stats.kl)
-    old_kl = property(lambda self: self._stats.old_kl)
-    old_deviation = property(lambda self: self._stats.old_deviation)
+    policy_loss = property(lambda self: self._table[ROWS + 3, 0])
+    kl_loss = property(lambda self: self._table[ROWS + 4, 0])
+    implicit_reward = property(lambda self: Stats(self._table, 0).implicit_reward)
+    kl = property(lambda self: Stats(self._table, 0).kl)
+    old_kl = property(lambda self: Stats(self._table, 0).old_kl)
+    old_deviation = property(lambda self: Stats(self._table, 0).old_deviation)
 
 
 def crd_loss(

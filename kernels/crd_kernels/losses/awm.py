@@ -78,8 +78,13 @@ def awm_loss(
     beside = old if ema is None else ema
     latents = Latents(policy, beside, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
     scalars = Scalars(advantage, None, sigma, kl_weight, old_error)
-    needed = ("advantage",) if weighting == "uniform" else ("advantage", "sigma")
-    return loss_of("awm_loss", latents, scalars, kind, numbers, impl, needed)
+
+    def check():
+        checks.given(advantage=advantage)
+        if weighting != "uniform":
+            checks.given(sigma=sigma)
+
+    return loss_of("awm_loss", latents, scalars, kind, numbers, impl, check)
 
 
 @settings

@@ -1,8 +1,10 @@
 """What the losses beside CRD share: one output type, and the way from their arguments to it."""
 
+from collections.abc import Callable
+
 import torch
 
-from .. import checks, fused
+from .. import fused
 from ..problem import Kind, Latents, Numbers, Scalars
 from ..velocity.stats import Stats
 
@@ -17,22 +19,27 @@ class LossOutput:
     """
 
     def __init__(self, loss: torch.Tensor, table: torch.Tensor):
-        self.loss, self._stats = loss, Stats(table, 0)
+        self.loss, self._table = loss, table  # its other tensors are rows, made when they are asked for
 
-    error = property(lambda self: self._stats.policy_error)
-    kl = property(lambda self: self._stats.kl)
-    old_deviation = property(lambda self: self._stats.old_deviation)
+    error = property(lambda self: Stats(self._table, 0).policy_error)
+    kl = property(lambda self: Stats(self._table, 0).kl)
+    old_deviation = property(lambda self: Stats(self._table, 0).old_deviation)
 
 
 def loss_of(
-    name: str, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, needed=()
+    name: str,
+    latents: Latents,
+    scalars: Scalars,
+    kind: Kind,
+    numbers: Numbers,
+    impl: str,
+    first: Callable[[], None] = lambda: None,
 ) -> LossOutput:
-    """What the public function `name` returns. needed: scalars that may not be None."""
+    """What the public function `name` returns. first: what it asks of its tensors before all losses do."""
 
     def check():
+        first()
         latents.check()
-        for scalar in needed:
-            checks.tensor(scalar, getattr(scalars, scalar))
         scalars.check(latents.policy)
 
     return LossOutput(*fused.loss(check, latents, scalars, kind, numbers, impl, name))

@@ -28,17 +28,24 @@ def diffusion_dpo_loss(
     for an odd number of samples.
     Source: Wallace et al., "Diffusion model alignment using direct preference optimization", 2311.12908.
     """
-    checks.latents(policy=policy)
-    if policy.shape[0] % 2:
-        raise ValueError(f"policy: expected an even number of samples (pairs), got {policy.shape[0]}")
-    checks.tensor("reference", reference)
-    checks.latents(policy=policy, reference=reference)
+    checks.tensor("policy", policy)
     kind, numbers = _settings(beta)
     latents = Latents(policy, reference, None, None, x0, noise, seed, checks.mask(mask, policy))
-    return loss_of("diffusion_dpo_loss", latents, Scalars(), kind, numbers, impl)
+
+    def check():
+        checks.latents(policy=policy)
+        if policy.shape[0] % 2:
+            raise ValueError(f"policy: expected an even number of samples (pairs), got {policy.shape[0]}")
+        checks.tensor("reference", reference)
+        checks.latents(policy=policy, reference=reference)
+
+    return loss_of("diffusion_dpo_loss", latents, NOTHING, kind, numbers, impl, check)
 
 
 @settings
 def _settings(beta):
     checks.number("beta", beta, above=0)
     return Kind("dpo"), Numbers(beta=float(beta))
+
+
+NOTHING = Scalars()

@@ -40,13 +40,15 @@ def nft_loss(
     Source: Zheng et al., "DiffusionNFT", arXiv 2509.16117, and its public implementation for the weights.
     """
     checks.tensor("policy", policy)
-    checks.tensor("old", old)
     kind, numbers = _settings(guidance_scale, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
     scalars = Scalars(advantage, None, sigma, kl_weight)
-    needed = ("advantage", "sigma")
-    return loss_of("nft_loss", latents, scalars, kind, numbers, impl, needed)
+
+    def check():
+        checks.given(old=old, advantage=advantage, sigma=sigma)
+
+    return loss_of("nft_loss", latents, scalars, kind, numbers, impl, check)
 
 
 @settings

@@ -10,8 +10,8 @@ import torch
 SCALE_FLOOR = 1e-5
 SUMS = 8  # what the passes add up of each sample
 ROWS = 10  # of the table of `Stats`, which every implementation writes
-# What a loss makes of them: c1, c2, c3, and a row each of the policy's part of the loss and the anchor's. They
-# stand behind the statistics in the table that a loss leaves.
+# What a loss makes of them: c1, c2, c3, and a row each of the policy's part of the loss and the anchor's.
+# They stand behind the statistics in the table that a loss leaves.
 OUTCOME = 5
 
 

@@ -21,10 +21,10 @@ from .stats import OUTCOME, ROWS
 #   0 (policy - target)^2     1 |policy - target|      2 (old - target)^2     3 |old - target|
 #   4 (policy - reference)^2  5 (old - reference)^2    6 (policy - old)^2   7 1, with a mask
 #
-# each weighted by the mask where there is one (an element of weight 0 is not looked at, be it NaN). With a mix
-# m, sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy; without `old` the policy stands in.
-# The sums go to the program's own slots of partial, (B, 8, chunks) of the compute type. No atomics; what a
-# sample adds up to does not depend on the batch it came in. Every input is read once.
+# each weighted by the mask where there is one (an element of weight 0 is not looked at, be it NaN). With a
+# mix m, sums 0 to 3 are of (1 - m) old + m policy and (1 + m) old - m policy; without `old` the policy stands
+# in. The sums go to the program's own slots of partial, (B, 8, chunks) of the compute type. No atomics; what
+# a sample adds up to does not depend on the batch it came in. Every input is read once.
 @triton.jit
 def measure_kernel(
     partial,  # float64 memory
@@ -215,8 +215,6 @@ class Passes:
         return table, self.finish(table, None, work, scalars, numbers)
 
     def backward(self, latents: Latents, table, upstream, numbers: Numbers):
-        if not self.kind.third:
-            latents = latents._replace(old=None)
         return self._gradient(latents, (table, None, None), upstream, numbers, ROWS)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
