@@ -176,3 +176,16 @@ def test_tiles_are_small_and_cover_everything():
             assert seen[index].numel() <= tiles.TILE
             seen[index] += 1
         assert (seen == 1).all()
+
+
+def test_every_public_parameter_has_a_type():
+    import inspect
+
+    import crd_kernels
+
+    functions = [getattr(crd_kernels, name) for name in crd_kernels.__all__]
+    functions += [crd_kernels.CRDLoss.forward, crd_kernels.Stats.cat]
+    for function in functions:
+        for parameter in inspect.signature(function).parameters.values():
+            given = parameter.annotation is not inspect.Parameter.empty
+            assert given or parameter.name == "self", f"{function.__qualname__}: {parameter.name}"

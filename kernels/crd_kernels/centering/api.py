@@ -4,6 +4,8 @@ B scalars in, B scalars out, in float64 whatever the dtype of the statistics: on
 C++ on the CPU (finish/), by the definition of reference.py.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from ..finish import ops
 from ..problem import Kind, Numbers, Scalars, settings
 from ..velocity.stats import Stats
 from .coefficients import Coefficients
+
+if TYPE_CHECKING:  # absent from a torch without torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 def center(
@@ -29,7 +34,7 @@ def center(
     advantage_clip: float = 5.0,
     kl_weight: Tensor | None = None,  # (B,) float
     denominator: float | None = None,
-    process_group=None,  # torch.distributed.ProcessGroup
+    process_group: "ProcessGroup | None" = None,
     impl: str = "auto",
 ) -> Coefficients:
     """Losses and gradient coefficients of centered reward distillation.

@@ -1,5 +1,7 @@
 """crd_loss: centered reward distillation in one call."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from ..centering.distributed import everyone_has_samples
 from ..finish import ops
 from ..problem import Kind, Latents, Scalars
 from ..velocity.stats import ROWS, Stats
+
+if TYPE_CHECKING:  # absent from a torch without torch.distributed
+    from torch.distributed import ProcessGroup
 
 
 class CRDOutput:
@@ -58,7 +63,7 @@ def crd_loss(
     advantage_clip: float = 5.0,
     kl_weight: Tensor | None = None,  # (B,) float
     denominator: float | None = None,
-    process_group=None,  # torch.distributed.ProcessGroup
+    process_group: "ProcessGroup | None" = None,
     impl: str = "auto",
 ) -> CRDOutput:
     """The loss of centered reward distillation and its gradient, over whole groups. Returns a `CRDOutput`.
@@ -130,7 +135,7 @@ class CRDLoss(torch.nn.Module):
     Takes every keyword of `crd_loss`; keywords of the call override those of the constructor.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         super().__init__()
         unknown = settings.keys() - crd_loss.__kwdefaults__.keys()
         if unknown:
@@ -138,7 +143,17 @@ class CRDLoss(torch.nn.Module):
             raise TypeError(f"{min(unknown)}: expected one of {known}, got an unknown setting")
         self.settings = settings
 
-    def forward(self, policy, old, ref_cond, x0, noise, advantage, group, **settings):
+    def forward(
+        self,
+        policy: Tensor,
+        old: Tensor,
+        ref_cond: Tensor | None,
+        x0: Tensor,
+        noise: Tensor | None,
+        advantage: Tensor,
+        group: Tensor,
+        **settings: Any,
+    ) -> CRDOutput:
         return crd_loss(policy, old, ref_cond, x0, noise, advantage, group, **{**self.settings, **settings})
 
     def extra_repr(self):

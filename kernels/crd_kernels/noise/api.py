@@ -1,6 +1,7 @@
 """interpolate: the noised latent, from given noise or from one seed per sample."""
 
 import torch
+from torch import Tensor
 
 from .. import checks, dispatch
 from .ops import interpolate_op
@@ -8,14 +9,14 @@ from .ops import interpolate_op
 
 @torch.no_grad()
 def interpolate(
-    x0,  # (B, ...)
-    sigma,  # (B,) float
-    noise=None,  # (B, ...)
+    x0: Tensor,  # (B, ...)
+    sigma: Tensor,  # (B,) float
+    noise: Tensor | None = None,  # (B, ...)
     *,
-    seed=None,  # (B,) int64
-    dtype=None,
-    impl="auto",
-):
+    seed: Tensor | None = None,  # (B,) int64
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """x_sigma = (1 - sigma) x0 + sigma noise, (B, ...) contiguous in `dtype` (x0's unless given).
 
     With `seed` instead of noise, standard normal noise comes from a counter-based generator (Philox 4x32-10)

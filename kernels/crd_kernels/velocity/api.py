@@ -1,5 +1,7 @@
 """measure and velocity_grad: the two passes over the latents, for trainers that work in micro-batches."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -65,12 +67,19 @@ def _measure_settings(guidance_scale, adaptive_weighting):
     return Kind("measure", adaptive_weighting=bool(adaptive_weighting)), numbers
 
 
+class HasCoefficients(Protocol):
+    """`Coefficients`, or anything with these."""
+
+    c1: Tensor  # (B,)
+    c2: Tensor  # (B,)
+
+
 def velocity_grad(
     policy: Tensor,  # (B, ...)
     ref_cond: Tensor | None,  # (B, ...)
     x0: Tensor,  # (B, ...)
     noise: Tensor | None,  # (B, ...)
-    coefficients,  # of these B samples: `Coefficients`, or what has tensors c1 and c2, (B,)
+    coefficients: HasCoefficients,  # of these B samples
     *,
     seed: Tensor | None = None,  # (B,) int64
     ref_uncond: Tensor | None = None,  # (B, ...)
