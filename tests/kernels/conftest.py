@@ -5,7 +5,6 @@ there) or Triton's interpreter, which must be chosen before triton is imported: 
 pytest anew for that.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -33,15 +32,6 @@ def impl(request, monkeypatch):
         monkeypatch.setattr(build, "library", lambda: None)
     yield "cpu" if request.param == "tiles" else request.param
     torch.set_default_device("cpu")
-
-
-@pytest.fixture(scope="session")
-def vectors():
-    """Folder of the reference vectors."""
-    folder = os.environ.get("CRD_VECTORS")
-    if not folder:
-        pytest.skip("CRD_VECTORS is not set: the folder with crd_reference.npz and crd_reference.json")
-    return Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The 48 reference cases, made by running the method's first author's implementation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from crd_kernels import crd_loss
 from kernel_oracle import INTERPRETING, relative_error
 
 
+VECTORS = Path(__file__).with_name("vectors")
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_reference_vectors(vectors, impl, dtype, tolerance):
-    arrays = np.load(vectors / "crd_reference.npz")
-    cases = json.loads((vectors / "crd_reference.json").read_text())
+def test_reference_vectors(impl, dtype, tolerance):
+    arrays = np.load(VECTORS / "crd_reference.npz")
+    cases = json.loads((VECTORS / "crd_reference.json").read_text())
     assert len(cases) == 48
     for case in cases[:: 5 if INTERPRETING else 1]:
 
