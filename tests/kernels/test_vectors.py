@@ -9,7 +9,6 @@ import torch
 from crd_kernels import crd_loss
 from kernel_oracle import INTERPRETING, relative_error
 
-
 VECTORS = Path(__file__).with_name("vectors")
 
 
