@@ -46,7 +46,7 @@ def no_launches():
     with contextlib.ExitStack() as stack:
         put = stack.enter_context
         put(mock.patch.object(JITFunction, "run", lambda self, *args, **options: Handle()))
-        put(mock.patch.object(launch, "warp_size", lambda: 32))
+        put(mock.patch.object(launch, "target", lambda: None))
         put(mock.patch.object(dispatch, "choose", lambda impl, device: impl))
         put(mock.patch.object(passes, "_PASSES", {}))
         yield

@@ -141,7 +141,7 @@ class Case:
             run.gradient(latents, (scale, scale, scale if kind.third else None), Numbers())
             return
         table, loss = run.forward(latents, scalars, Numbers())
-        run.backward(latents, table, loss, Numbers())
+        run.backward(latents if kind.third else latents._replace(old=None), table, loss, Numbers())
 
     def passes(self, kernel):
         """Reads and writes of latents an element that the formula needs."""
@@ -286,7 +286,7 @@ def main(arguments=None):
     console, everything = Console(width=170), []
     for target in targets:
         driver.set_active(CompileOnly(target))
-        launch.warp_size.cache_clear()
+        launch.target.cache_clear()
         reports = []
         for case in cases():
             reports += compile_case(case, target, options.dump)

@@ -49,38 +49,53 @@ class Launcher:
                 self.handle = compiled[self.grid]
 
 
-def block(dtype):
-    """Elements per program for this compute type: float64 residuals take twice the registers."""
-    return BLOCK // 2 if dtype == torch.float64 else BLOCK
+def block(dtype, far=False):
+    """Elements per program for this compute type: float64 residuals take twice the registers.
+
+    far: of latents with offsets of 64 bits or of many dimensions, which take as many again.
+    """
+    return BLOCK // (2 if dtype == torch.float64 else 1) // (2 if far else 1)
 
 
-def options(elements):
-    """Launch options for a block of `elements`: eight elements a thread.
+def options(dtype):
+    """Launch options for a block of this compute type: eight elements a thread, four of far ones.
 
     Without contraction of a * b + c the interpreter and every GPU round alike; the passes wait for memory
     anyway.
     """
-    return {"num_warps": max(1, elements // (8 * warp_size())), "enable_fp_fusion": False}
+    return {"num_warps": max(1, block(dtype) // (8 * warp_size())), "enable_fp_fusion": False}
+
+
+def registers(most):
+    """Launch options that let a thread have this many, where one can say so: a single program need not share."""
+    return {"maxnreg": most} if target() is not None and target().backend == "cuda" else {}
+
+
+def warp_size():
+    """Threads of one warp on the GPU at hand: 32, or 64 on AMD's data center GPUs."""
+    return 32 if target() is None else target().warp_size
 
 
 @functools.cache
-def warp_size():
-    """Threads of one warp on the GPU at hand: 32, or 64 on AMD's data center GPUs."""
+def target():
+    """The GPU at hand as Triton names it; None in the interpreter."""
     if dispatch.interpreting():
-        return 32
+        return None
     from triton.runtime import driver
 
-    return driver.active.get_current_target().warp_size
+    return driver.active.get_current_target()
 
 
 def operands(tensors):
     """tensors of one shape (B, ...), or None.
 
-    Returns (strides, sizes, wide): per tensor a tuple (batch stride, inner strides...), the inner sizes that
-    the strides refer to, and whether offsets inside a sample need 64 bits.
+    Returns (strides, sizes, wide, far): per tensor a tuple (batch stride, inner strides...), the inner sizes
+    that the strides refer to, whether offsets inside a sample need 64 bits, and whether the block is to be
+    half as large for the registers that finding an element takes.
     """
     sizes, strides = layout.collapse(tensors)
     reach = [sum((n - 1) * abs(k) for n, k in zip(sizes, s)) for s in strides if s is not None]
     numel = next(t for t in tensors if t is not None).shape[1:].numel()
     packed = [None if t is None else (t.stride(0), *s) for t, s in zip(tensors, strides)]
-    return packed, tuple(sizes), max(*reach, numel) >= 2**31 - BLOCK
+    wide = max(*reach, numel) >= 2**31 - BLOCK
+    return packed, tuple(sizes), wide, wide or len(sizes) > 4

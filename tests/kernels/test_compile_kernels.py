@@ -56,7 +56,7 @@ def test_narrow_loads_end_in_a_failure():
     code = (
         "import sys; from tools import compile_kernels as tool;"
         "case = tool.Case('loss', 'bf16'); tool.cases = lambda: iter([case]);"
-        "tool.launch.options = lambda elements: {'num_warps': 32};"
+        "tool.launch.options = lambda dtype: {'num_warps': 32};"
         "sys.exit(tool.main(['--targets', 'sm_90']))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

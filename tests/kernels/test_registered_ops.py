@@ -28,7 +28,9 @@ def test_opcheck(impl, dtype):
     kind = str(Kind("crd", adaptive_weighting=True))
     check = torch.library.opcheck
     check(ops.measure_op, (*latents, NUMBERS, str(Kind("measure")), impl))
-    check(ops.measure_op, (policy, old, None, None, x0, noise, None, None, NUMBERS, kind, impl))
+    check(
+        ops.measure_op, (policy, old, None, None, x0, noise, None, None, NUMBERS, str(Kind("measure")), impl)
+    )
     check(ops.velocity_grad_op, (*latents, c1, c2, c1, NUMBERS, impl))
     scalars = (x["advantage"], x["group"], None, None, None)
     check(loss_op, (*latents, *scalars, NUMBERS, kind, impl))

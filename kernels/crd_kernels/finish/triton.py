@@ -164,12 +164,13 @@ def largest_of_group(sums, values, same, leads, found, sample):
 
 
 @triton.jit
-def softmax_weight(a, top, temperature, POSITIVE: tl.constexpr):
-    """exp((a - top) / T) with the group's largest a, `top`; at T = 0 what is positive, else all alike."""
-    selected = tl.where(top > 0, tl.where(a > 0, tl.exp(a - top), a * 0), 1.0) if POSITIVE else a * 0 + 1
-    return tl.where(
-        temperature == 0, selected, tl.exp((a - top) / tl.where(temperature == 0, 1.0, temperature))
-    )
+def softmax_weight(a, top, temperature, direction):
+    """exp((a - top) / T) with the group's largest a, `top`. At T = 0 what is positive in the first direction,
+    and else all alike."""
+    positive = tl.where(a > 0, tl.exp(a - top), a * 0)
+    selected = tl.where((direction == 0) & (top > 0), positive, 1.0)
+    softmax = tl.exp((a - top) / tl.where(temperature == 0, 1.0, temperature))
+    return tl.where(temperature == 0, selected, softmax)
 
 
 @triton.jit
@@ -235,10 +236,10 @@ def sum_groups(
             same = (found[:, None] == found[None, :]) & there[:, None] & there[None, :]
             leads = there & (tl.min(tl.where(same, lane[None, :], TILE), 1) == lane)
             a, reward = unit_interval(advantage, sample, there, clip), wide(table, sample, there)
-            for direction in tl.static_range(2):
-                tilted = a if direction == 0 else -a
+            for direction in range(2):
+                tilted = a * (1 - 2 * direction)
                 top = tl.load(scratch + (6 + direction) * batch + found, there, other=1.0)
-                w = softmax_weight(tilted, top, temperature, direction == 0)
+                w = softmax_weight(tilted, top, temperature, direction)
                 sums = scratch + 3 * direction * batch
                 add_to_group(sums, w, same, leads, found, sample)
                 add_to_group(sums + batch, w * reward, same, leads, found, sample)
@@ -531,7 +532,7 @@ class Finish:
         self.integers = numel, chunks, batch, slots, scratch_at
         tiles = triton.cdiv(batch, TILE) if kind.method == "measure" else 1
         # One stage: a load that is fetched ahead would miss what an earlier tile has stored.
-        options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
+        options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False, **launch.registers(224)}
         constants = _constants(kind, anchored, masked, chunks > 0)
         self.launch = launch.Launcher(finish_kernel, (tiles,), device, constants, **options)
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..problem import compute_dtype
 
 
 @triton.jit
@@ -118,14 +119,13 @@ def interpolate_kernel(
 
 def interpolate(x0, sigma, noise, seed, dtype):
     out = torch.empty(x0.shape, dtype=dtype, device=x0.device)
-    double = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
-    strides, sizes, wide = launch.operands([out, x0, noise])
-    elements, numel = launch.block(torch.float64 if double else torch.float32), out.shape[1:].numel()
+    dtype = compute_dtype(x0, noise)
+    strides, sizes, wide, far = launch.operands([out, x0, noise])
+    elements, numel = launch.block(dtype, far), out.shape[1:].numel()
     chunks = triton.cdiv(numel, elements)
-    constants = (wide, tl.float64 if double else tl.float32, elements)
-    run = launch.Launcher(
-        interpolate_kernel, (out.shape[0] * chunks,), out.device, constants, **launch.options(elements)
-    )
+    constants = (wide, tl.float64 if dtype == torch.float64 else tl.float32, elements)
+    grid, options = (out.shape[0] * chunks,), launch.options(dtype)
+    run = launch.Launcher(interpolate_kernel, grid, out.device, constants, **options)
     seed = None if seed is None else seed.contiguous()
     run(out, x0, noise, seed, sigma.contiguous(), *strides, sizes, numel, chunks)
     return out

@@ -183,20 +183,20 @@ class Passes:
         policy = latents.policy
         self.kind, self.device, self.batch = kind, policy.device, policy.shape[0]
         self.dtype = compute_dtype(*latents[:6])
-        numel, self.elements = policy.shape[1:].numel(), launch.block(self.dtype)
-        self.chunks = triton.cdiv(numel, self.elements)
-        self.acc = tl.float64 if self.dtype == torch.float64 else tl.float32
-        strides, sizes, self.wide = launch.operands([*latents[:6], latents.mask])
+        numel = policy.shape[1:].numel()
+        strides, sizes, wide, far = launch.operands([*latents[:6], latents.mask])
+        elements = launch.block(self.dtype, far)
+        self.chunks = triton.cdiv(numel, elements)
         self.layout = (*strides, sizes, numel, self.chunks)
         self.contiguous = all(t is None or t.is_contiguous() for t in (*scalars, latents.seed))
-        self.launch = self._launcher(measure_kernel, kind.method == "nft", self.wide)
+        self.launch = self._launcher(measure_kernel, self.chunks, kind.method == "nft", wide, elements)
         about = latents.ref_cond is not None, latents.mask is not None
         self.finish = finishing.Finish(kind, self.batch, self.dtype, self.device, numel, self.chunks, *about)
         self.backwards: dict = {}
 
-    def _launcher(self, kernel, *constants):
-        grid, options = (self.batch * self.chunks,), launch.options(self.elements)
-        return launch.Launcher(kernel, grid, self.device, (*constants, self.acc, self.elements), **options)
+    def _launcher(self, kernel, chunks, static, wide, elements):
+        grid, constants = (self.batch * chunks,), (static, wide, ACC[self.dtype], elements)
+        return launch.Launcher(kernel, grid, self.device, constants, **launch.options(self.dtype))
 
     def measure(self, latents: Latents, numbers: Numbers):
         return self._run(latents, NOTHING, numbers, ROWS)[0]
@@ -229,15 +229,18 @@ class Passes:
         stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
         known = self.backwards.get(stride)
         if known is None:
-            strides, sizes, wide = launch.operands(tensors)
-            layout = (stride, *strides, sizes, *self.layout[-2:], self.batch)
-            known = self.backwards[stride] = self._launcher(gradient_kernel, rows, wide), layout
+            strides, sizes, wide, far = launch.operands(tensors)
+            elements, numel = launch.block(self.dtype, far), policy.shape[1:].numel()
+            chunks = triton.cdiv(numel, elements)
+            run = self._launcher(gradient_kernel, chunks, rows, wide, elements)
+            known = self.backwards[stride] = run, (stride, *strides, sizes, numel, chunks, self.batch)
         run, layout = known
         run(*tensors, _contiguous(seed), *coefficients, upstream, *layout, numbers.guidance_scale)
         return gradient
 
 
 NOTHING = Scalars()
+ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _contiguous(tensor):
