@@ -67,7 +67,7 @@ def options(dtype):
 
 
 def registers(most):
-    """Launch options that let a thread have this many, where one can say so: a single program need not share."""
+    """Launch options that let a thread have this many, where one can say so: one program need not share."""
     return {"maxnreg": most} if target() is not None and target().backend == "cuda" else {}
 
 
