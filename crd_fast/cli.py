@@ -227,8 +227,8 @@ def evaluate(
     """
     from rich.table import Table
 
-    from crd_fast import benchmark as benchmarks
     from crd_fast.inference import evaluate_checkpoint
+    from crd_fast.rewards import geneval_benchmark as benchmarks
 
     settings = _settings(set_ or [])
     if benchmark not in (None, benchmarks.GENEVAL):
@@ -318,7 +318,7 @@ def score(
 
     from rich.table import Table
 
-    from crd_fast.score import score_folder
+    from crd_fast.rewards.pictures import score_folder
 
     if json_ is not None and json_.exists():
         raise UserError(f"--json {json_}: already exists; choose another name")

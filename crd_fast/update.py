@@ -7,6 +7,7 @@ micro-batches. Where it fits, measuring and updating share one policy forward.
 
 from __future__ import annotations
 
+from crd_fast.profiling import phase
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.profiling import phase
 from crd_fast.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
 
 

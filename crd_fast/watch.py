@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crd_fast.advantage import combine
+from crd_fast.rewards.advantage import combine
 
 WARNINGS = "warnings.txt"
 CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken

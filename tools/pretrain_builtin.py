@@ -20,7 +20,7 @@ import torch
 
 from crd_fast import world
 from crd_fast.models.builtin import WIDTH, WORLD, BuiltinModel
-from crd_fast.rewards import WorldGenEval
+from crd_fast.rewards.world_geneval import WorldGenEval
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 
 BATCH = 64

@@ -24,8 +24,9 @@ from torch.nn.functional import interpolate, pad
 
 from crd_fast.coco_prompts import CLASSES, COLORS
 from crd_fast.errors import UserError
-from crd_fast.rewards import WorldGenEval, geneval
+from crd_fast.rewards import geneval
 from crd_fast.rewards.clip import MODEL_FILES, Clip, normalized, preprocess, pretrained
+from crd_fast.rewards.world_geneval import WorldGenEval
 
 SHORTER, LONGER, MULTIPLE = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 8 bits

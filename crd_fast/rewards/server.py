@@ -34,7 +34,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
-from crd_fast.rewards import default_device, load
+from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import checked
 
 MAX_CONNECTIONS = 256

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts import PromptSource
-from crd_fast.rewards import REWARDS, Rewards, load, whole_prompts
+from crd_fast.rewards import REWARDS, Rewards, load
+from crd_fast.rewards.registry import whole_prompts
 from tests.cli.conftest import SMALL, metrics
 
 MINE = '''
@@ -335,7 +336,7 @@ def test_results_do_not_depend_on_the_overlap(mine, tmp_path, monkeypatch):
     assert {thread for thread, _ in calls} == {"reward mine:redness"}
     assert [len(prompts) for _, prompts in calls] == [4] * 4  # two iterations of two prompts by four samples
     assert all(len(set(prompts)) == 1 for _, prompts in calls)
-    monkeypatch.setattr("crd_fast.rewards.Scoring", Afterwards)
+    monkeypatch.setattr("crd_fast.rewards.registry.Scoring", Afterwards)
     expected, expected_weights = train(recipe, tmp_path / "after")
     assert found == expected
     assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())

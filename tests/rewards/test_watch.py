@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crd_fast.advantage import advantages, combine
+from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 

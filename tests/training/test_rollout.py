@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from crd_fast.advantage import advantages, combine
 from crd_fast.models.builtin import SHIFT, BuiltinModel
+from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rollout import autocast, generate, seed_table, seeded_noise
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 import crd_fast.cli
-from crd_fast.benchmark import geneval_recipe, geneval_table
 from crd_fast.config import build_recipe, load_recipe
+from crd_fast.rewards.geneval_benchmark import geneval_recipe, geneval_table
 
 
 def recipe(path, rewards, eval_rewards=None):

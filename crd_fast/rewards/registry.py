@@ -1,0 +1,184 @@
+"""The rewards of a recipe, found by name and called: see `crd_fast.rewards` for what a reward is."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import itertools
+import math
+import numbers
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from rapidfuzz import fuzz, process
+
+from crd_fast.errors import UserError
+from crd_fast.rewards.scoring import Reward, Scoring
+
+# name: where the class is, imported when it is asked for
+REWARDS = {
+    "geneval": "crd_fast.rewards.world_geneval:WorldGenEval",
+    "geneval_strict": "crd_fast.rewards.world_geneval:WorldGenEvalStrict",
+    "ocr": "crd_fast.rewards.ocr:OCR",
+    "ocr_dense": "crd_fast.rewards.ocr:OCRDense",
+    "jpeg_compressibility": "crd_fast.rewards.image_statistics:JpegCompressibility",
+    "jpeg_incompressibility": "crd_fast.rewards.image_statistics:JpegIncompressibility",
+    "colorfulness": "crd_fast.rewards.image_statistics:Colorfulness",
+    "diversity": "crd_fast.rewards.image_statistics:Diversity",
+    "naturalness": "crd_fast.rewards.image_statistics:Naturalness",
+    "geneval_mask2former": "crd_fast.rewards.geneval_detector:Mask2FormerGenEval",
+    "pickscore": "crd_fast.rewards.preference:PickScore",
+    "clipscore": "crd_fast.rewards.preference:CLIPScore",
+    "aesthetic": "crd_fast.rewards.preference:Aesthetic",
+    "hpsv2": "crd_fast.rewards.preference:HPSv2",
+    "imagereward": "crd_fast.rewards.preference:ImageReward",
+    "http": "crd_fast.rewards.http:HttpReward",
+}
+CALL_IMAGES = 64
+ENGINE_SETTINGS = ("weight", "timeout", "retries")
+
+
+class Rewards:
+    """The recipe's rewards by name: a weight, or settings with a `weight` (1 if there is none).
+
+    device: where rewards with a network put it; the GPU if there is one.
+    Raises UserError for a name that cannot be found or a setting that the reward does not have.
+    """
+
+    def __init__(self, config: Mapping[str, float | Mapping], device: str | None = None):
+        self.weights = {name: _weight(value) for name, value in config.items()}
+        self._rewards, self._calls = {}, []
+        for name, value in config.items():
+            reward, engine = load(name, value if isinstance(value, Mapping) else {})
+            if hasattr(reward, "setup"):
+                reward.setup(device or default_device())
+            self._rewards[name] = reward
+            self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
+
+    def check(self, metadata: list[dict]) -> None:
+        """Raises UserError, before any work, if a reward cannot score one of these prompts."""
+        for reward in self._rewards.values():
+            if hasattr(reward, "check"):
+                reward.check(metadata)
+
+    def start(self) -> Scoring:
+        """Scores what is put into it, beside whatever else is done meanwhile. A context."""
+        return Scoring(self._calls)
+
+    def score(self, images: np.ndarray, metadata: list[dict]) -> dict[str, np.ndarray]:
+        """Each reward's values, float64 (N,), from calls of whole prompts.
+
+        Raises UserError for a wrong count, a NaN or no number, a reward that fails or takes too long.
+        """
+        with self.start() as scoring:
+            for chosen in whole_prompts([entry["prompt"] for entry in metadata]):
+                scoring.put(images[chosen], metadata[chosen])
+            return scoring.results()
+
+    def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """The sum of the rewards by weight, of values as `score` returns them."""
+        return sum(self.weights[name] * value for name, value in values.items())
+
+    def report(
+        self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report.
+
+        values: what `score` returned for the images.
+        """
+        metrics = {"images": len(images), "reward_mean": float(self.combined(values).mean())}
+        for name, reward in self._rewards.items():
+            metrics[f"reward/{name}"] = float(values[name].mean())
+            if hasattr(reward, "report"):
+                metrics |= reward.report(images, [entry["prompt"] for entry in metadata], metadata)
+        return metrics
+
+
+def whole_prompts(prompts: list[str]) -> list[slice]:
+    """Parts of at most `CALL_IMAGES`, longer only where so many in a row have one prompt."""
+    starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    parts = [0]
+    for start, stop in itertools.pairwise([*starts, len(prompts)]):
+        if stop - parts[-1] > CALL_IMAGES and start > parts[-1]:
+            parts.append(start)
+    return [slice(*part) for part in itertools.pairwise([*parts, len(prompts)])]
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(name: str, settings: Mapping | None = None) -> tuple[Callable | object, dict]:
+    """A reward by name with its settings, and the settings that are the engine's: `timeout`, `retries`.
+
+    Raises UserError for an unknown name (the nearest is named), an unknown setting, or one that is refused.
+    """
+    settings = {key: value for key, value in (settings or {}).items() if key != "weight"}
+    if name.startswith(("http://", "https://")):
+        settings = {"url": name, **settings}
+        reward = _import(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
+    else:
+        reward = _import(name, _path(name))
+    # a function's first three arguments are what it scores
+    known = list(inspect.signature(reward).parameters.values())[0 if inspect.isclass(reward) else 3 :]
+    names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
+    engine = {
+        key: _engine_setting(name, key, settings.pop(key))
+        for key in ("timeout", "retries")
+        if key in settings and key not in names
+    }
+    unknown = [key for key in settings if key not in names]
+    if unknown and len(names) == len(known):
+        near = process.extractOne(unknown[0], [*names, *ENGINE_SETTINGS], scorer=fuzz.ratio, score_cutoff=50)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
+        raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
+    if not inspect.isclass(reward):
+        return (functools.partial(reward, **settings) if settings else reward), engine
+    try:
+        return reward(**settings), engine
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward {name}: {error}") from error
+
+
+def _path(name: str) -> str:
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" not in name:
+        near = process.extractOne(name, list(REWARDS), scorer=fuzz.ratio, score_cutoff=40)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
+        )
+    return name
+
+
+def _import(name: str, path: str) -> Callable:
+    module, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward of one's own lies where the command is run
+    try:
+        reward = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"rewards: {name!r} cannot be imported: {error}") from None
+    if not callable(reward):
+        raise UserError(f"rewards: {name!r}: expected a function or a class, got {type(reward).__name__}")
+    return reward
+
+
+def _engine_setting(name: str, key: str, value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if key == "timeout" and not (number and 0 < value < math.inf):
+        raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
+    if key == "retries" and not (number and value >= 0 and value == int(value)):
+        raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
+    return float(value) if key == "timeout" else int(value)
+
+
+def _weight(value: float | Mapping) -> float:
+    return float(value.get("weight", 1.0) if isinstance(value, Mapping) else value)
