@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from crd_fast.ocr_words import WORDS
+from crd_fast.prompts.ocr_words import WORDS
 from crd_fast.rewards.ocr import OCR, OCRDense
 from crd_fast.runlog import cpu_name, git_commit
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from crd_fast.config import Recipe
-from crd_fast.prompts import PromptSource
+from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.rollout import MicroBatch, generate, seed_table

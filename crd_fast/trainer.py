@@ -25,7 +25,7 @@ from crd_fast.evaluate import Evaluation, to_uint8
 from crd_fast.make import make_optimizer, make_weights
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.progress import Quiet
-from crd_fast.prompts import PromptSource
+from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.advantage import advantages, combine

@@ -16,8 +16,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from crd_fast import signs, world
 from crd_fast.models.builtin import KINDS, BuiltinModel
+from crd_fast.prompts import signs, world
 from crd_fast.runlog import cpu_name, git_commit
 from tools import pretrain_builtin, pretrain_builtin_ocr
 from tools.pretraining import CAPTION_DROPOUT, GUIDANCE, Stage
@@ -35,7 +35,7 @@ beyond that.
 
 ## Data
 
-Rendered on the fly by `crd_fast.world`: 5 shapes, 6 colours, {train} training prompts and {held_out}
+Rendered on the fly by `crd_fast.prompts.world`: 5 shapes, 6 colours, {train} training prompts and {held_out}
 held-out ones. Held-out prompts combine what no training prompt combines: in `colors` 5 of the 30 pairs of a
 colour and a shape, in `color_attr` one in five combinations of two known pairs, in `position` one in five
 (shape, relation, shape) triples, in `two_object` one in four ordered pairs of shapes, and for single objects
@@ -81,10 +81,10 @@ from the word's middle. The other words are whole tokens.
 
 ## Data
 
-Rendered on the fly by `crd_fast.signs` in fonts that come with matplotlib, DejaVu Sans Mono and Computer
-Modern Typewriter; size, place, ink and shade vary. {real:.0%} of the words are drawn from {train} English
-ones, the rest are random letters. {held_out} other words are held out: neither pretraining nor the training
-prompts ever ask for one.
+Rendered on the fly by `crd_fast.prompts.signs` in fonts that come with matplotlib, DejaVu Sans Mono and
+Computer Modern Typewriter; size, place, ink and shade vary. {real:.0%} of the words are drawn from {train}
+English ones, the rest are random letters. {held_out} other words are held out: neither pretraining nor the
+training prompts ever ask for one.
 
 ## Training
 

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from crd_fast import coco_prompts
-from crd_fast.prompts import read_prompts
+from crd_fast.prompts import coco
+from crd_fast.prompts.source import read_prompts
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         content(entry) for path in arguments.without for entry in read_prompts(path) if "include" in entry
     }
     with arguments.out.open("x", encoding="utf-8") as file:
-        for entries in coco_prompts.prompts(arguments.heldout).values():
+        for entries in coco.prompts(arguments.heldout).values():
             kept = [entry for entry in entries if content(entry) not in taken]
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
             print(f"{entries[0]['tag']}: {len(kept)} of {len(entries)}")

@@ -18,8 +18,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from crd_fast import world
 from crd_fast.models.builtin import WIDTH, WORLD, BuiltinModel
+from crd_fast.prompts import world
 from crd_fast.rewards.world_geneval import WorldGenEval
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast import signs
 from crd_fast.models.builtin import PATCH, SIGNS, WIDTH, BuiltinModel
+from crd_fast.prompts import signs
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 
 BATCH = 48

@@ -1,4 +1,4 @@
-"""The built-in models: small MM-DiTs in pixel space, for the world of `crd_fast.world` and for signs.
+"""The built-in models: small MM-DiTs in pixel space, for the world of `crd_fast.prompts.world` and for signs.
 
 The transformer is diffusers' SD3 class, the text encoder transformers' T5 encoder over whole words (and, on
 signs, letters). Their weights ship with the package; `tools/pretrain_builtin.py` and
@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import T5Config, T5EncoderModel
 
-from crd_fast import signs, world
 from crd_fast.errors import UserError
 from crd_fast.models.base import JOINT_ATTENTION, FlowModel
+from crd_fast.prompts import signs, world
 
 PACKAGE = Path(__file__).parent.parent
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4

@@ -22,8 +22,8 @@ from PIL import Image
 from rapidfuzz import process
 from torch.nn.functional import interpolate, pad
 
-from crd_fast.coco_prompts import CLASSES, COLORS
 from crd_fast.errors import UserError
+from crd_fast.prompts.coco import CLASSES, COLORS
 from crd_fast.rewards import geneval
 from crd_fast.rewards.clip import MODEL_FILES, Clip, normalized, preprocess, pretrained
 from crd_fast.rewards.world_geneval import WorldGenEval

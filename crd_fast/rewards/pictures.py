@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from crd_fast.errors import UserError
-from crd_fast.prompts import read_prompts
+from crd_fast.prompts.source import read_prompts
 from crd_fast.rewards import Rewards
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -1,4 +1,4 @@
-"""An exact detector for the synthetic world of `crd_fast.world`.
+"""An exact detector for the synthetic world of `crd_fast.prompts.world`.
 
 It finds shapes, colours and places anywhere in any image: foreground pixels form connected components,
 and each component is compared with every shape stretched to the component's own bounding box.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from crd_fast import world
+from crd_fast.prompts import world
 
 FOREGROUND_DISTANCE = 0.35  # Euclidean distance from the background in sRGB, about half of any colour's
 MIN_SIDE, MAX_SIDE = 7, 20  # pixels of a bounding box

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from crd_fast import world
 from crd_fast.errors import UserError
+from crd_fast.prompts import world
 from crd_fast.rewards import geneval
 from crd_fast.rewards.world_detector import detect
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from crd_fast import signs
 from crd_fast.cli import app
 from crd_fast.errors import UserError
 from crd_fast.models.builtin import SIGNS, BuiltinModel
-from crd_fast.prompts import PromptSource
+from crd_fast.prompts import signs
+from crd_fast.prompts.source import PromptSource
 from tools import pretrain_builtin_ocr
 from tools.pretraining import sample
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crd_fast import coco_prompts
 from crd_fast.errors import UserError
-from crd_fast.prompts import PromptSource, read_prompts
+from crd_fast.prompts import coco
+from crd_fast.prompts.source import PromptSource, read_prompts
+from crd_fast.prompts.world import TAGS
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.geneval import check_metadata
 from crd_fast.rewards.geneval_detector import (
@@ -19,9 +20,8 @@ from crd_fast.rewards.geneval_detector import (
     cut_out,
     instances,
 )
-from crd_fast.world import TAGS
 
-DOG, CAT = coco_prompts.CLASSES.index("dog"), coco_prompts.CLASSES.index("cat")
+DOG, CAT = coco.CLASSES.index("dog"), coco.CLASSES.index("cat")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_detections_are_those_of_the_models_own_processor(mask2former_folder):
         masks = torch.nn.functional.interpolate(masks, (24, 24), mode="bilinear")[0]
         probabilities = logits.softmax(-1)
         for detection in detections[:10]:
-            label = coco_prompts.CLASSES.index(detection["label"])
+            label = coco.CLASSES.index(detection["label"])
             matches = []
             for query, mask in enumerate(masks):
                 inside = mask > 0
@@ -254,13 +254,13 @@ def test_the_reward_judges_what_was_detected(reward, monkeypatch):
     monkeypatch.setattr(reward, "detector", lambda images: [list(map(dict, scene)) for _ in images])
     monkeypatch.setattr(reward, "colors", colors)
     metadata = [
-        coco_prompts.single_object("dog"),
-        coco_prompts.two_object("dog", "bus"),
-        coco_prompts.counting("dog", 2),
-        coco_prompts.colors("red", "dog"),
-        coco_prompts.colors("blue", "dog"),
-        coco_prompts.position("dog", "left of", "cat"),
-        coco_prompts.color_attr("red", "dog", "white", "cat"),
+        coco.single_object("dog"),
+        coco.two_object("dog", "bus"),
+        coco.counting("dog", 2),
+        coco.colors("red", "dog"),
+        coco.colors("blue", "dog"),
+        coco.position("dog", "left of", "cat"),
+        coco.color_attr("red", "dog", "white", "cat"),
     ]
     images = np.zeros((len(metadata), 32, 64, 3), dtype=np.uint8)
     reward.check(metadata)
@@ -274,7 +274,7 @@ def test_the_reward_judges_what_was_detected(reward, monkeypatch):
 
 
 def test_end_to_end_from_a_recipe(mask2former_folder, clip_folder):
-    metadata = coco_prompts.draw_prompts(True, np.random.default_rng(0), 6)
+    metadata = coco.draw_prompts(True, np.random.default_rng(0), 6)
     images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     settings = {"path": str(mask2former_folder), "clip": str(clip_folder), "batch": 4}
     rewards = Rewards({"geneval_mask2former": settings}, device="cpu")
@@ -283,11 +283,11 @@ def test_end_to_end_from_a_recipe(mask2former_folder, clip_folder):
 
 
 def test_what_is_never_detected_is_refused(reward):
-    entry = coco_prompts.single_object("dog")
+    entry = coco.single_object("dog")
     with pytest.raises(UserError, match=r"'computer mous' is none of the 80 classes.*'computer mouse'"):
-        reward.check([entry, coco_prompts.single_object("computer mous")])
+        reward.check([entry, coco.single_object("computer mous")])
     with pytest.raises(UserError, match="'gray' is none of the 10 colours"):
-        reward.check([entry, coco_prompts.colors("gray", "dog")])
+        reward.check([entry, coco.colors("gray", "dog")])
     with pytest.raises(UserError, match="include: expected a list"):
         reward.check([{"prompt": "a dog"}])
 
@@ -300,13 +300,13 @@ def test_a_detector_of_other_classes_is_refused(clip_folder):
 
 def test_prompts_are_the_benchmarks_wording():
     """Lines of the benchmark's own evaluation_metadata.jsonl."""
-    assert coco_prompts.counting("bus", 3) == {
+    assert coco.counting("bus", 3) == {
         "tag": "counting",
         "include": [{"class": "bus", "count": 3}],
         "exclude": [{"class": "bus", "count": 4}],
         "prompt": "a photo of three buses",
     }
-    assert coco_prompts.position("bird", "left of", "couch") == {
+    assert coco.position("bird", "left of", "couch") == {
         "tag": "position",
         "include": [
             {"class": "couch", "count": 1},
@@ -314,7 +314,7 @@ def test_prompts_are_the_benchmarks_wording():
         ],
         "prompt": "a photo of a bird left of a couch",
     }
-    assert coco_prompts.color_attr("orange", "traffic light", "white", "toilet") == {
+    assert coco.color_attr("orange", "traffic light", "white", "toilet") == {
         "tag": "color_attr",
         "include": [
             {"class": "traffic light", "count": 1, "color": "orange"},
@@ -322,12 +322,12 @@ def test_prompts_are_the_benchmarks_wording():
         ],
         "prompt": "a photo of an orange traffic light and a white toilet",
     }
-    assert coco_prompts.single_object("umbrella")["prompt"] == "a photo of an umbrella"
+    assert coco.single_object("umbrella")["prompt"] == "a photo of an umbrella"
 
 
 def test_training_and_held_out_prompts_are_thousands_and_disjoint():
     train, held_out = (PromptSource(name).entries() for name in ("geneval", "geneval-heldout"))
-    assert len(coco_prompts.CLASSES) == len(set(coco_prompts.CLASSES)) == 80
+    assert len(coco.CLASSES) == len(set(coco.CLASSES)) == 80
     for entries, at_least in ((train, 30_000), (held_out, 5_000)):
         assert len({entry["prompt"] for entry in entries}) == len(entries) > at_least
         assert {entry["tag"] for entry in entries} == set(TAGS)
@@ -339,10 +339,10 @@ def test_training_and_held_out_prompts_are_thousands_and_disjoint():
         """The same content with its two objects the other way round."""
         first, second = entry["include"]
         if entry["tag"] == "position":
-            return coco_prompts.position(first["class"], opposite[second["position"][0]], second["class"])
+            return coco.position(first["class"], opposite[second["position"][0]], second["class"])
         if entry["tag"] == "two_object":
-            return coco_prompts.two_object(second["class"], first["class"])
-        return coco_prompts.color_attr(second["color"], second["class"], first["color"], first["class"])
+            return coco.two_object(second["class"], first["class"])
+        return coco.color_attr(second["color"], second["class"], first["color"], first["class"])
 
     prompts = {entry["prompt"] for entry in train}
     turned = [
@@ -356,8 +356,8 @@ def test_training_and_held_out_prompts_are_thousands_and_disjoint():
 def test_training_prompts_without_those_of_a_file(tmp_path, monkeypatch):
     from tools.geneval_prompts import main
 
-    taken = [coco_prompts.two_object("cat", "dog"), coco_prompts.position("cat", "below", "dog")]
-    taken += [coco_prompts.counting("bus", 2), coco_prompts.color_attr("red", "dog", "blue", "cat")]
+    taken = [coco.two_object("cat", "dog"), coco.position("cat", "below", "dog")]
+    taken += [coco.counting("bus", 2), coco.color_attr("red", "dog", "blue", "cat")]
     (tmp_path / "benchmark.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in taken))
     arguments = [str(tmp_path / "train.jsonl"), "--without", str(tmp_path / "benchmark.jsonl")]
     monkeypatch.setattr("sys.argv", ["geneval_prompts", *arguments])
@@ -372,13 +372,11 @@ def test_training_prompts_without_those_of_a_file(tmp_path, monkeypatch):
 
 
 def test_draws_give_every_category_its_share():
-    drawn = coco_prompts.draw_prompts(True, np.random.default_rng(3), 60)
+    drawn = coco.draw_prompts(True, np.random.default_rng(3), 60)
     assert [sum(entry["tag"] == tag for entry in drawn) for tag in TAGS] == [10] * 6
     assert len({entry["prompt"] for entry in drawn}) == 60
-    assert drawn == coco_prompts.draw_prompts(True, np.random.default_rng(3), 60)
-    assert (
-        len(coco_prompts.draw_prompts(True, np.random.default_rng(0), 600)) == 600
-    )  # more than single_object has
+    assert drawn == coco.draw_prompts(True, np.random.default_rng(3), 60)
+    assert len(coco.draw_prompts(True, np.random.default_rng(0), 600)) == 600  # more than single_object has
 
 
 def test_from_a_recipe_by_name():

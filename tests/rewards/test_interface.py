@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
-from crd_fast.prompts import PromptSource
+from crd_fast.prompts.source import PromptSource
 from crd_fast.rewards import REWARDS, Rewards, load
 from crd_fast.rewards.registry import whole_prompts
 from tests.cli.conftest import SMALL, metrics

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crd_fast import world
+from crd_fast.prompts import world
 from crd_fast.rewards.geneval import judge
 from crd_fast.rewards.world_detector import detect
 from tools import pretrain_builtin

@@ -14,7 +14,7 @@ import itertools
 
 import numpy as np
 
-from crd_fast.world import TAGS
+from crd_fast.prompts.world import TAGS
 
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crd_fast import coco_prompts, ocr_words, signs, world
 from crd_fast.errors import UserError
+from crd_fast.prompts import coco, ocr_words, signs, world
 
 BUILTIN, BUILTIN_HELDOUT = "builtin", "builtin-heldout"
 GENEVAL, GENEVAL_HELDOUT = "geneval", "geneval-heldout"
@@ -35,7 +35,7 @@ class PromptSource:
         if source in (BUILTIN, BUILTIN_HELDOUT):
             self._categories = world
         elif source in (GENEVAL, GENEVAL_HELDOUT):
-            self._categories = coco_prompts
+            self._categories = coco
         elif source in (OCR_WORDS, OCR_WORDS_HELDOUT):
             self._entries = ocr_words.entries(source == OCR_WORDS_HELDOUT)
         elif source in (SIGNS, SIGNS_HELDOUT):

@@ -1,8 +1,8 @@
 """Signs with a short word on them: the prompts, the tokens and the pictures of the `builtin-ocr` task.
 
 A prompt is `a sign that says "CAT"`, with the colour of the sign and the style of its letters named or left
-open. The words are those of `crd_fast.ocr_words` with three to five letters, and no training prompt has a
-held-out one.
+open. The words are those of `ocr_words` with three to five letters, and no training prompt has a held-out
+one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from crd_fast import ocr_words
 from crd_fast.errors import UserError
+from crd_fast.prompts import ocr_words
 
 HEIGHT, WIDTH = 20, 64
 LETTERS = range(3, 6)
