@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from crd_fast import checkpoint
 from crd_fast.config import BUILTIN_MODELS, build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, tile, to_uint8
-from crd_fast.make import make_weights
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.rollout import generate, seed_table
 from crd_fast.trainer import resolve_micro_batch
+from crd_fast.weights import checkpoint
+from crd_fast.weights.make import make_weights
 
 
 def load_source(source: str, prompts: Iterable[str] = ()):

@@ -18,11 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast import checkpoint, sharding
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
 from crd_fast.evaluate import Evaluation, to_uint8
-from crd_fast.make import make_optimizer, make_weights
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.progress import Quiet
 from crd_fast.prompts.source import PromptSource
@@ -34,7 +32,9 @@ from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.runlog import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.update import Pairs, Updater
 from crd_fast.watch import Watch, reward_metrics
-from crd_fast.weights import SNAPSHOTS
+from crd_fast.weights import checkpoint, sharded
+from crd_fast.weights.full import SNAPSHOTS
+from crd_fast.weights.make import make_optimizer, make_weights
 
 AUTO_MICRO_BATCH = 96
 ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
@@ -53,7 +53,7 @@ class Trainer:
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
         state = checkpoint.read_state(saved[-1]) if saved else None
         if saved and self.sharded:
-            sharding.check_resumes(state, self.ranks.count, saved[-1])
+            sharded.check_resumes(state, self.ranks.count, saved[-1])
         self.rewards = Rewards(recipe.rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
@@ -82,7 +82,7 @@ class Trainer:
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         if saved:
-            optimizer = sharding.OptimizersOfRanks(self.optimizer) if self.sharded else self.optimizer
+            optimizer = sharded.OptimizersOfRanks(self.optimizer) if self.sharded else self.optimizer
             checkpoint.load(saved[-1], self.weights, optimizer)
             self.iteration, self.step = state["iteration"], state["step"]
         if self.ranks.main:
@@ -281,7 +281,7 @@ class Trainer:
         """Writes a checkpoint of this iteration."""
         weights, optimizer = self.weights, self.optimizer
         if self.sharded:
-            weights, optimizer = sharding.gather(weights, optimizer, self.ranks)
+            weights, optimizer = sharded.gather(weights, optimizer, self.ranks)
         if self.ranks.main:
             checkpoint.save(
                 self.output / "checkpoints" / f"iteration-{self.iteration:06d}",

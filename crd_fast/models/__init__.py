@@ -37,7 +37,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     import transformers
 
     from crd_fast.models import checks
-    from crd_fast.weights import check_targets
+    from crd_fast.weights.full import check_targets
 
     for library in (diffusers, transformers):  # bars of their own would run through ours
         library.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from crd_fast.errors import UserError
 from crd_fast.plan import Planner
 from crd_fast.ranks import check_ranks
 from crd_fast.rollout import MicroBatch
-from crd_fast.sharding import check_resumes
+from crd_fast.weights.sharded import check_resumes
 from tests.cli.conftest import metrics
 
 FULL = ["model.method=full", "rollout.prompts_per_iteration=4", "train.steps_per_iteration=2"]

@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
-from crd_fast import sharding
 from crd_fast.config import LossConfig
-from crd_fast.make import make_weights
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
 from crd_fast.update import Updater
+from crd_fast.weights.make import make_weights
+from crd_fast.weights.sharded import gather
 from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts
 
 
@@ -71,7 +71,7 @@ def sharded(rank, recipes, folder):
         weights = accumulate(settings, pairs[pairs.prompt == rank])
         weights.take_gradients()
         collected = ranks.collect(gradients(weights))
-        whole, _ = sharding.gather(weights, torch.optim.SGD(weights.trained()), ranks)
+        whole, _ = gather(weights, torch.optim.SGD(weights.trained()), ranks)
         if ranks.main:
             whole.save_policy(folder / family)
             found = {key: torch.cat([g[key] for g in collected if key in g]) for key in collected[0]}

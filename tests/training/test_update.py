@@ -8,7 +8,7 @@ from crd_fast.errors import UserError
 from crd_fast.rollout import seed_table, seeded_noise
 from crd_fast.trainer import draw_timesteps
 from crd_fast.update import Pairs, Updater
-from crd_fast.weights import FullWeights
+from crd_fast.weights.full import FullWeights
 
 PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
 SHAPE = (3, 4, 4)

@@ -5,10 +5,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import PeftModel
 
-from crd_fast import checkpoint
 from crd_fast.errors import UserError
 from crd_fast.models import builtin
-from crd_fast.weights import FullWeights, HostWeights, LoraWeights
+from crd_fast.weights import checkpoint
+from crd_fast.weights.full import FullWeights, HostWeights, LoraWeights
 
 TARGETS = list(builtin.BuiltinModel.lora_targets)
 

@@ -7,9 +7,9 @@ import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
-from crd_fast.make import make_optimizer
-from crd_fast.narrow import RoundedAdamW, RoundedAdamW8bit, rounded, widen_gradients
-from crd_fast.weights import HostWeights
+from crd_fast.weights.bf16 import RoundedAdamW, RoundedAdamW8bit, rounded, widen_gradients
+from crd_fast.weights.full import HostWeights
+from crd_fast.weights.make import make_optimizer
 from tests.training.test_update import gradients, setting  # noqa: F401
 
 

@@ -1,0 +1,1 @@
+"""The policy and what is kept beside it: snapshots, reference, optimizer, checkpoints."""
