@@ -11,7 +11,7 @@ import torch
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
-from crd_fast.streaming import repeated_blocks
+from crd_fast.models.streaming import repeated_blocks
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from crd_fast.config import ModelConfig
-from crd_fast.streaming import Streaming
+from crd_fast.models.streaming import Streaming
 
 # The attention projections of a block with an image and a text stream.
 JOINT_ATTENTION = (

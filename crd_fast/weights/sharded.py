@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from crd_fast.errors import UserError
+from crd_fast.models.streaming import repeated_blocks
 from crd_fast.ranks import Ranks
-from crd_fast.streaming import repeated_blocks
 from crd_fast.weights import checkpoint
 from crd_fast.weights.full import FullWeights, HostWeights
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crd_fast import streaming
 from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
-from crd_fast.models import compile_blocks, load_model
+from crd_fast.models import compile_blocks, load_model, streaming
 from crd_fast.trainer import Trainer
 from crd_fast.update import Updater
 from crd_fast.weights.make import make_weights

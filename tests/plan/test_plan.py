@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from crd_fast import streaming
+from crd_fast.models import streaming
 from crd_fast.plan import Planner, count_parameters
 from crd_fast.plan_model import CONFIGS, config_folder, shipped
 from tests.plan.conftest import GROUP, Real
