@@ -113,16 +113,16 @@ def train(
 
 
 def _run_training(recipe, output: Path, resume: bool) -> None:
-    from crd_fast.runlog import refuse_existing
+    from crd_fast.run.log import refuse_existing
 
     main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
     console.quiet = not main
     if main and not resume:
         refuse_existing(output)
     with console.status("loading torch, the model and the prompts"):
-        from crd_fast.progress import Bars, Quiet, before_and_after
-        from crd_fast.report import write_report
-        from crd_fast.runlog import read_metrics
+        from crd_fast.run.log import read_metrics
+        from crd_fast.run.progress import Bars, Quiet, before_and_after
+        from crd_fast.run.report import write_report
         from crd_fast.trainer import Trainer
 
         trainer = Trainer(recipe, output, resume)
@@ -342,7 +342,7 @@ def score(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
     """Write report.html: curves, before and after, every setting, in one file that needs no network."""
-    from crd_fast.report import write_report
+    from crd_fast.run.report import write_report
 
     _say(f"report: {write_report(run)}")
 

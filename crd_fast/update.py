@@ -7,7 +7,7 @@ micro-batches. Where it fits, measuring and updating share one policy forward.
 
 from __future__ import annotations
 
-from crd_fast.profiling import phase
+from crd_fast.run.profiling import phase
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

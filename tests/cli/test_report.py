@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from crd_fast import report as report_module
 from crd_fast.errors import UserError
-from crd_fast.report import write_report
+from crd_fast.run import report as report_module
+from crd_fast.run.report import write_report
 
 CATEGORIES = {
     "single_object": (0.83, 0.95),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crd_fast import profiling
+from crd_fast.run import profiling
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.trainer import Trainer

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crd_fast.rewards.advantage import advantages, combine
-from crd_fast.watch import WARNINGS, Watch, judge_metrics, reward_metrics
+from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 
 def iteration(number, equal=0.0, std=1.0):

@@ -17,9 +17,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from crd_fast.report.charts import TEMPLATES, charts
-from crd_fast.report.run import Run, changes, headline, number, read_json, read_run, warnings
-from crd_fast.report.words import duration, label, signed
+from crd_fast.run.report.charts import TEMPLATES, charts
+from crd_fast.run.report.run import Run, changes, headline, number, read_json, read_run, warnings
+from crd_fast.run.report.words import duration, label, signed
 
 COLUMNS = 8  # tiles a row in samples/*.png
 MAX_TILES = 24

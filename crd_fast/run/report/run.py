@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from crd_fast.errors import UserError
-from crd_fast.report.words import counted, label, signed
+from crd_fast.run.report.words import counted, label, signed
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 PHASES = ("rollout", "reward", "update")

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crd_fast.report.run import PHASES, Run, series, standard_error
-from crd_fast.report.words import label
+from crd_fast.run.report.run import PHASES, Run, series, standard_error
+from crd_fast.run.report.words import label
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Charts are drawn in the stand-in colours of report.mplstyle; the page's style sheet has the real ones.
