@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crd_fast.config import load_recipe
 from crd_fast.run.log import cpu_name, git_commit
-from crd_fast.trainer import Trainer
+from crd_fast.train.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "reward_overlap.json"
 PROMPTS, SAMPLES = 12, 8

@@ -123,7 +123,7 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
         from crd_fast.run.log import read_metrics
         from crd_fast.run.progress import Bars, Quiet, before_and_after
         from crd_fast.run.report import write_report
-        from crd_fast.trainer import Trainer
+        from crd_fast.train.trainer import Trainer
 
         trainer = Trainer(recipe, output, resume)
     _say(f"run folder: {output}")
@@ -227,8 +227,8 @@ def evaluate(
     """
     from rich.table import Table
 
-    from crd_fast.inference import evaluate_checkpoint
     from crd_fast.rewards import geneval_benchmark as benchmarks
+    from crd_fast.train.inference import evaluate_checkpoint
 
     settings = _settings(set_ or [])
     if benchmark not in (None, benchmarks.GENEVAL):
@@ -268,7 +268,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw pictures with a checkpoint's trained weights, or with the built-in model."""
-    from crd_fast.inference import sample_grid
+    from crd_fast.train.inference import sample_grid
 
     if out.exists():
         raise UserError(f"--out {out}: already exists; choose another name")

@@ -22,9 +22,9 @@ from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.memory import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.plan_model import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
-from crd_fast.rollout import generate
-from crd_fast.trainer import resolve_micro_batch
-from crd_fast.update import Pairs, Updater
+from crd_fast.train.rollout import generate
+from crd_fast.train.trainer import resolve_micro_batch
+from crd_fast.train.update import Pairs, Updater
 from crd_fast.weights.make import make_weights
 
 PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")

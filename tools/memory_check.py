@@ -22,7 +22,7 @@ from benchmarks.measure_iteration import pipeline
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.memory import LiveBytes
 from crd_fast.plan import Planner, tensors_of
-from crd_fast.trainer import Trainer
+from crd_fast.train.trainer import Trainer
 
 PHASES = ("rollout", "update")
 PROMPT = "a red circle left of a blue square"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast.evaluate import to_uint8
 from crd_fast.models.builtin import BuiltinModel, encode
-from crd_fast.rollout import generate, seed_table
+from crd_fast.train.evaluate import to_uint8
+from crd_fast.train.rollout import generate, seed_table
 
 WARMUP_STEPS = 200
 CAPTION_DROPOUT = 0.1

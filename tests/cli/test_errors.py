@@ -127,7 +127,7 @@ def finished(tmp_path_factory):
     """A run of one iteration."""
     folder = tmp_path_factory.mktemp("finished")
     from crd_fast.config import build_recipe, load_recipe
-    from crd_fast.trainer import Trainer
+    from crd_fast.train.trainer import Trainer
 
     (folder / "small.yaml").write_text(SMALL)
     recipe = load_recipe(folder / "small.yaml", ["train.iterations=1", "evaluate.every=0"])
@@ -173,7 +173,7 @@ def test_damaged_state(run, copied):
 def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
     from crd_fast.config import load_recipe
     from crd_fast.errors import UserError
-    from crd_fast.trainer import Trainer
+    from crd_fast.train.trainer import Trainer
 
     copied = shutil.copytree(finished, tmp_path / "copy")
     recipe = load_recipe(copied / "config.yaml", ["train.iterations=2"])

@@ -5,8 +5,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from crd_fast.config import build_recipe
-from crd_fast.rollout import generate, seed_table
-from crd_fast.update import Pairs
+from crd_fast.train.rollout import generate, seed_table
+from crd_fast.train.update import Pairs
 from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
 
 RESOLUTION, STEPS = 64, 3

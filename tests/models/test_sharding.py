@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from crd_fast.config import LossConfig
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
-from crd_fast.update import Updater
+from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 from crd_fast.weights.sharded import gather
 from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model, streaming
-from crd_fast.trainer import Trainer
-from crd_fast.update import Updater
+from crd_fast.train.trainer import Trainer
+from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 from tests.models.conftest import (
     ALL,

@@ -7,7 +7,7 @@ from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.run.log import read_metrics
-from crd_fast.trainer import Trainer
+from crd_fast.train.trainer import Trainer
 from tests.models.conftest import by_rollout
 
 
@@ -42,7 +42,7 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
         compiled.append(network)
         compile_blocks(network, backend="aot_eager")
 
-    monkeypatch.setattr("crd_fast.trainer.compile_blocks", traced)
+    monkeypatch.setattr("crd_fast.train.trainer.compile_blocks", traced)
     settings = ["rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "rollout.steps=2"]
     settings += ["train.timesteps=1", "train.iterations=2", "evaluate.every=0"]
     records = {}

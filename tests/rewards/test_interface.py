@@ -298,7 +298,7 @@ def recipe_file(folder, rewards, name="small.yaml"):
 
 
 def train(recipe, output, overrides=SETTINGS):
-    from crd_fast.trainer import Trainer
+    from crd_fast.train.trainer import Trainer
 
     trainer = Trainer(load_recipe(recipe, overrides), output)
     trainer.run()

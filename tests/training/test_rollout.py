@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from crd_fast.models.builtin import SHIFT, BuiltinModel
 from crd_fast.rewards.advantage import advantages, combine
-from crd_fast.rollout import autocast, generate, seed_table, seeded_noise
+from crd_fast.train.rollout import autocast, generate, seed_table, seeded_noise
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,18 @@ import torch
 
 from crd_fast.config import Recipe, Schedule
 from crd_fast.errors import UserError
-from crd_fast.evaluate import Evaluation, to_uint8
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rewards.scoring import PromptScoring, Scoring
-from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.run.log import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.run.progress import Quiet
 from crd_fast.run.watch import Watch, reward_metrics
-from crd_fast.update import Pairs, Updater
+from crd_fast.train.evaluate import Evaluation, to_uint8
+from crd_fast.train.rollout import MicroBatch, generate, seed_table
+from crd_fast.train.update import Pairs, Updater
 from crd_fast.weights import checkpoint, sharded
 from crd_fast.weights.full import SNAPSHOTS
 from crd_fast.weights.make import make_optimizer, make_weights

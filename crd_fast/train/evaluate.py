@@ -13,8 +13,8 @@ from crd_fast.config import Recipe
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
-from crd_fast.rollout import MicroBatch, generate, seed_table
 from crd_fast.run.watch import judge_metrics
+from crd_fast.train.rollout import MicroBatch, generate, seed_table
 
 EVALUATION_SEED = 20_260_314
 GRID_COLUMNS, GRID_TILES = 8, 24

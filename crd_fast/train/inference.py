@@ -10,12 +10,12 @@ from PIL import Image
 
 from crd_fast.config import BUILTIN_MODELS, build_recipe, load_recipe
 from crd_fast.errors import UserError
-from crd_fast.evaluate import Evaluation, tile, to_uint8
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
-from crd_fast.rollout import generate, seed_table
-from crd_fast.trainer import resolve_micro_batch
+from crd_fast.train.evaluate import Evaluation, tile, to_uint8
+from crd_fast.train.rollout import generate, seed_table
+from crd_fast.train.trainer import resolve_micro_batch
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
 

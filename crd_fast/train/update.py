@@ -15,7 +15,7 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
+from crd_fast.train.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The training algorithm: rollout, update, evaluation, and the loop around them."""
