@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from crd_fast.config import build_recipe
-from crd_fast.plan import Planner
-from crd_fast.plan_fit import GIB, RESERVED
+from crd_fast.plan.fit import GIB, RESERVED
+from crd_fast.plan.planner import Planner
 
 RESULT = Path(__file__).parent / "results" / "plans.json"
 CASES = {  # model, overrides

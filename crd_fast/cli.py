@@ -102,7 +102,7 @@ def train(
         name = Path(recipe or "builtin").name.removesuffix(".yaml")
         output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     if gpu_memory is not None:
-        from crd_fast.plan_fit import for_training, parse_memory
+        from crd_fast.plan.fit import for_training, parse_memory
 
         with console.status("planning"):
             loaded = for_training(loaded, parse_memory(gpu_memory))
@@ -176,15 +176,15 @@ def plan(
         raise UserError(f"--json {json_}: already exists; choose another name")
     loaded = load_recipe(recipe or "builtin", set_ or [])
     with console.status("planning"):
-        from crd_fast import plan_fit
+        from crd_fast.plan import fit as fitting
 
         if gpu is None:
-            found, lines = plan_fit.Planner(loaded).plan(), []
+            found, lines = fitting.Planner(loaded).plan(), []
         else:
-            fits = list(plan_fit.fit(loaded, plan_fit.parse_memory(gpu)))
-            found, lines = fits[-1].plan, [plan_fit.verdict(fit) for fit in fits]
-    console.print(plan_fit.table(found, escape(loaded.model.path)))
-    for line in [*plan_fit.summary(found).splitlines(), *lines]:
+            fits = list(fitting.fit(loaded, fitting.parse_memory(gpu)))
+            found, lines = fits[-1].plan, [fitting.verdict(fit) for fit in fits]
+    console.print(fitting.table(found, escape(loaded.model.path)))
+    for line in [*fitting.summary(found).splitlines(), *lines]:
         _say(line)
     if json_ is not None:
         result = {"model": loaded.model.path, **found.to_json()}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
-from crd_fast.plan import Planner
+from crd_fast.plan.planner import Planner
 from crd_fast.ranks import check_ranks
 from crd_fast.train.rollout import MicroBatch
 from crd_fast.weights.sharded import check_resumes

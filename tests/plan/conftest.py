@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from crd_fast.config import build_recipe
-from crd_fast.memory import LiveBytes
 from crd_fast.models import load_model
-from crd_fast.plan import tensors_of
+from crd_fast.plan.live_bytes import LiveBytes
+from crd_fast.plan.planner import tensors_of
 from crd_fast.train.rollout import generate
 from crd_fast.train.update import Pairs, Updater
 from crd_fast.weights.make import make_optimizer, make_weights

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from crd_fast.config import RECIPES, build_recipe, load_recipe
-from crd_fast.plan import Planner
-from crd_fast.plan_fit import GIB, RESERVED
+from crd_fast.plan.fit import GIB, RESERVED
+from crd_fast.plan.planner import Planner
 from tools.card_recipes import CARDS, IN_ROLLOUT, IN_UPDATE, MODELS, RESULT, choose, recipe, yaml_text
 
 PLANS = json.loads(RESULT.read_text())["plans"]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from crd_fast.errors import UserError
-from crd_fast.plan import Planner
-from crd_fast.plan_fit import GIB, RESERVED, fit, for_training, parse_memory
+from crd_fast.plan.fit import GIB, RESERVED, fit, for_training, parse_memory
+from crd_fast.plan.planner import Planner
 
 
 def sizes(recipe):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from crd_fast.models import streaming
-from crd_fast.plan import Planner, count_parameters
-from crd_fast.plan_model import CONFIGS, config_folder, shipped
+from crd_fast.plan.fake_models import CONFIGS, config_folder, shipped
+from crd_fast.plan.planner import Planner, count_parameters
 from tests.plan.conftest import GROUP, Real
 
 FULL = ("model.method=full", "train.precision=fp32", "train.checkpointing=true", "train.optimizer=adamw8bit")

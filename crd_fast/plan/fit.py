@@ -12,7 +12,7 @@ from crd_fast.config import BUILTIN_MODELS, Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
-from crd_fast.plan import PARTS, Plan, Planner
+from crd_fast.plan.planner import PARTS, Plan, Planner
 from crd_fast.train.trainer import AUTO_MICRO_BATCH
 
 GIB = 1 << 30

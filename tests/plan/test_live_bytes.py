@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
-from crd_fast.memory import LiveBytes
+from crd_fast.plan.live_bytes import LiveBytes
 from tests.plan.conftest import Real
 
 

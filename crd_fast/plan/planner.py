@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
-from crd_fast.memory import GEMM_4BIT, LiveBytes, Peak
-from crd_fast.plan_model import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
+from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
+from crd_fast.plan.live_bytes import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.train.rollout import generate
 from crd_fast.train.trainer import resolve_micro_batch
 from crd_fast.train.update import Pairs, Updater

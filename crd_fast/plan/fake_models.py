@@ -20,7 +20,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import _family, check_builtin, checks, prepare_builtin
 from crd_fast.models.base import FlowModel
 
-CONFIGS = Path(__file__).parent / "models" / "configs"
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",

@@ -1,0 +1,1 @@
+"""What a recipe takes, said before anything is loaded."""
