@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from crd_fast.models.builtin import BuiltinModel, encode
+from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import to_uint8
-from crd_fast.train.rollout import generate, seed_table
+from crd_fast.train.rollout import generate
 
 WARMUP_STEPS = 200
 CAPTION_DROPOUT = 0.1

@@ -13,7 +13,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan.planner import PARTS, Plan, Planner
-from crd_fast.train.trainer import AUTO_MICRO_BATCH
+from crd_fast.train.micro_batch import AUTO_MICRO_BATCH
 
 GIB = 1 << 30
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.

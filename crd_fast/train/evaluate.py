@@ -14,7 +14,9 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.watch import judge_metrics
-from crd_fast.train.rollout import MicroBatch, generate, seed_table
+from crd_fast.seeds import seed_table
+from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.rollout import generate
 
 EVALUATION_SEED = 20_260_314
 GRID_COLUMNS, GRID_TILES = 8, 24

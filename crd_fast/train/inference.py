@@ -13,9 +13,10 @@ from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
+from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import Evaluation, tile, to_uint8
-from crd_fast.train.rollout import generate, seed_table
-from crd_fast.train.trainer import resolve_micro_batch
+from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.rollout import generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
 

@@ -29,14 +29,15 @@ from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run.log import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.run.progress import Quiet
 from crd_fast.run.watch import Watch, reward_metrics
+from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import Evaluation, to_uint8
-from crd_fast.train.rollout import MicroBatch, generate, seed_table
+from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.rollout import generate
 from crd_fast.train.update import Pairs, Updater
 from crd_fast.weights import checkpoint, sharded
 from crd_fast.weights.full import SNAPSHOTS
 from crd_fast.weights.make import make_optimizer, make_weights
 
-AUTO_MICRO_BATCH = 96
 ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
 
 
@@ -360,7 +361,3 @@ def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
         for iteration in range(iterations):
             yield from (e["prompt"] for e in source.draw(count, recipe.train.seed, iteration))
     yield from (e["prompt"] for e in PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts))
-
-
-def resolve_micro_batch(micro_batch: int | str, fixed: bool = False) -> MicroBatch:
-    return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch, fixed)

@@ -15,7 +15,9 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.train.rollout import MicroBatch, autocast, chosen_prompts, doubled_velocity, seeded_noise
+from crd_fast.seeds import seeded_noise
+from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
+from crd_fast.train.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)

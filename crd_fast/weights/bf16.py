@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 
 from crd_fast.errors import UserError
-from crd_fast.train.rollout import seed_table
+from crd_fast.seeds import seed_table
 
 
 def widen_gradients(parameters: list[torch.nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
 from crd_fast.ranks import check_ranks
-from crd_fast.train.rollout import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.weights.sharded import check_resumes
 from tests.cli.conftest import metrics
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from crd_fast.config import build_recipe
-from crd_fast.train.rollout import generate, seed_table
+from crd_fast.seeds import seed_table
+from crd_fast.train.rollout import generate
 from crd_fast.train.update import Pairs
 from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
 

@@ -6,7 +6,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from crd_fast.models.builtin import SHIFT, BuiltinModel
 from crd_fast.rewards.advantage import advantages, combine
-from crd_fast.train.rollout import autocast, generate, seed_table, seeded_noise
+from crd_fast.seeds import seed_table, seeded_noise
+from crd_fast.train.forwards import autocast
+from crd_fast.train.rollout import generate
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,46 @@
+"""Forwards of the model: their precision, the prompts of their rows, guidance by the empty prompt."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def autocast(device_type: str, precision: str):
+    """The context of one forward, without the cache of weights that were cast.
+
+    A forward uses each weight once, and the cache would hold bfloat16 copies of all that are trained to its
+    end.
+    """
+    if precision == "bf16":
+        return torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
+    return contextlib.nullcontext()
+
+
+def chosen_prompts(
+    embeddings: dict[str, torch.Tensor], index: torch.Tensor, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Rows of each tensor, on `device`: embeddings of large models stay on the host but for a micro-batch."""
+    return {key: value[index.to(value.device)].to(device) for key, value in embeddings.items()}
+
+
+def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, torch.Tensor]:
+    """The conditional and the unconditional velocity: views of one doubled batch.
+
+    empty: embeddings of the empty prompt, first axis 1.
+    """
+    unconditional = {key: empty[key].to(value.device).expand_as(value) for key, value in embeddings.items()}
+    both = {key: torch.cat([value, unconditional[key]]) for key, value in embeddings.items()}
+    return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+
+
+def guided_velocity(model, x, sigma, embeddings, empty, guidance_scale: float) -> torch.Tensor:
+    """The model's guidance, uncond + w (cond - uncond) in most, or cond alone where w <= 1.
+
+    Both branches in one doubled batch.
+    """
+    if guidance_scale <= 1:
+        return model.velocity(x, sigma, embeddings)
+    conditional, unconditional = doubled_velocity(model, x, sigma, embeddings, empty)
+    return model.guide(conditional, unconditional, guidance_scale)

@@ -1,0 +1,43 @@
+"""How many samples go through the network at once."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from crd_fast.errors import UserError
+
+AUTO_MICRO_BATCH = 96
+
+logger = logging.getLogger("crd_fast")
+
+
+class MicroBatch:
+    """How many samples go through the network at once, halved where they do not fit.
+
+    No result depends on it but by rounding: noise comes from a sample's own seed, and groups are exact.
+    fixed: it cannot be halved, because other processes wait for this one within the forward that failed.
+    """
+
+    def __init__(self, size: int, fixed: bool = False):
+        self.size, self.fixed = size, fixed
+
+    def halve(self, error: torch.OutOfMemoryError) -> None:
+        """Raises UserError where nothing is left to halve."""
+        if self.size == 1 or self.fixed:
+            hint = ""
+            if self.fixed:
+                hint = ", model.sharding fsdp needs the same on all processes: set smaller micro-batches"
+            reason = str(error).partition(".")[0]
+            raise UserError(f"out of memory at micro-batch {self.size}{hint}: {reason}") from error
+        logger.warning(
+            "warning: out of memory at micro-batch %d, going on with %d", self.size, self.size // 2
+        )
+        self.size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def resolve_micro_batch(micro_batch: int | str, fixed: bool = False) -> MicroBatch:
+    return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch, fixed)
