@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers within an iteration
+
 
 def seeded_noise(seeds: torch.Tensor, shape: tuple[int, ...], device="cpu") -> torch.Tensor:
     """N(0, 1), float32, (len(seeds), *shape). Each sample depends on its own seed alone, not on its batch."""
@@ -19,3 +21,8 @@ def seed_table(seed: int, *keys: int, count: int) -> torch.Tensor:
     """`count` well-mixed seeds, int64, that are a function of `seed` and `keys`."""
     words = np.random.SeedSequence((seed, *keys)).generate_state(count, np.uint64)
     return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
+
+
+def generator(seed: int, *keys: int) -> np.random.Generator:
+    """A generator of its own for these keys."""
+    return np.random.default_rng((seed, *keys))

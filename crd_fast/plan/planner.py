@@ -23,8 +23,9 @@ from crd_fast.errors import UserError
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.live_bytes import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import generate
-from crd_fast.train.update import Pairs, Updater
+from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 
 PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")

@@ -29,16 +29,15 @@ from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run.log import RunLog, peak_rss_bytes, read_metrics
 from crd_fast.run.progress import Quiet
 from crd_fast.run.watch import Watch, reward_metrics
-from crd_fast.seeds import seed_table
+from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import Evaluation, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import generate
-from crd_fast.train.update import Pairs, Updater
+from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint, sharded
 from crd_fast.weights.full import SNAPSHOTS
 from crd_fast.weights.make import make_optimizer, make_weights
-
-ROLLOUT, TIMESTEPS, ANCHOR, NOISE = range(4)  # streams of random numbers
 
 
 class Trainer:
@@ -165,7 +164,8 @@ class Trainer:
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
         drawn = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
         metadata = [drawn[prompt] for prompt in own]
-        seeds = self._seeds(ROLLOUT, count * samples).view(count, samples)[torch.from_numpy(own)]
+        seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
+        seeds = seeds.view(count, samples)[torch.from_numpy(own)]
         embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
         with self.weights.use("sampler"), self.progress.phase("rollout", seeds.numel()) as advance:
             latents_N = generate(
@@ -203,7 +203,10 @@ class Trainer:
     @phase("update")
     def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
-        pairs_by_step = [self._pairs(prompts, own, advantage_PK) for prompts in shares]
+        sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
+        pairs_by_step = [
+            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK) for prompts in shares
+        ]
         collected = []
         with self.progress.phase("update", sum(map(len, pairs_by_step))) as advance:
             for pairs in pairs_by_step:
@@ -226,40 +229,6 @@ class Trainer:
         else:
             self.ranks.average_gradients(parameters)
         return self.ranks.clip_gradients(parameters, self.recipe.train.max_grad_norm, parts=self.sharded)
-
-    def _pairs(self, prompts: np.ndarray, own: np.ndarray, advantage_PK: np.ndarray) -> Pairs:
-        """The (sample, timestep) pairs of those prompts that are this rank's own.
-
-        A group is a prompt at a timestep. What is random is drawn for all ranks' pairs, so that it does not
-        depend on their number.
-        """
-        samples = advantage_PK.shape[1]
-        sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
-        candidates = self.recipe.training_steps()
-        wanted = self.recipe.train.timesteps
-        count = len(candidates) if wanted == "all" else wanted
-        offsets = self._generator(TIMESTEPS).random(len(advantage_PK))
-        chosen = [candidates[i] for p in prompts for i in draw_timesteps(len(candidates), count, offsets[p])]
-
-        group = torch.arange(len(chosen)).repeat_interleave(samples)
-        prompt = torch.from_numpy(prompts).repeat_interleave(count * samples)
-        sample = prompt * samples + torch.arange(samples).repeat(len(chosen))
-        seeds = self._seeds(NOISE, advantage_PK.size * self.recipe.rollout.steps)
-        timestep = torch.tensor(chosen).repeat_interleave(samples)
-        fraction = self.recipe.loss.anchor_fraction
-        anchored = self._generator(ANCHOR, int(prompts[0])).random(len(sample)) < fraction
-        row = torch.full((len(advantage_PK),), -1)  # of a prompt among the own
-        row[torch.from_numpy(own)] = torch.arange(len(own))
-        pairs = Pairs(
-            sample=row[prompt] * samples + sample % samples,
-            prompt=row[prompt],
-            sigma=sigmas[timestep],
-            seed=seeds[sample * self.recipe.rollout.steps + timestep],
-            group=group,
-            advantage=torch.from_numpy(advantage_PK).float().flatten()[sample],
-            anchor=torch.from_numpy(anchored).float() / fraction,
-        )
-        return pairs[row[prompt] >= 0]
 
     @phase("evaluation")
     def _log_evaluation(self, record: dict) -> None:
@@ -317,12 +286,6 @@ class Trainer:
             f"{self.output / 'checkpoints'}"
         )
 
-    def _generator(self, stream: int, *keys: int) -> np.random.Generator:
-        return np.random.default_rng((self.recipe.train.seed, self.iteration, stream, *keys))
-
-    def _seeds(self, stream: int, count: int) -> torch.Tensor:
-        return seed_table(self.recipe.train.seed, self.iteration, stream, count=count)
-
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
@@ -342,14 +305,6 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(noted)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
-    """`count` of `candidates` indices: one from each of `count` equal strata, no repeats.
-
-    Systematic sampling: with `offset` uniform in [0, 1) every index is drawn with the same probability.
-    """
-    return [int((i + offset) * candidates / count) for i in range(count)]
 
 
 def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:

@@ -18,28 +18,7 @@ from crd_fast.config import LossConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.micro_batch import MicroBatch
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """(sample, timestep) pairs, B of them; pairs with one `group` id share a prompt and a timestep."""
-
-    sample: torch.Tensor  # (B,) int64, row of the iteration's latents
-    prompt: torch.Tensor  # (B,) int64, row of the prompt embeddings
-    sigma: torch.Tensor  # (B,) float32
-    seed: torch.Tensor  # (B,) int64, of the noise
-    group: torch.Tensor  # (B,) int64
-    advantage: torch.Tensor  # (B,) float32, raw A_i
-    anchor: torch.Tensor  # (B,) float32, weight of the KL anchor: 0, or 1 / anchor_fraction
-
-    def __len__(self) -> int:
-        return len(self.sample)
-
-    def __getitem__(self, index) -> Pairs:
-        return Pairs(**{name: value[index] for name, value in vars(self).items()})
-
-    def to(self, device) -> Pairs:
-        return Pairs(**{name: value.to(device) for name, value in vars(self).items()})
+from crd_fast.train.pairs import Pairs
 
 
 @dataclass

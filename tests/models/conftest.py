@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 
 from crd_fast.config import build_recipe
 from crd_fast.seeds import seed_table
+from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import generate
-from crd_fast.train.update import Pairs
 from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
 
 RESOLUTION, STEPS = 64, 3

@@ -7,8 +7,9 @@ from crd_fast.config import build_recipe
 from crd_fast.models import load_model
 from crd_fast.plan.live_bytes import LiveBytes
 from crd_fast.plan.planner import tensors_of
+from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import generate
-from crd_fast.train.update import Pairs, Updater
+from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_optimizer, make_weights
 from tests.models.conftest import own_cache, tiny  # noqa: F401
 

@@ -6,8 +6,8 @@ import torch
 from crd_fast.config import LossConfig
 from crd_fast.errors import UserError
 from crd_fast.seeds import seed_table, seeded_noise
-from crd_fast.train.trainer import draw_timesteps
-from crd_fast.train.update import Pairs, Updater
+from crd_fast.train.pairs import Pairs, draw_timesteps
+from crd_fast.train.update import Updater
 from crd_fast.weights.full import FullWeights
 
 PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
