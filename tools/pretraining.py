@@ -14,7 +14,7 @@ import torch
 from crd_fast.models.builtin import BuiltinModel, encode
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import to_uint8
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 
 WARMUP_STEPS = 200
 CAPTION_DROPOUT = 0.1
@@ -55,12 +55,14 @@ def sample(model: BuiltinModel, prompts: list[str], guidance_scale: float, batch
         model.encode_prompts(prompts),
         torch.arange(len(prompts)),
         seed_table(0, count=len(prompts)),
-        resolution=model.kind.height,
-        steps=SAMPLE_STEPS,
-        guidance_scale=guidance_scale,
-        empty=model.encode_prompts([""]),
-        micro_batch=batch // 2 if guidance_scale > 1 else batch,  # one shape for torch.compile
-        precision="fp32",
+        Sampling(
+            model.kind.height,
+            SAMPLE_STEPS,
+            guidance_scale,
+            "fp32",
+            model.encode_prompts([""]),
+            batch // 2 if guidance_scale > 1 else batch,  # one shape for torch.compile
+        ),
     )
     return to_uint8(model.decode(latents))
 

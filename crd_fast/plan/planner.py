@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +24,7 @@ from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, f
 from crd_fast.plan.live_bytes import GEMM_4BIT, LiveBytes, Peak
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 
@@ -159,12 +159,7 @@ class Planner:
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.zeros(count, dtype=torch.int64),
-                resolution=rollout.resolution,
-                steps=2,
-                guidance_scale=rollout.guidance_scale,
-                empty=self.empty,
-                micro_batch=count,
-                precision=self.recipe.train.precision,
+                replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2),
                 finished=decode,
             )
         result.forwards["rollout"] = watch.samples["sampler"] / 2 / count

@@ -16,7 +16,7 @@ from crd_fast.rewards import Rewards
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
 from crd_fast.train.micro_batch import MicroBatch
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 
 EVALUATION_SEED = 20_260_314
 GRID_COLUMNS, GRID_TILES = 8, 24
@@ -62,13 +62,8 @@ class Evaluation:
             self.embeddings,
             self.prompt_index[own],
             self.seeds[own],
-            resolution=self.recipe.rollout.resolution,
-            steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            empty=self.empty,
-            micro_batch=self.micro_batch,
-            precision=self.recipe.train.precision,
-            advance=advance,
+            Sampling.of(self.recipe, config, self.empty, self.micro_batch),
+            advance,
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])

@@ -16,7 +16,7 @@ from crd_fast.rewards import Rewards
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import Evaluation, tile, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
 
@@ -78,18 +78,15 @@ def sample_grid(
 ) -> None:
     """Writes a PNG: a row of `samples` pictures for each prompt."""
     model, recipe = load_source(source, prompts)
-    config = recipe.evaluate
+    changes = {"guidance_scale": guidance_scale, "steps": steps}
+    config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
     latents = generate(
         model,
         model.encode_prompts(prompts),
         torch.arange(len(prompts)).repeat_interleave(samples),
         seed_table(seed, count=len(prompts) * samples),
-        resolution=recipe.rollout.resolution,
-        steps=config.steps if steps is None else steps,
-        guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
-        empty=model.encode_prompts([""]),
-        micro_batch=resolve_micro_batch(recipe.rollout.micro_batch),
-        precision=recipe.train.precision,
+        Sampling.of(recipe, config, model.encode_prompts([""]), micro_batch),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(tile(to_uint8(model.decode(latents)), columns=samples)).save(out)

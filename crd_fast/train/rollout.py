@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from crd_fast.config import EvaluateConfig, Recipe, RolloutConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity
 from crd_fast.train.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are generated.
+
+    empty: embeddings of the empty prompt, first axis 1. micro_batch: halved where memory runs out.
+    """
+
+    resolution: int
+    steps: int
+    guidance_scale: float
+    precision: str
+    empty: dict[str, torch.Tensor]
+    micro_batch: MicroBatch | int
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        section: RolloutConfig | EvaluateConfig,
+        empty: dict[str, torch.Tensor],
+        micro_batch: MicroBatch | int,
+    ) -> Sampling:
+        """As the recipe generates in its section `rollout` or `evaluate`."""
+        return cls(
+            recipe.rollout.resolution,
+            section.steps,
+            section.guidance_scale,
+            recipe.train.precision,
+            empty,
+            micro_batch,
+        )
 
 
 @torch.no_grad()
@@ -18,13 +53,7 @@ def generate(
     embeddings: dict[str, torch.Tensor],  # P prompts
     prompt_index: torch.Tensor,  # (N,) which prompt each sample has
     seeds: torch.Tensor,  # (N,) int64
-    *,
-    resolution: int,
-    steps: int,
-    guidance_scale: float,
-    empty: dict[str, torch.Tensor],
-    micro_batch: MicroBatch | int,
-    precision: str,
+    sampling: Sampling,
     advance: Callable[[int], None] = lambda count: None,
     finished: Callable[[torch.Tensor], None] = lambda latents: None,
 ) -> torch.Tensor:
@@ -33,9 +62,10 @@ def generate(
     After each micro-batch of n samples, `advance(n)` is called, and `finished` with all latents so far.
     """
     device = model.device
-    shape = model.latent_shape(resolution)
-    sigmas = model.sigmas(steps, resolution).to(device)
+    shape = model.latent_shape(sampling.resolution)
+    sigmas = model.sigmas(sampling.steps, sampling.resolution).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)
+    micro_batch, empty = sampling.micro_batch, sampling.empty
     if isinstance(micro_batch, int):
         micro_batch = MicroBatch(micro_batch)
 
@@ -43,8 +73,10 @@ def generate(
         x = seeded_noise(seeds[chunk], shape, device)
         chosen = chosen_prompts(embeddings, prompt_index[chunk], device)
         for sigma, next_sigma in itertools.pairwise(sigmas):
-            with autocast(x.device.type, precision):
-                velocity = guided_velocity(model, x, sigma.expand(len(x)), chosen, empty, guidance_scale)
+            with autocast(x.device.type, sampling.precision):
+                velocity = guided_velocity(
+                    model, x, sigma.expand(len(x)), chosen, empty, sampling.guidance_scale
+                )
             x = x + (next_sigma - sigma) * velocity.float()
         return x
 

@@ -33,7 +33,7 @@ from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import Evaluation, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint, sharded
 from crd_fast.weights.full import SNAPSHOTS
@@ -173,14 +173,9 @@ class Trainer:
                 embeddings,
                 torch.arange(len(own)).repeat_interleave(samples),
                 seeds.flatten(),
-                resolution=config.resolution,
-                steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                empty=self.empty,
-                micro_batch=self.rollout_micro_batch,
-                precision=self.recipe.train.precision,
-                advance=advance,
-                finished=PromptScoring(
+                Sampling.of(self.recipe, config, self.empty, self.rollout_micro_batch),
+                advance,
+                PromptScoring(
                     scoring, lambda latents: to_uint8(self.model.decode(latents)), metadata, samples
                 ),
             )

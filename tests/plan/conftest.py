@@ -8,7 +8,7 @@ from crd_fast.models import load_model
 from crd_fast.plan.live_bytes import LiveBytes
 from crd_fast.plan.planner import tensors_of
 from crd_fast.train.pairs import Pairs
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_optimizer, make_weights
 from tests.models.conftest import own_cache, tiny  # noqa: F401
@@ -57,19 +57,14 @@ class Real:
         self.live.add(self.embeddings)
 
     def generate(self, micro_batch):
-        count, rollout = GROUP * PROMPTS, self.recipe.rollout
+        count = GROUP * PROMPTS
         with self.weights.use("sampler"):
             return generate(
                 self.model,
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.arange(count),
-                resolution=rollout.resolution,
-                steps=rollout.steps,
-                guidance_scale=rollout.guidance_scale,
-                empty=self.empty,
-                micro_batch=micro_batch,
-                precision=self.recipe.train.precision,
+                Sampling.of(self.recipe, self.recipe.rollout, self.empty, micro_batch),
             )
 
     def update(self, latents, micro_batch):

@@ -8,7 +8,7 @@ from crd_fast.models.builtin import SHIFT, BuiltinModel
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.forwards import autocast
-from crd_fast.train.rollout import generate
+from crd_fast.train.rollout import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,7 @@ def rollout(model, micro_batch, guidance_scale=1.0, prompts=PROMPTS):
         model.encode_prompts(list(prompts)),
         torch.tensor([0, 0, 1]),
         seed_table(1, count=3),
-        resolution=32,
-        steps=4,
-        guidance_scale=guidance_scale,
-        empty=model.encode_prompts([""]),
-        micro_batch=micro_batch,
-        precision="fp32",
+        Sampling(32, 4, guidance_scale, "fp32", model.encode_prompts([""]), micro_batch),
     )
 
 
