@@ -12,6 +12,7 @@ from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.streaming import repeated_blocks
+from crd_fast.models.targets import check_targets, lora_targets
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -37,7 +38,6 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     import transformers
 
     from crd_fast.models import checks
-    from crd_fast.weights.full import check_targets
 
     for library in (diffusers, transformers):  # bars of their own would run through ours
         library.utils.logging.disable_progress_bar()
@@ -80,12 +80,6 @@ def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in repeated_blocks(network):
         block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
-
-
-def lora_targets(model: FlowModel, recipe: Recipe) -> list[str]:
-    """The layers that the recipe adapts."""
-    wanted = recipe.model.lora_targets
-    return list(model.lora_targets if wanted == "default" else wanted)
 
 
 def _load_builtin(recipe: Recipe) -> FlowModel:

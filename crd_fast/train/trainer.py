@@ -36,8 +36,8 @@ from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint, sharded
-from crd_fast.weights.full import SNAPSHOTS
 from crd_fast.weights.make import make_optimizer, make_weights
+from crd_fast.weights.sets import SNAPSHOTS
 
 
 class Trainer:

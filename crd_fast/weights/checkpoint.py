@@ -1,8 +1,8 @@
 """Checkpoints: safetensors for every tensor, JSON for the rest, nothing that runs code when it is loaded.
 
-A checkpoint folder holds the trained weights in the formats of diffusers and peft (see `weights.py`) and,
-for resuming, `training.safetensors` (snapshots, optimizer) and `state.json`. It appears under its name only
-once it is complete.
+A checkpoint folder holds the trained weights in the formats of diffusers and peft and, for
+resuming, `training.safetensors` (snapshots, optimizer) and `state.json`. It appears under its name only once
+it is complete.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import lora_targets
+from crd_fast.models.targets import lora_targets
 from crd_fast.weights.bf16 import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
-from crd_fast.weights.full import FullWeights, HostWeights, LoraWeights
+from crd_fast.weights.full import FullWeights, HostWeights
+from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
 
 

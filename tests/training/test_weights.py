@@ -8,7 +8,8 @@ from peft import PeftModel
 from crd_fast.errors import UserError
 from crd_fast.models import builtin
 from crd_fast.weights import checkpoint
-from crd_fast.weights.full import FullWeights, HostWeights, LoraWeights
+from crd_fast.weights.full import FullWeights, HostWeights
+from crd_fast.weights.lora import LoraWeights
 
 TARGETS = list(builtin.BuiltinModel.lora_targets)
 
