@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.measure_iteration import pipeline
 from crd_fast.config import Recipe, build_recipe
-from crd_fast.plan.live_bytes import LiveBytes
-from crd_fast.plan.planner import Planner, tensors_of
+from crd_fast.plan.live_bytes import LiveBytes, tensors_of
+from crd_fast.plan.planner import Planner
 from crd_fast.train.trainer import Trainer
 
 PHASES = ("rollout", "update")

@@ -123,3 +123,14 @@ class LiveBytes(TorchDispatchMode):
             if inside:
                 parts["workspace"] = parts.get("workspace", 0) + inside
             self.peaks[self.phase] = Peak(self.total + inside, parts)
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, and what bitsandbytes keeps beside 4-bit weights."""
+    tensors = [*module.parameters(), *module.buffers()]
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            tensors += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+            state = state.state2
+    return tensors

@@ -8,20 +8,16 @@ forward, of a group's micro-batches two, which is enough because each further on
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from crd_fast.config import BUILTIN_MODELS, Recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
-from crd_fast.plan.live_bytes import GEMM_4BIT, LiveBytes, Peak
+from crd_fast.plan.forwards import Flops, accounted
+from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -153,7 +149,7 @@ class Planner:
             self._decode()
             result.flops["decode"] = (self.flops.total - before) * samples
 
-        with self.live.in_phase("rollout"), watched(self) as watch, self.weights.use("sampler"):
+        with self.live.in_phase("rollout"), accounted(self) as account, self.weights.use("sampler"):
             generate(
                 self.model,
                 self.embeddings,
@@ -162,7 +158,7 @@ class Planner:
                 replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2),
                 finished=decode,
             )
-        result.forwards["rollout"] = watch.samples["sampler"] / 2 / count
+        result.forwards["rollout"] = account.samples["sampler"] / 2 / count
         del others
 
     def _decode(self) -> None:
@@ -202,16 +198,16 @@ class Planner:
             for parameter in self.trained:  # those of earlier micro-batches
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         flops, before = self.flops.total, self.live.live["latents"]
-        with self.live.in_phase("measure"), watched(self) as watch:
+        with self.live.in_phase("measure"), accounted(self) as account:
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
         if split:
-            for name, held in watch.held.items():
+            for name, held in account.held.items():
                 more = round((unit - count) / count * (held - before))
                 peak = self.live.peaks[name]
                 parts = peak.parts | {"latents": peak.parts["latents"] + more}
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
         fraction = {"reference": recipe.loss.anchor_fraction}
-        for name, of_all in watch.samples.items():
+        for name, of_all in account.samples.items():
             result.forwards[name] = of_all / count * fraction.get(name, 1.0)
         result.flops["update"] = (self.flops.total - flops) / count * prompts * group * timesteps
 
@@ -238,131 +234,6 @@ class Planner:
         return live.peaks["encode"]
 
 
-class Watch:
-    """Sees every forward of the model: which phase it is, of which part its tensors are.
-
-    A forward without gradient that was run before, with as many samples and the same layers, is not run
-    again: its peak and its FLOPs are remembered. Nor is a second one with gradient.
-    """
-
-    def __init__(self, planner: Planner):
-        self.planner, self.live = planner, planner.live
-        self.velocity, self.use = planner.model.velocity, planner.weights.use
-        self.fetch = planner.model.streaming.fetch if planner.model.streaming else None
-        self.active: str | tuple[str, ...] = "policy"  # or the name of each row
-        self.samples: Counter[str] = Counter()  # by set of weights
-        self.held: dict[str, int] = {}  # bytes of latents at the policy's first forward, by phase
-        self._before_gradient: int | None = None  # FLOPs
-
-    @contextmanager
-    def use_of(self, name: str) -> Iterator[None]:
-        self.active = name
-        with self.use(name):
-            yield
-        self.active = "policy"
-
-    @contextmanager
-    def use_rows_of(self, names: list[str]) -> Iterator[None]:
-        self.active = tuple(names)
-        with type(self.planner.weights).use_rows(self.planner.weights, names):
-            yield
-        self.active = "policy"
-
-    def fetch_of(self, index: int):
-        with self.live.in_part("base weights"):
-            return self.fetch(index)
-
-    def velocity_of(self, x, sigma, embeddings):
-        gradient = torch.is_grad_enabled()
-        self.samples.update(self.active if isinstance(self.active, tuple) else {self.active: len(x)})
-        if self.live.phase in ("measure", "update"):
-            self.live.phase = "update" if gradient else "measure"
-        of_prompts = sum(value.nbytes for value in embeddings.values())  # of one micro-batch at a time
-        if self.active == "policy" and self.live.phase not in self.held:
-            self.held[self.live.phase] = self.live.live["latents"] - of_prompts
-        if isinstance(self.active, tuple) and "policy" in self.active:
-            # of two micro-batches: what both hold before, and what the first holds when it is measured
-            held = self.live.live["latents"] - of_prompts
-            first = self.held.setdefault(self.live.phase, held)
-            self.held[self.live.phase] = first + 2 * (held - first)
-        run = self._with_gradient if gradient else self._without_gradient
-        return run(x, sigma, embeddings)
-
-    def _with_gradient(self, x, sigma, embeddings):
-        flops = self.planner.flops
-        if self._before_gradient is not None:
-            flops.total += flops.total - self._before_gradient
-            with self.planner.mode:
-                return torch.empty(x.shape).requires_grad_()
-        self._before_gradient = flops.total
-        with self.live.in_part("activations"):
-            result = self.velocity(x, sigma, embeddings)
-        self.live.part = "workspace"  # of the backward pass, which comes next
-        return result
-
-    def _layers(self):
-        """Adapted or not, or both in rows."""
-        return self.active if isinstance(self.active, tuple) else self.active == "reference"
-
-    def _without_gradient(self, x, sigma, embeddings):
-        planner, live, key = self.planner, self.live, (self._layers(), len(x))
-        if key in planner.forwards:
-            peak, flops, shape, dtype = planner.forwards[key]
-            live.note(peak)
-            planner.flops.total += flops
-            with planner.mode:
-                return torch.empty(shape, dtype=dtype)
-        before, flops, kept = live.total, planner.flops.total, live.peaks.get(live.phase, Peak())
-        live.peaks[live.phase] = Peak()
-        with live.in_part("workspace"):
-            result = self.velocity(x, sigma, embeddings)
-        live.move(result, "latents")
-        peak = live.peaks[live.phase]
-        live.peaks[live.phase] = max(kept, peak, key=lambda p: p.bytes)
-        # tables that the model made at its first forward stay, and are no part of the next one
-        stays = live.total - before - result.untyped_storage().nbytes()
-        of_it = peak.bytes - before - stays
-        planner.forwards[key] = of_it, planner.flops.total - flops, result.shape, result.dtype
-        return result
-
-
-@contextmanager
-def watched(planner: Planner) -> Iterator[Watch]:
-    """Within this context forwards go through a `Watch`."""
-    watch = Watch(planner)
-    planner.model.velocity, planner.weights.use = watch.velocity_of, watch.use_of
-    streaming = planner.model.streaming
-    if streaming:
-        planner.weights.use_rows, streaming.fetch = watch.use_rows_of, watch.fetch_of
-    try:
-        yield watch
-    finally:
-        del planner.model.velocity, planner.weights.use
-        if streaming:
-            del planner.weights.use_rows, streaming.fetch
-
-
-class Flops(TorchDispatchMode):
-    """Counts floating point operations of matrix products, convolutions and attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.total += sdpa_flop_count(*(t.shape for t in args[:3]))
-        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.total += sdpa_backward_flop_count(*(t.shape for t in args[:4]))
-        elif func.name() == GEMM_4BIT:
-            self.total += 2 * args[0].numel() * args[2][0]
-        return result
-
-
 def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Tensors as the optimizer keeps them. AdamW: two moments like the parameter.
 
@@ -378,17 +249,6 @@ def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[tor
             state += [torch.empty(count, dtype=torch.uint8) for _ in range(2)]
             state += [torch.empty(math.ceil(count / 256)) for _ in range(2)]
     return state
-
-
-def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, and what bitsandbytes keeps beside 4-bit weights."""
-    tensors = [*module.parameters(), *module.buffers()]
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            tensors += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
-            state = state.state2
-    return tensors
 
 
 def count_parameters(network: torch.nn.Module) -> int:

@@ -5,8 +5,7 @@ import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.models import load_model
-from crd_fast.plan.live_bytes import LiveBytes
-from crd_fast.plan.planner import tensors_of
+from crd_fast.plan.live_bytes import LiveBytes, tensors_of
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
