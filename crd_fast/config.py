@@ -18,7 +18,6 @@ from rapidfuzz import process
 from crd_fast.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-BUILTIN_MODELS = ("builtin", "builtin-ocr")  # what `model.path` may name without a folder or a hub id
 
 
 class Section(BaseModel):

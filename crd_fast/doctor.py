@@ -29,11 +29,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-BUILTIN = {  # by the recipe that trains it
-    "builtin": Path(__file__).parent / "builtin",
-    "builtin-ocr": Path(__file__).parent / "builtin_ocr",
-}
-BUILTIN_FILES = ("transformer.safetensors", "text_encoder.safetensors", "tokenizer.json")
+from crd_fast.worlds import FILES, WORLDS
+
 MINIMUM_PYTHON = (3, 11)
 COMPILERS = ("c++", "g++", "clang++")
 GIB = 2**30
@@ -67,7 +64,7 @@ def checks() -> list[Check]:
         *(_package(name) for name in ("diffusers", "transformers", "peft")),
         _bitsandbytes(),
         _flash_attention(),
-        *(_builtin(name, folder) for name, folder in BUILTIN.items()),
+        *(_builtin(world.name, world.folder) for world in WORLDS.values()),
         _kernels_library(),
         _write_access(),
         _disk(),
@@ -341,14 +338,14 @@ def _flash_attention() -> Check:
 
 def _builtin(name: str, folder: Path) -> Check:
     """The weights that ship with the package: every file there, and the safetensors whole."""
-    absent = [file for file in BUILTIN_FILES if not (folder / file).is_file()]
-    damaged = [file for file in BUILTIN_FILES if file not in absent and not _whole(folder / file)]
+    absent = [file for file in FILES if not (folder / file).is_file()]
+    damaged = [file for file in FILES if file not in absent and not _whole(folder / file)]
     if absent or damaged:
         found = ", ".join([f"no {file}" for file in absent] + [f"{file} is damaged" for file in damaged])
         return Check(
             f"model {name}", "missing", found, shlex.join(["git", "checkout", "--", _from_here(folder)])
         )
-    size = sum((folder / file).stat().st_size for file in BUILTIN_FILES)
+    size = sum((folder / file).stat().st_size for file in FILES)
     return Check(f"model {name}", "ok", f"{size / 1e6:.1f} MB of weights")
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from crd_fast.config import BUILTIN_MODELS, Recipe
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.streaming import repeated_blocks
 from crd_fast.models.targets import check_targets, lora_targets
+from crd_fast.worlds import WORLDS
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -32,7 +33,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
     family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit.
     """
-    if recipe.model.path in BUILTIN_MODELS:
+    if recipe.model.path in WORLDS:
         return _load_builtin(recipe)
     import diffusers
     import transformers
@@ -117,7 +118,7 @@ def _find(path: str) -> tuple[Path, type]:
         return Path(path), _family(path, index)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise UserError(
-            f"model.path: expected {', '.join(BUILTIN_MODELS)}, the folder of a diffusers pipeline or a hub "
+            f"model.path: expected {', '.join(WORLDS)}, the folder of a diffusers pipeline or a hub "
             f"id like org/name, got {path!r}; supported: {supported()}"
         )
     from diffusers import DiffusionPipeline

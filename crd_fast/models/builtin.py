@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +22,11 @@ from transformers import T5Config, T5EncoderModel
 
 from crd_fast.errors import UserError
 from crd_fast.models.base import JOINT_ATTENTION, FlowModel
-from crd_fast.prompts import signs, world
+from crd_fast.worlds import WORLDS, World
 
-PACKAGE = Path(__file__).parent.parent
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
 SHIFT = 3.0  # of the sigma schedule: layouts are decided at high noise
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-
-
-def world_words() -> set[str]:
-    """The words of the world's prompts."""
-    words = {"and", "a", "an"}
-    for held_out in (False, True):
-        for entries in world.prompts(held_out).values():
-            words.update(word for entry in entries for word in entry["prompt"].split())
-    return words
 
 
 @dataclass(frozen=True)
@@ -48,20 +39,17 @@ class Kind:
     width: int
     max_tokens: int
     words: Callable[[], set[str]]
-    spell: Callable[[str], str] = str
+    spell: Callable[[str], str]
+
+    @classmethod
+    def of(cls, world: World) -> Kind:
+        known = import_module(world.module)
+        sizes = known.HEIGHT, known.WIDTH, known.MAX_TOKENS
+        return cls(world.name, world.folder, *sizes, known.vocabulary, known.spell)
 
 
-WORLD = Kind("builtin", PACKAGE / "builtin", world.RESOLUTION, world.RESOLUTION, 12, world_words)
-SIGNS = Kind(
-    "builtin-ocr",
-    PACKAGE / "builtin_ocr",
-    signs.HEIGHT,
-    signs.WIDTH,
-    signs.SPELLED_WORDS + 1,
-    signs.vocabulary,
-    signs.spell,
-)
-KINDS = {kind.name: kind for kind in (WORLD, SIGNS)}
+KINDS = {name: Kind.of(world) for name, world in WORLDS.items()}
+WORLD, SIGNS = KINDS["builtin"], KINDS["builtin-ocr"]
 
 
 def make_tokenizer(kind: Kind) -> Tokenizer:

@@ -15,10 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crd_fast.config import BUILTIN_MODELS, Recipe
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import _family, check_builtin, checks, prepare_builtin
 from crd_fast.models.base import FlowModel
+from crd_fast.worlds import WORLDS
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
@@ -76,7 +77,7 @@ def config_folder(path: str) -> Path:
         return Path(path)
     if (CONFIGS / name).is_dir():
         return CONFIGS / name
-    names = ", ".join([*BUILTIN_MODELS, *shipped()])
+    names = ", ".join([*WORLDS, *shipped()])
     raise UserError(
         f"model.path: no configs of {path!r} here; a plan knows {names}, their hub ids, and folders of "
         f"diffusers pipelines"
@@ -90,7 +91,7 @@ def shipped() -> list[str]:
 
 def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     """The recipe's model on fake tensors, as `load_model` makes it on real ones."""
-    if recipe.model.path in BUILTIN_MODELS:
+    if recipe.model.path in WORLDS:
         return _fake_builtin(recipe, mode)
     from crd_fast.models import pipeline
 
@@ -135,7 +136,7 @@ def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dic
     Lengths and masks are real: the models read them.
     """
     config = model.transformer.config
-    if model.name in BUILTIN_MODELS:
+    if model.name in WORLDS:
         tokens, dtype = model.kind.max_tokens, torch.float32
     else:
         tokens, dtype = model.text_length, model.dtype

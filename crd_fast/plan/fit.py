@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from crd_fast.config import BUILTIN_MODELS, Recipe, build_recipe
+from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan.planner import PARTS, Plan, Planner
 from crd_fast.train.micro_batch import AUTO_MICRO_BATCH
+from crd_fast.worlds import WORLDS
 
 GIB = 1 << 30
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
@@ -98,7 +99,7 @@ def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     """None if the overrides contradict the rest of the recipe."""
     try:
         changed = build_recipe(recipe.model_dump(), overrides)
-        if changed.model.path in BUILTIN_MODELS:
+        if changed.model.path in WORLDS:
             check_builtin(changed)
     except UserError:
         return None

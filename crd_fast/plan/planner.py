@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crd_fast.config import BUILTIN_MODELS, Recipe
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import Flops, accounted
@@ -23,6 +23,7 @@ from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
+from crd_fast.worlds import WORLDS
 
 PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")
 PARTS = (
@@ -223,7 +224,7 @@ class Planner:
 
     def _encode(self) -> Peak | None:
         """All text encoders at once, and one prompt through each, before anything else is loaded."""
-        if self.model.name in BUILTIN_MODELS:  # its encoder stays on the host
+        if self.model.name in WORLDS:  # its encoder stays on the host
             return None
         live = LiveBytes()
         encoders = fake_encoders(self.model, self.mode)

@@ -35,7 +35,7 @@ STYLES = {  # files and sizes, all of one width a letter: its place in the word 
     "italic": ("DejaVuSansMono-Oblique.ttf", (17, 18)),
     "serif": ("cmtt10.ttf", (19, 20)),
 }
-SPELLED_WORDS = 12  # tokens of the longest prompt: a red sign that says + five letters + in bold
+MAX_TOKENS = 13  # of the longest prompt: a red sign that says + five letters + in bold, and its end
 _QUOTED = re.compile(r'"([^"]*)"')
 
 

@@ -7,17 +7,20 @@ files are) or anything else: one prompt a line, empty lines skipped.
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from crd_fast.errors import UserError
-from crd_fast.prompts import coco, ocr_words, signs, world
+from crd_fast.worlds import WORLDS
 
-BUILTIN, BUILTIN_HELDOUT = "builtin", "builtin-heldout"
-GENEVAL, GENEVAL_HELDOUT = "geneval", "geneval-heldout"
-OCR_WORDS, OCR_WORDS_HELDOUT = "ocr-words", "ocr-words-heldout"
-SIGNS, SIGNS_HELDOUT = "builtin-ocr", "builtin-ocr-heldout"
+# name: the module that has the prompts for training; those of NAME-heldout are never among them
+SOURCES = {name: world.module for name, world in WORLDS.items()} | {
+    "geneval": "crd_fast.prompts.coco",
+    "ocr-words": "crd_fast.prompts.ocr_words",
+}
+HELDOUT = "-heldout"
 EVALUATED = 384  # prompts of an evaluation where the source has many and the recipe gives no number
 
 
@@ -30,23 +33,21 @@ class PromptSource:
     """
 
     def __init__(self, source: str):
-        self.source = source
+        name = source.removesuffix(HELDOUT)
+        self._held_out = name != source
+        self._ships = name in SOURCES
+        module = import_module(SOURCES[name]) if self._ships else None
+        self._categories = module if hasattr(module, "draw_prompts") else None
         self._entries = None
-        if source in (BUILTIN, BUILTIN_HELDOUT):
-            self._categories = world
-        elif source in (GENEVAL, GENEVAL_HELDOUT):
-            self._categories = coco
-        elif source in (OCR_WORDS, OCR_WORDS_HELDOUT):
-            self._entries = ocr_words.entries(source == OCR_WORDS_HELDOUT)
-        elif source in (SIGNS, SIGNS_HELDOUT):
-            self._entries = signs.entries(source == SIGNS_HELDOUT)
-        else:
+        if module is None:
             self._entries = read_prompts(Path(source))
+        elif self._categories is None:
+            self._entries = module.entries(self._held_out)
 
     def entries(self) -> list[dict]:
         """Every prompt there is."""
         if self._entries is None:
-            by_tag = self._categories.prompts(self.source.endswith("-heldout"))
+            by_tag = self._categories.prompts(self._held_out)
             return [entry for entries in by_tag.values() for entry in entries]
         return self._entries
 
@@ -70,12 +71,12 @@ class PromptSource:
         """The prompts of an evaluation, the same ones every time."""
         if self._entries is None:
             return self._drawn(np.random.default_rng(0), limit or EVALUATED)
-        if self.source in (OCR_WORDS, OCR_WORDS_HELDOUT, SIGNS, SIGNS_HELDOUT):
+        if self._ships:
             limit = limit or EVALUATED
         return self._entries[:limit]
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
-        return self._categories.draw_prompts(self.source.endswith("-heldout"), rng, count)
+        return self._categories.draw_prompts(self._held_out, rng, count)
 
 
 def read_prompts(path: Path) -> list[dict]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESOLUTION = 32
+HEIGHT = WIDTH = 32
 SLOT = 16  # pixels; 2 x 2 slots
 SHAPE_SIZE = 12  # pixels; a shape fills this square, centred in its slot
 NUM_SLOTS = 4
+MAX_TOKENS = 12  # of a prompt, with the one that ends it
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {  # sRGB in [0, 1]
@@ -66,7 +67,7 @@ def render(shapes: np.ndarray, colors: np.ndarray) -> np.ndarray:
     """
     masks = np.stack([shape_mask(shape, SHAPE_SIZE, SHAPE_SIZE) for shape in SHAPES])
     masks = np.concatenate([masks, np.zeros_like(masks[:1])])  # index -1: nothing
-    images = np.empty((len(shapes), RESOLUTION, RESOLUTION, 3), dtype=np.float32)
+    images = np.empty((len(shapes), HEIGHT, WIDTH, 3), dtype=np.float32)
     images[:] = BACKGROUND
     margin = (SLOT - SHAPE_SIZE) // 2
     for slot in range(NUM_SLOTS):
@@ -184,6 +185,20 @@ def prompts(held_out: bool) -> dict[str, tuple[dict, ...]]:
                 if not any(itertools.starmap(is_novel_pair, pairs)):
                     add(color_attr(lead, *pairs[0], *pairs[1]), is_novel_combination(*pairs[0], *pairs[1]))
     return {tag: tuple(entries) for tag, entries in by_tag.items()}
+
+
+def vocabulary() -> set[str]:
+    """The words of every prompt, held out or not."""
+    words = {"and", "a", "an"}
+    for held_out in (False, True):
+        for entries in prompts(held_out).values():
+            words.update(word for entry in entries for word in entry["prompt"].split())
+    return words
+
+
+def spell(text: str) -> str:
+    """The prompt itself: its tokens are its words."""
+    return text
 
 
 def draw_prompts(held_out: bool, rng: np.random.Generator, count: int) -> list[dict]:

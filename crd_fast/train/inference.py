@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from crd_fast.config import BUILTIN_MODELS, build_recipe, load_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
@@ -19,6 +19,7 @@ from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
+from crd_fast.worlds import WORLDS
 
 
 def load_source(source: str, prompts: Iterable[str] = ()):
@@ -27,13 +28,11 @@ def load_source(source: str, prompts: Iterable[str] = ()):
     source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
     prompts: those that will be needed and were not in the run.
     """
-    if source in BUILTIN_MODELS:
+    if source in WORLDS:
         recipe = load_recipe(source)
         return load_model(recipe, prompts), recipe
     if not Path(source).exists():
-        raise UserError(
-            f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(BUILTIN_MODELS)})"
-        )
+        raise UserError(f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(WORLDS)})")
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
     recipe = build_recipe(state["recipe"], ["model.sharding=none"], str(folder))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from crd_fast import doctor
 from crd_fast.doctor import Check
+from crd_fast.worlds import FILES
 
 
 def rendered(monkeypatch, found):
@@ -133,7 +134,7 @@ def test_command_names_this_interpreter(monkeypatch, tmp_path):
     ids=["whole", "truncated", "too long", "empty", "absent"],
 )
 def test_builtin_weights(tmp_path, damage, status, found):
-    for name in doctor.BUILTIN_FILES[:2]:
+    for name in FILES[:2]:
         save_file({"a": torch.zeros(3), "b": torch.zeros(2, 5, dtype=torch.bfloat16)}, tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")
     if damage:
