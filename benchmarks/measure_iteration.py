@@ -24,7 +24,7 @@ import torch
 from crd_fast.config import build_recipe
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
-from crd_fast.run.log import cpu_name, git_commit, peak_rss_bytes
+from crd_fast.run.machine import cpu_name, git_commit, peak_rss_bytes
 from crd_fast.train import trainer
 from crd_fast.train.update import Updater
 from tools.make_tiny_pipeline import make_tiny_pipeline

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from crd_fast.prompts.ocr_words import WORDS
 from crd_fast.rewards.ocr import OCR, OCRDense
-from crd_fast.run.log import cpu_name, git_commit
+from crd_fast.run.machine import cpu_name, git_commit
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
 SIZES = (32, 64)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from crd_fast.config import load_recipe
-from crd_fast.run.log import cpu_name, git_commit
+from crd_fast.run.machine import cpu_name, git_commit
 from crd_fast.train.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / "reward_overlap.json"

@@ -25,7 +25,7 @@ import urllib3
 
 from crd_fast.rewards import load
 from crd_fast.rewards.http import HttpReward
-from crd_fast.run.log import cpu_name, git_commit
+from crd_fast.run.machine import cpu_name, git_commit
 
 REWARD = "colorfulness"
 RESULT = Path(__file__).parent / "results" / "reward-server.json"

@@ -18,7 +18,7 @@ import numpy as np
 
 from crd_fast.models.builtin import KINDS, BuiltinModel
 from crd_fast.prompts import signs, world
-from crd_fast.run.log import cpu_name, git_commit
+from crd_fast.run.machine import cpu_name, git_commit
 from tools import pretrain_builtin, pretrain_builtin_ocr
 from tools.pretraining import CAPTION_DROPOUT, GUIDANCE, Stage
 

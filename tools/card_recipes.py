@@ -20,7 +20,7 @@ from crd_fast.config import RECIPES, build_recipe
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan.fit import GIB, RESERVED
 from crd_fast.plan.planner import Planner
-from crd_fast.run.log import git_commit
+from crd_fast.run.machine import git_commit
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "cards.json", ROOT / "docs" / "cards.md"

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.run.machine import environment
 
 METRICS, RECIPE, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
 
@@ -88,55 +83,3 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment() -> dict:
-    """Machine and versions, for whoever reads the result later."""
-    versions = {}
-    for package in ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "crd-fast"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "machine": platform.platform(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": git_commit(),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+changes` if files differ from it."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=True
-        ).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

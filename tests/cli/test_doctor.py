@@ -1,8 +1,10 @@
 """The doctor: what it says about machines that lack something, each faked in the smallest way."""
 
 import io
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections import namedtuple
 
@@ -12,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from crd_fast import doctor
-from crd_fast.doctor import Check
+from crd_fast.doctor import machine, packages
+from crd_fast.doctor.check import Check, pip_install
 from crd_fast.worlds import FILES
 
 
@@ -85,33 +88,31 @@ def test_exit_code_and_words(monkeypatch):
 
 def test_broken_optional_package_is_a_warning(site, monkeypatch):
     site("flash_attn", "2.8.3", "raise RuntimeError('undefined\\nsymbol')")
-    check = doctor._flash_attention()
+    check = packages.flash_attention()
     assert check.status == "warning" and check.found == "2.8.3, broken"
     assert "RuntimeError: undefined symbol" in check.note and "pip install --force-reinstall" in check.note
 
 
 def test_broken_bitsandbytes_is_a_warning_and_changes_the_choice(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    check = doctor._bitsandbytes()
+    check = packages.bitsandbytes()
     assert check.status == "warning" and check.found.endswith("broken") and "bitsandbytes>=" in check.note
     assert doctor.choices()["optimizer"] == "adamw; adamw8bit needs bitsandbytes"
 
 
 def test_old_and_absent_packages(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.17.1")
-    assert doctor._package("peft") == Check(
-        "peft", "missing", "0.17.1", doctor.pip_install("-U", "peft>=0.18")
-    )
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.18")
-    assert doctor._package("peft").status == "ok"
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert doctor._package("peft").note == doctor.pip_install("peft>=0.18")
+    monkeypatch.setattr(packages, "installed", lambda name: "0.17.1")
+    assert packages.package("peft") == Check("peft", "missing", "0.17.1", pip_install("-U", "peft>=0.18"))
+    monkeypatch.setattr(packages, "installed", lambda name: "0.18")
+    assert packages.package("peft").status == "ok"
+    monkeypatch.setattr(packages, "installed", lambda name: None)
+    assert packages.package("peft").note == pip_install("peft>=0.18")
 
 
 def test_command_names_this_interpreter(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert doctor.pip_install("peft>=0.18") == ".venv/bin/python -m pip install 'peft>=0.18'"
+    assert pip_install("peft>=0.18") == ".venv/bin/python -m pip install 'peft>=0.18'"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_builtin_weights(tmp_path, damage, status, found):
     (tmp_path / "tokenizer.json").write_text("{}")
     if damage:
         damage(tmp_path / "transformer.safetensors")
-    check = doctor._builtin("builtin", tmp_path)
+    check = machine.builtin("builtin", tmp_path)
     assert check.status == status and found in check.found
     assert check.note.startswith("git checkout -- ") == (status == "missing")
 
@@ -151,18 +152,18 @@ def test_library_kernels(site, tmp_path, monkeypatch):
     here = tmp_path / "here"
     (here / "kernels").mkdir(parents=True)
     monkeypatch.syspath_prepend(here)
-    assert doctor._kernels_library() == Check("library `kernels`", "ok", "0.12.0")
+    assert packages.kernels_library() == Check("library `kernels`", "ok", "0.12.0")
     (here / "kernels" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(here)  # forgets what the import system had cached
-    check = doctor._kernels_library()
+    check = packages.kernels_library()
     assert check.status == "warning" and str(here) in check.found
 
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
-    check = doctor._compiler()
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
+    check = packages.compiler()
     assert check.status == "warning" and check.note.endswith("sudo dnf install gcc-c++")
 
 
@@ -171,16 +172,16 @@ def refuse(*arguments, **options):
 
 
 def test_folder_that_cannot_be_written_to(monkeypatch):
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    check = doctor._write_access()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    check = machine.write_access()
     assert check.status == "missing" and "Permission denied" in check.found and "--output" in check.note
 
 
 @pytest.mark.parametrize(("free", "status"), [(0.1, "missing"), (2.0, "warning"), (50.0, "ok")])
 def test_disk(monkeypatch, free, status):
     usage = namedtuple("Usage", "free")(free * 2**30)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    assert doctor._disk().status == status
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert machine.disk().status == status
 
 
 def fake_torch(hip=None, **properties):
@@ -202,17 +203,15 @@ def fake_torch(hip=None, **properties):
 
 
 def test_gpus(monkeypatch):
-    monkeypatch.setattr(doctor, "attempt", lambda module: (fake_torch(), ""))
-    found = [check.found for check in doctor._gpus()]
+    monkeypatch.setattr(machine, "attempt", lambda module: (fake_torch(), ""))
+    found = [check.found for check in machine.gpus()]
     assert found == ["Example GPU, 24.0 GiB, CUDA 13.0, compute capability 8.9"] * 2
-    monkeypatch.setattr(doctor, "attempt", lambda module: (fake_torch(hip="7.1"), ""))
-    assert doctor._gpus()[1] == Check("GPU 1", "ok", "Example GPU, 24.0 GiB, ROCm 7.1, gfx942")
+    monkeypatch.setattr(machine, "attempt", lambda module: (fake_torch(hip="7.1"), ""))
+    assert machine.gpus()[1] == Check("GPU 1", "ok", "Example GPU, 24.0 GiB, ROCm 7.1, gfx942")
 
 
 def test_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None
-    )
-    (check,) = doctor._gpus()
-    assert check.status == "warning" and check.note == doctor.pip_install("--force-reinstall", "torch")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    (check,) = machine.gpus()
+    assert check.status == "warning" and check.note == pip_install("--force-reinstall", "torch")
