@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from rapidfuzz import process
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -342,5 +341,4 @@ def _first_mistake(error: ValidationError) -> str:
 
 
 def _nearest(word: str, known) -> str:
-    match = process.extractOne(word, list(known), score_cutoff=50)
-    return f", did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+    return did_you_mean(word, known) or f"; known: {', '.join(known)}"

@@ -1,5 +1,17 @@
-"""The one exception that the command line turns into a single line and exit code 2."""
+"""The one exception that the command line turns into a single line and exit code 2, and a hint in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Something the user can mend: what came, what was wanted, and where. The message is one line."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'loss'?` for `lsos`; nothing where no known word is near."""
+    from rapidfuzz import fuzz, process
+
+    near = process.extractOne(word, list(known), scorer=fuzz.ratio, score_cutoff=50)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -19,10 +19,9 @@ import functools
 import numpy as np
 import torch
 from PIL import Image
-from rapidfuzz import process
 from torch.nn.functional import interpolate, pad
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean
 from crd_fast.prompts.coco import CLASSES, COLORS
 from crd_fast.rewards import geneval
 from crd_fast.rewards.clip import MODEL_FILES, Clip, normalized, preprocess, pretrained
@@ -72,7 +71,7 @@ class Mask2FormerGenEval(WorldGenEval):
                 if word not in known:
                     raise UserError(
                         f"reward geneval_mask2former: prompt {entry['prompt']!r}: {word!r} is none of the "
-                        f"{len(known)} {kind} it knows, did you mean {process.extractOne(word, known)[0]!r}?"
+                        f"{len(known)} {kind} it knows{did_you_mean(word, known)}"
                     )
 
     @torch.inference_mode()

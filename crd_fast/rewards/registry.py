@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from rapidfuzz import fuzz, process
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean
 from crd_fast.rewards.scoring import Reward, Scoring
 
 # name: where the class is, imported when it is asked for
@@ -134,8 +133,7 @@ def load(name: str, settings: Mapping | None = None) -> tuple[Callable | object,
     }
     unknown = [key for key in settings if key not in names]
     if unknown and len(names) == len(known):
-        near = process.extractOne(unknown[0], [*names, *ENGINE_SETTINGS], scorer=fuzz.ratio, score_cutoff=50)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], [*names, *ENGINE_SETTINGS])
         listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
         raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
     if not inspect.isclass(reward):
@@ -150,8 +148,7 @@ def _path(name: str) -> str:
     if name in REWARDS:
         return REWARDS[name]
     if ":" not in name:
-        near = process.extractOne(name, list(REWARDS), scorer=fuzz.ratio, score_cutoff=40)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, REWARDS)
         raise UserError(
             f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
         )
