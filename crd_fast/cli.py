@@ -120,7 +120,7 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
     if main and not resume:
         refuse_existing(output)
     with console.status("loading torch, the model and the prompts"):
-        from crd_fast.run.log import read_metrics
+        from crd_fast.run.metrics import read_metrics
         from crd_fast.run.progress import Bars, Quiet, before_and_after
         from crd_fast.run.report import write_report
         from crd_fast.train.trainer import Trainer

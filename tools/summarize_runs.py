@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from crd_fast.run.log import ENVIRONMENT, RECIPE, read_metrics
+from crd_fast.run.log import ENVIRONMENT, RECIPE
+from crd_fast.run.metrics import read_metrics
 from tools.builtin_card import markdown_table
 
 

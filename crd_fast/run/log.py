@@ -11,8 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.run.machine import environment
+from crd_fast.run.metrics import METRICS, read_metrics
 
-METRICS, RECIPE, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
+RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
 
 
 class RunLog:
@@ -61,22 +62,6 @@ def refuse_existing(output: Path) -> None:
             raise UserError(
                 f"--output {output}: already holds a run; choose another folder or --resume {output}"
             )
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The records of a run; a last line that was cut off by a kill is dropped."""
-    path = run / METRICS
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path} line {number}: not JSON") from None
-    return records
 
 
 def write_atomically(path: Path, text: str) -> None:

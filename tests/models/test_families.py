@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from crd_fast.models import load_model
-from crd_fast.run.log import read_metrics
+from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import (
     ALL,

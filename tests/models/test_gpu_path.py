@@ -6,7 +6,7 @@ import torch
 from crd_fast.config import load_recipe
 from crd_fast.models.builtin import BuiltinModel
 from crd_fast.models.streaming import Streaming
-from crd_fast.run.log import read_metrics
+from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import ALL
 from tests.pretend_gpu import pretend_gpu

@@ -9,7 +9,7 @@ from torch import nn
 
 from crd_fast.models import load_model
 from crd_fast.models.quantize import Int8Linear, quantized_layers
-from crd_fast.run.log import read_metrics
+from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights.make import make_weights
 from tests.models.conftest import PROMPTS

@@ -6,7 +6,7 @@ import torch
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.run.log import read_metrics
+from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import by_rollout
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from crd_fast.errors import UserError
+from crd_fast.run.metrics import METRICS, read_metrics
 from crd_fast.run.report.words import counted, label, signed
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
@@ -55,27 +56,13 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder / 'config.yaml'}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: expected sections of settings, got {config!r}")
-    run = Run(folder, config)
-    _read_metrics(run)
+    left_out: list[int] = []
+    run = Run(folder, config, read_metrics(folder, left_out))
+    run.problems += [f"Line {n} of {METRICS} is incomplete and was left out." for n in left_out]
     if (folder / "environment.json").is_file():
         environment = read_json(folder / "environment.json", run)
         run.environment = environment if isinstance(environment, dict) else {}
     return run
-
-
-def _read_metrics(run: Run) -> None:
-    path = run.folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows[int(row["iteration"])] = row  # an iteration that a resumed run repeats counts once
-        except (ValueError, TypeError, KeyError):
-            run.problems.append(f"Line {number} of metrics.jsonl is incomplete and was left out.")
-    run.metrics = [rows[iteration] for iteration in sorted(rows)]
 
 
 def read_json(path: Path, run: Run) -> Any:

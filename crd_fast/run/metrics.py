@@ -1,0 +1,34 @@
+"""metrics.jsonl: one object a line, one line an iteration, as runs write and everything else reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from crd_fast.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:
+    """The records of a run by iteration; [] where there are none. Of two with one iteration the later counts.
+
+    A last line that was cut off by a kill is left out. Another line that is no record raises UserError, or
+    where `left_out` is given is left out as well; that list gets the numbers of all such lines.
+    """
+    path = run / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    records, bad = {}, []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records[int(record["iteration"])] = record
+        except (ValueError, TypeError, KeyError):
+            bad.append(number)
+    if left_out is not None:
+        left_out += bad
+    elif bad and bad[0] < len(lines):
+        raise UserError(f"{path} line {bad[0]}: not the record of an iteration")
+    return [records[iteration] for iteration in sorted(records)]
