@@ -1,0 +1,105 @@
+"""crd-fast eval, sample and report: what becomes of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from crd_fast.commands.terminal import console, parse_settings, say
+from crd_fast.errors import UserError
+
+Source = Annotated[
+    str,
+    typer.Argument(help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"),
+]
+
+
+def evaluate(
+    source: Source,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Images per prompt. Default: the recipe's.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps. Default: the recipe's.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="geneval: its rules alone, and the table that papers print.", metavar="NAME"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark's reward. Repeatable."),
+    ] = None,
+) -> None:
+    """Score a checkpoint on prompts it was not trained on.
+
+    Prints every reward's mean and what the rewards report, for GenEval the share of correct images by
+    category.
+
+    `--benchmark geneval` takes the recipe's GenEval reward, or else the built-in world's detector for the
+    built-in model and Mask2Former with CLIP for others, and held-out prompts of the six categories; with
+    `--prompts evaluation_metadata.jsonl --samples 4` it is the published benchmark.
+    """
+    from rich.table import Table
+
+    from crd_fast.rewards import geneval_benchmark as benchmarks
+    from crd_fast.train.inference import evaluate_checkpoint
+
+    settings = parse_settings(set_ or [])
+    if benchmark not in (None, benchmarks.GENEVAL):
+        raise UserError(f"--benchmark: expected {benchmarks.GENEVAL}, got {benchmark!r}")
+    if benchmark is None and settings:
+        raise UserError("--set: is for the reward of a --benchmark")
+    with console.status("evaluating"):
+        metrics = evaluate_checkpoint(
+            source,
+            prompts=prompts,
+            change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
+            samples_per_prompt=samples,
+            guidance_scale=guidance_scale,
+            steps=steps,
+        )
+    if benchmark:
+        console.print(benchmarks.geneval_table(source, metrics))
+        return
+    table = Table(title=escape(f"{source}: {metrics.pop('eval/images')} images"))
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval/"), f"{value:.3f}")
+    console.print(table)
+
+
+def sample(
+    source: Source,
+    prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable: a row of the grid each.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write. Never overwritten.")] = Path("grid.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Default: the recipe's evaluation.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw pictures with a checkpoint's trained weights, or with the built-in model."""
+    from crd_fast.train.inference import sample_grid
+
+    if out.exists():
+        raise UserError(f"--out {out}: already exists; choose another name")
+    with console.status("sampling"):
+        sample_grid(
+            source, prompt, out, samples=samples, guidance_scale=guidance_scale, steps=steps, seed=seed
+        )
+    say(f"wrote {out}")
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+    """Write report.html: curves, before and after, every setting, in one file that needs no network."""
+    from crd_fast.run.report import write_report
+
+    say(f"report: {write_report(run)}")

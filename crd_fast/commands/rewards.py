@@ -1,0 +1,111 @@
+"""crd-fast score and serve-reward: rewards without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from crd_fast.commands.terminal import console, parse_settings, say
+from crd_fast.errors import UserError
+
+
+def score(
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="A reward that ships (ocr, geneval, ...), package.module:name, or a server's address."
+        ),
+    ],
+    images: Annotated[Path, typer.Option(help="A folder of pictures, taken in order of their names.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help="A line for each picture: text, or .jsonl with the metadata that the reward needs."
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the reward, as in a recipe. Repeatable."
+        ),
+    ] = None,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the scores as JSON as well. Never overwritten."),
+    ] = None,
+) -> None:
+    """Score pictures with any reward, without a model or a run.
+
+    The first picture by name belongs to the first prompt, and so on. Prints each picture's score and their
+    mean; what comes out is what training and evaluation would see.
+
+    - `crd-fast score --reward ocr --images pictures --prompts prompts.txt`
+    - `crd-fast score --reward ocr --set mode=word ...` reads pictures that show one word and nothing else
+    - `crd-fast score --reward my_module:my_reward ...` tries a reward of your own
+    """
+    import json
+
+    from rich.table import Table
+
+    from crd_fast.rewards.pictures import score_folder
+
+    if json_ is not None and json_.exists():
+        raise UserError(f"--json {json_}: already exists; choose another name")
+    settings = parse_settings(set_ or [])
+    with console.status("scoring"):
+        rows = score_folder(reward, settings, images, prompts)
+    mean = sum(row["score"] for row in rows) / len(rows)
+    table = Table()
+    for column in ("picture", "prompt"):
+        table.add_column(column, overflow="fold")
+    table.add_column("score", justify="right")
+    for row in rows:
+        table.add_row(escape(row["image"]), escape(row["prompt"]), f"{row['score']:.4f}")
+    console.print(table)
+    say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
+    if json_ is not None:
+        result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
+        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="A reward's name, or module:name.", metavar="REWARD")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the reward. Repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8701,
+    token_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The environment variable with the token that clients must show."),
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Images a request.")] = 64,
+    max_megapixels: Annotated[int, typer.Option(min=1, help="All images of a request.")] = 64,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="A request's body.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="Requests at once; further ones are told to wait.")] = 16,
+) -> None:
+    """Score images for other processes and machines, over HTTP.
+
+    A recipe calls it with `rewards: {http: {url: "http://127.0.0.1:8701", token_env: NAME}}`. It listens to
+    this machine alone unless told otherwise, and to others only with a token.
+    """
+    try:
+        from crd_fast.rewards import server
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve-reward: needs {error.name}: pip install 'crd-fast[server]'") from None
+    from crd_fast.rewards.http import token_from
+
+    token = None if token_env is None else token_from(token_env)
+    limits = server.Limits(
+        images=max_images, pixels=max_megapixels * 2**20, bytes=max_megabytes * 2**20, requests=queue
+    )
+    with server.bind(host, port, token) as listening:
+        worker = server.Worker(reward, parse_settings(set_ or []))
+        address = f"http://{host}:{listening.getsockname()[1]}"
+        needed = "with a token" if token else "without a token"
+        say(f"serving {reward} at {address} {needed}")
+        server.serve(worker, listening, token, limits)

@@ -1,0 +1,119 @@
+"""crd-fast train."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.errors import UserError
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long, "
+            "builtin-ocr, or of a model and a card, like flux.1-dev-12gb.",
+            metavar="[RECIPE]",
+        ),
+    ] = None,
+    set_: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: runs/NAME-DATE-TIME. Never overwritten.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder from its newest checkpoint.")
+    ] = None,
+    max_iterations: Annotated[
+        int | None, typer.Option(min=1, help="Same as --set train.iterations=N.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same as --set train.seed=S.")] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose micro-batches that fit this much, like 24GB, by the plan."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a model with a reward.
+
+    With no arguments it trains the small model that ships with the package on the CPU, in minutes.
+
+    Each iteration: the *sampler* generates K images for each of P prompts, the rewards score them, and the
+    policy is updated by the centered regression of the log-ratio on the reward. The folder of the run holds
+    `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
+
+    Ctrl-C finishes the iteration, writes a checkpoint and stops; `--resume` goes on as if it had not
+    stopped.
+    """
+    from crd_fast.config import build_recipe, load_recipe, read_yaml
+
+    overrides = list(set_ or [])
+    if max_iterations is not None:
+        overrides.append(f"train.iterations={max_iterations}")
+    if seed is not None:
+        overrides.append(f"train.seed={seed}")
+    if resume is not None:
+        if (
+            recipe is not None
+            or output is not None
+            or gpu_memory is not None
+            or any(not o.startswith("train.iterations=") for o in overrides)
+        ):
+            raise UserError(
+                "--resume: goes on with the run's own recipe and folder; only --max-iterations can change"
+            )
+        config_file = resume / "config.yaml"
+        if not config_file.exists():
+            raise UserError(f"--resume {resume}: expected the folder of a run, found no config.yaml in it")
+        loaded = build_recipe(read_yaml(config_file), overrides, str(config_file))
+        output = resume
+    else:
+        loaded = load_recipe(recipe or "builtin", overrides)
+        name = Path(recipe or "builtin").name.removesuffix(".yaml")
+        output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    if gpu_memory is not None:
+        from crd_fast.plan.fit import for_training, parse_memory
+
+        with console.status("planning"):
+            loaded = for_training(loaded, parse_memory(gpu_memory))
+    if print_config:
+        print(loaded.to_yaml(), end="")
+        return
+    _run_training(loaded, output, resume is not None)
+
+
+def _run_training(recipe, output: Path, resume: bool) -> None:
+    from crd_fast.run.log import refuse_existing
+
+    main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
+    console.quiet = not main
+    if main and not resume:
+        refuse_existing(output)
+    with console.status("loading torch, the model and the prompts"):
+        from crd_fast.run.metrics import read_metrics
+        from crd_fast.run.progress import Bars, Quiet, before_and_after
+        from crd_fast.run.report import write_report
+        from crd_fast.train.trainer import Trainer
+
+        trainer = Trainer(recipe, output, resume)
+    say(f"run folder: {output}")
+    if trainer.iteration:
+        say(f"resuming after iteration {trainer.iteration}")
+    with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
+        trainer.progress = bars if main else Quiet()
+        finished = trainer.run()
+    if main:
+        table = before_and_after(read_metrics(output))
+        if table is not None:
+            console.print(table)
+        say(f"report: {write_report(output)}")
+    if not finished:
+        say(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        raise typer.Exit(130)
