@@ -20,6 +20,7 @@ import torch
 
 from crd_fast.models.builtin import WIDTH, WORLD, BuiltinModel
 from crd_fast.prompts import world
+from crd_fast.prompts.geneval_metadata import RELATIONS
 from crd_fast.rewards.world_geneval import WorldGenEval
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 
@@ -104,7 +105,7 @@ class Parser(torch.nn.Module):
         self.sizes = {
             "color": len(world.COLORS) + 1,
             "count": world.NUM_SLOTS,
-            "relation": len(world.RELATIONS) + 1,
+            "relation": len(RELATIONS) + 1,
             "partner": len(world.SHAPES) + 1,
         }
         self.heads = torch.nn.ModuleDict({n: torch.nn.Linear(WIDTH, s) for n, s in self.sizes.items()})
@@ -122,7 +123,7 @@ class Parser(torch.nn.Module):
             labels = [
                 world.COLOR_NAMES.index(clause["color"]) if "color" in clause else self.sizes["color"] - 1,
                 clause["count"] - 1,
-                world.RELATIONS.index(own) if own else self.sizes["relation"] - 1,
+                RELATIONS.index(own) if own else self.sizes["relation"] - 1,
                 world.SHAPES.index(others[0]) if others else self.sizes["partner"] - 1,
             ]
             found.append((position, labels))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from crd_fast.errors import UserError
+from crd_fast.prompts.geneval_metadata import check_metadata
 from crd_fast.worlds import WORLDS
 
 # name: the module that has the prompts for training; those of NAME-heldout are never among them
@@ -108,8 +109,6 @@ def _entry(text: str, path: Path, number: int) -> dict:
             f"prompts: {path} line {number}: expected an object with a `prompt`, got {text[:60]!r}"
         )
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
-        from crd_fast.rewards.geneval import check_metadata
-
         try:
             check_metadata(entry)
         except ValueError as error:

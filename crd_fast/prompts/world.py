@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crd_fast.prompts.geneval_metadata import RELATIONS
+
 HEIGHT = WIDTH = 32
 SLOT = 16  # pixels; 2 x 2 slots
 SHAPE_SIZE = 12  # pixels; a shape fills this square, centred in its slot
@@ -35,7 +37,6 @@ COLOR_NAMES = tuple(COLORS)
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LEADS = ("a photo of", "a picture of", "a drawing of", "an image of")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in SHAPES if shape != "cross"}
 
 

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from crd_fast.prompts.geneval_metadata import check_metadata
+
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16  # a class
 POSITION_SHRINK = 0.1
 RELATION_CUTOFF = 0.5
-RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -56,39 +57,8 @@ def judge(detections: Iterable[Mapping], metadata: Mapping) -> Judgement:
     )
 
 
-def check_metadata(metadata: Mapping) -> list[Mapping]:
-    """The `include` clauses, after checking that the rules can be applied to them."""
-    clauses = metadata.get("include")
-    if not isinstance(clauses, list) or not clauses:
-        raise ValueError(f"include: expected a list of at least one clause, got {clauses!r}")
-    if not isinstance(metadata.get("exclude") or [], list):
-        raise ValueError(f"exclude: expected a list of clauses, got {metadata['exclude']!r}")
-    for name in ("include", "exclude"):
-        for clause in metadata.get(name) or ():
-            if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
-                raise ValueError(f"{name}: expected clauses with a `class`, got {clause!r}")
-            count = clause.get("count")
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(
-                    f"{name}: `count` of {clause['class']!r}: expected an integer >= 1, got {count!r}"
-                )
-            if not isinstance(clause.get("color"), (str, type(None))):
-                raise ValueError(f"{name}: `color`: expected a string, got {clause['color']!r}")
-    for i, clause in enumerate(clauses):
-        if clause.get("position") is None:
-            continue
-        position = clause["position"]
-        if not isinstance(position, (list, tuple)) or len(position) != 2 or position[0] not in RELATIONS:
-            raise ValueError(f"include: `position`: expected [one of {RELATIONS}, clause], got {position!r}")
-        if not isinstance(position[1], int) or not 0 <= position[1] < i:
-            raise ValueError(
-                f"include: `position`: expected an earlier clause (0 to {i - 1}), got {position[1]!r}"
-            )
-    return clauses
-
-
 def relations(box: Iterable[float], other: Iterable[float]) -> set[str]:
-    """How `box` stands to `other`: a subset of RELATIONS, possibly empty."""
+    """How `box` stands to `other`: a subset of the four relations, possibly empty."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = box, other
     offset = ((ax0 + ax1 - bx0 - bx1) / 2, (ay0 + ay1 - by0 - by1) / 2)
     sizes = (abs(ax1 - ax0) + abs(bx1 - bx0), abs(ay1 - ay0) + abs(by1 - by0))

@@ -6,6 +6,7 @@ import numpy as np
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import world
+from crd_fast.prompts.geneval_metadata import check_metadata
 from crd_fast.rewards import geneval
 from crd_fast.rewards.world_detector import detect
 
@@ -22,7 +23,7 @@ class WorldGenEval:
         """Raises UserError for the first prompt that the rules cannot be applied to."""
         for entry in metadata:
             try:
-                geneval.check_metadata(entry)
+                check_metadata(entry)
             except ValueError as error:
                 raise UserError(f"reward geneval: prompt {entry['prompt']!r}: {error}") from None
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import coco
+from crd_fast.prompts.geneval_metadata import check_metadata
 from crd_fast.prompts.source import PromptSource, read_prompts
 from crd_fast.prompts.world import TAGS
 from crd_fast.rewards import Rewards
-from crd_fast.rewards.geneval import check_metadata
 from crd_fast.rewards.geneval_detector import (
     ColorClassifier,
     Mask2Former,

@@ -1,0 +1,41 @@
+"""What a prompt asks for, in the metadata format of GenEval's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def check_metadata(metadata: Mapping) -> list[Mapping]:
+    """The `include` clauses, after checking that GenEval's rules can be applied to them.
+
+    Raises ValueError naming the key if `include` is missing or a clause is malformed.
+    """
+    clauses = metadata.get("include")
+    if not isinstance(clauses, list) or not clauses:
+        raise ValueError(f"include: expected a list of at least one clause, got {clauses!r}")
+    if not isinstance(metadata.get("exclude") or [], list):
+        raise ValueError(f"exclude: expected a list of clauses, got {metadata['exclude']!r}")
+    for name in ("include", "exclude"):
+        for clause in metadata.get(name) or ():
+            if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+                raise ValueError(f"{name}: expected clauses with a `class`, got {clause!r}")
+            count = clause.get("count")
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(
+                    f"{name}: `count` of {clause['class']!r}: expected an integer >= 1, got {count!r}"
+                )
+            if not isinstance(clause.get("color"), (str, type(None))):
+                raise ValueError(f"{name}: `color`: expected a string, got {clause['color']!r}")
+    for i, clause in enumerate(clauses):
+        if clause.get("position") is None:
+            continue
+        position = clause["position"]
+        if not isinstance(position, (list, tuple)) or len(position) != 2 or position[0] not in RELATIONS:
+            raise ValueError(f"include: `position`: expected [one of {RELATIONS}, clause], got {position!r}")
+        if not isinstance(position[1], int) or not 0 <= position[1] < i:
+            raise ValueError(
+                f"include: `position`: expected an earlier clause (0 to {i - 1}), got {position[1]!r}"
+            )
+    return clauses
