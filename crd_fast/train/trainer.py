@@ -5,8 +5,6 @@ Every random choice is a function of the seed and the iteration, so that a resum
 
 from __future__ import annotations
 
-from crd_fast.run import profiling
-from crd_fast.run.profiling import phase
 import math
 import signal
 import threading
@@ -26,9 +24,11 @@ from crd_fast.ranks import Ranks, check_ranks, own_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rewards.scoring import PromptScoring, Scoring
+from crd_fast.run import profiling
 from crd_fast.run.log import RunLog
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
+from crd_fast.run.profiling import phase
 from crd_fast.run.progress import Quiet
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.seeds import ROLLOUT, seed_table

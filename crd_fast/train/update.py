@@ -7,7 +7,6 @@ micro-batches. Where it fits, measuring and updating share one policy forward.
 
 from __future__ import annotations
 
-from crd_fast.run.profiling import phase
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
+from crd_fast.run.profiling import phase
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.micro_batch import MicroBatch

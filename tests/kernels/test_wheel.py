@@ -19,7 +19,7 @@ OFFLINE = ["--no-index", "--no-build-isolation"]
 MEASURE = (
     "import crd_kernels as k, torch; x = torch.ones(2, 3); print(k.__file__, k.measure(x, x, x, x, x).kl)"
 )
-TRAINER = "import crd_fast.config, crd_fast.update; print(crd_fast.__file__)"
+TRAINER = "import crd_fast.config, crd_fast.train.update; print(crd_fast.__file__)"
 
 pytestmark = pytest.mark.slow
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from crd_fast.run import profiling
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
-from crd_fast.trainer import Trainer
+from crd_fast.run import profiling
+from crd_fast.train.trainer import Trainer
 
 SETTINGS = ["rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "rollout.steps=2"]
 SETTINGS += ["train.timesteps=1", "train.iterations=1", "train.steps_per_iteration=1", "evaluate.every=0"]
