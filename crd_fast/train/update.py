@@ -44,6 +44,11 @@ class Updater:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
     differ in their weights, so that weights that are streamed are fetched once. in_step: all ranks take part
     in every forward, so that none may be left out.
+
+    While old is equal to the policy it is not run: what the policy predicted is taken for it. An implicit
+    reward of exactly 0 follows from that alone. It does not follow from equal weights: which rounding a row
+    comes out with depends on the shape of its batch and its place there, on whether autograd records, on what
+    a compiler fused.
     """
 
     def __init__(
@@ -77,6 +82,8 @@ class Updater:
         starts again with half the micro-batch.
         """
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
+        # found from the weights each time, never remembered: a resumed run decides as the one before did
+        self._old_is_policy = self.weights.is_policy("old")
         pairs = pairs.to(latents.device)
         while True:
             try:
@@ -115,12 +122,13 @@ class Updater:
     ) -> dict[str, torch.Tensor]:
         """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
         if not self.one_pass:
-            self._old(chunks)
+            if not self._old_is_policy:
+                self._old(chunks)
             self._reference(chunks)
         if len(chunks) == 1:
             chunk = chunks[0]
             if self.one_pass:
-                self._rows(chunk, ("old",))
+                self._rows(chunk, policy=False)
             policy = self._velocity(chunk)
             stats = self._measure(chunk, policy.detach())
             coefficients = self._center(stats, unit, denominator)
@@ -130,9 +138,7 @@ class Updater:
             parts = []
             for chunk in chunks:
                 with torch.no_grad():
-                    policy = (
-                        self._rows(chunk, ("policy", "old"))[0] if self.one_pass else self._velocity(chunk)
-                    )
+                    policy = self._rows(chunk, policy=True) if self.one_pass else self._velocity(chunk)
                     parts.append(self._measure(chunk, policy))
                 chunk.old = None
             stats = crd_kernels.Stats.cat(parts)
@@ -195,14 +201,17 @@ class Updater:
 
     @phase("forwards in one batch")
     @torch.no_grad()
-    def _rows(self, chunk: _Chunk, names: tuple[str, ...]) -> list[torch.Tensor]:
-        """The predictions of `names`, the last of them old, and of the reference, in one batch."""
+    def _rows(self, chunk: _Chunk, policy: bool) -> torch.Tensor | None:
+        """The predictions of old and of the reference, and those that it returns if asked, in one batch."""
+        names = ["policy"] * policy + ["old"] * (not self._old_is_policy)
         count = len(chunk.pairs)
         anchored = chunk.pairs.anchor.nonzero().flatten()
         if not self.loss.anchored:
             anchored = anchored[:0]
         guided = self.loss.guidance_scale > 1 and len(anchored)
         rows = torch.cat([torch.arange(count, device=anchored.device)] * len(names) + [anchored])
+        if not len(rows):
+            return None
         weights = [name for name in names for _ in range(count)] + ["reference"] * len(anchored)
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], chunk.x.device)
         if guided:
@@ -213,22 +222,24 @@ class Updater:
             }
         with self.weights.use_rows(weights), self._autocast(chunk):
             predicted = self.model.velocity(chunk.x[rows], chunk.pairs.sigma[rows], embeddings)
-        *found, rest = predicted.split([count] * len(names) + [len(predicted) - count * len(names)])
-        chunk.old = found[-1]
+        *parts, rest = predicted.split([count] * len(names) + [len(predicted) - count * len(names)])
+        found = dict(zip(names, parts))
+        chunk.old = found.get("old")
         if len(rest):
             rest = rest.clone()  # a view would hold the whole batch while the group is measured
             ref_cond, ref_uncond = rest.chunk(2) if guided else (rest, None)
             self._set_reference(chunk, anchored, ref_cond, ref_uncond)
-        return found
+        return found.get("policy")
 
     def _set_reference(self, chunk: _Chunk, rows: torch.Tensor, ref_cond, ref_uncond) -> None:
         if len(rows) == len(chunk.pairs):
             chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
             return
         # every pair needs some reference; where the anchor has no weight any finite one will do
-        chunk.ref_cond = chunk.old.index_put((rows,), ref_cond)
+        some = chunk.x.to(ref_cond.dtype)
+        chunk.ref_cond = some.index_put((rows,), ref_cond)
         if ref_uncond is not None:
-            chunk.ref_uncond = chunk.old.index_put((rows,), ref_uncond)
+            chunk.ref_uncond = some.index_put((rows,), ref_uncond)
 
     @phase("forward")
     def _velocity(self, chunk: _Chunk) -> torch.Tensor:
@@ -241,7 +252,7 @@ class Updater:
     def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         return crd_kernels.measure(
             policy,
-            chunk.old,
+            policy if self._old_is_policy else chunk.old,
             chunk.ref_cond,
             chunk.x0,
             chunk.noise,

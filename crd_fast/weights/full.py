@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from crd_fast.weights.sets import SNAPSHOTS, blend, joined, load
+from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 
 class FullWeights:
@@ -41,6 +41,10 @@ class FullWeights:
             yield
         finally:
             self._put_back(name)
+
+    def is_policy(self, name: str) -> bool:
+        """Whether a snapshot, as the network would have it, is equal to the policy, in every tensor."""
+        return equal(self._sets[name].values(), self.trained())
 
     def _put(self, name: str) -> None:
         self._exchange(name)

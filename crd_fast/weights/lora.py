@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from crd_fast.models.targets import check_targets
-from crd_fast.weights.sets import SNAPSHOTS, blend, joined, load
+from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 
 class LoraWeights:
@@ -58,7 +58,7 @@ class LoraWeights:
                 parameter.data = parameter.data.to(device, torch.float32)
                 parameter.data.copy_(self._parameters["policy"][key])
                 # only the policy is ever given to an optimizer, but torch.matmul chooses its algorithm by
-                # this flag: equal weights must give equal velocities to the bit
+                # this flag, and snapshots should round as the policy does
                 parameter.requires_grad_(True)
         self._activate("policy")
 
@@ -93,6 +93,10 @@ class LoraWeights:
         finally:
             for layer in self._layers:
                 layer.adapters_of_rows = None
+
+    def is_policy(self, name: str) -> bool:
+        """Whether a snapshot is equal to the policy, in every tensor."""
+        return equal(self._parameters[name].values(), self.trained())
 
     def _activate(self, name: str) -> None:
         for layer in self._layers:

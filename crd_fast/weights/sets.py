@@ -22,6 +22,17 @@ def blend(snapshot, policy, decay: float) -> None:
         torch._foreach_lerp_(list(snapshot), list(policy), 1.0 - decay)
 
 
+def equal(snapshot, policy) -> bool:
+    """Whether two lists of tensors are equal. A snapshot in a wider dtype is what it rounds to.
+
+    Fake tensors, of which every number is taken for 0, are not equal: a plan is of the usual step.
+    """
+    return all(
+        bool((value.detach().to(parameter.device, parameter.dtype) == parameter.detach()).all())
+        for value, parameter in zip(snapshot, policy, strict=True)
+    )
+
+
 def joined(sets: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of named sets, by `set/parameter`."""
     return {f"{name}/{key}": value.detach() for name, values in sets.items() for key, value in values.items()}

@@ -44,6 +44,13 @@ class _Parts:
                 parts[name].grad = parameter.grad.to_local()
             parameter.grad = None
 
+    def is_policy(self, name: str) -> bool:
+        """Whether a snapshot is equal to the policy on every rank; all of them call it and hear the same."""
+        device = next(iter(self._whole.values())).device
+        same = torch.tensor(super().is_policy(name), dtype=torch.uint8, device=device)
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        return bool(same)
+
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """This rank's parts of what `WholeWeights.state` returned."""
         rank, count = dist.get_rank(), dist.get_world_size()

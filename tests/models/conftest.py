@@ -1,5 +1,7 @@
 """Tiny pipelines of the real classes, built once, and recipes small enough for them."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -114,6 +116,22 @@ def pairs_of_two_prompts(anchor=None):
         advantage=torch.linspace(-2, 2, count),
         anchor=torch.ones(count) if anchor is None else anchor,
     )
+
+
+def round_by_place(network, by_call=False):
+    """From now on equal rows leave the network unequal, a rounding step apart for each place in the batch.
+
+    No BLAS promises otherwise, and some do so; here all do. by_call: nor are two calls equal.
+    """
+    calls = itertools.count() if by_call else itertools.repeat(0)
+
+    def put_apart(module, args, output):
+        steps = 1 + next(calls) + torch.arange(len(output[0]), device=output[0].device)
+        steps = steps.view(-1, *[1] * (output[0].ndim - 1))
+        eps = torch.finfo(output[0].dtype).eps
+        return (output[0] * (1 + eps * steps).to(output[0].dtype), *output[1:])
+
+    network.register_forward_hook(put_apart)
 
 
 SAMPLE_PROMPTS, SEEDS = (0, 0, 1), (11, 12, 13)

@@ -1,5 +1,6 @@
 """Every family's network in two processes: the gradient of one process, and what leaves as a policy."""
 
+import json
 import os
 import socket
 
@@ -102,6 +103,30 @@ def test_two_ranks_have_the_gradient_of_one(tiny, recipe, tmp_path):
         policies = [load_file(f / "diffusion_pytorch_model.safetensors") for f in (one, two)]
         assert policies[0].keys() == policies[1].keys()
         assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+
+
+def compared(rank, settings, folder):
+    Ranks()  # the process group
+    weights = make_weights(load_model(settings, PROMPTS), settings)
+    found = [weights.is_policy("old")]
+    for other in range(2):
+        before = weights.trained()[-1].detach().clone()
+        if rank == other:
+            weights.trained()[-1].data += 1
+        found.append(weights.is_policy("old"))
+        weights.trained()[-1].data.copy_(before)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_all_ranks_take_old_for_the_policy_or_none_does(tiny, recipe, tmp_path):
+    """Even where a rank's own part is equal: for the forward that it left out the others would wait."""
+    full = ("model.method=full", "train.checkpointing=true")
+    load_model(recipe(tiny("sd3"), *full), PROMPTS)  # fills the cache of encoded prompts
+    in_two_processes(compared, recipe(tiny("sd3"), *full, "model.sharding=fsdp"), tmp_path)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
+        [True, False, False]
+    ] * 2
 
 
 def averaged(rank, settings, folder):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model, streaming
+from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
@@ -22,6 +23,7 @@ from tests.models.conftest import (
     load_pipeline,
     packed,
     pairs_of_two_prompts,
+    round_by_place,
 )
 
 
@@ -162,11 +164,39 @@ def test_branches_in_one_batch_with_part_of_the_anchor(loaded, loss):
 
 
 @pytest.mark.parametrize(("quantization", "precision"), [("none", "fp32"), ("nf4", "bf16"), ("int8", "bf16")])
-@pytest.mark.parametrize("micro_batch", [1, 2, GROUP])
-def test_equal_policy_and_old_have_no_implicit_reward(loaded, quantization, precision, micro_batch):
+@pytest.mark.parametrize("micro_batch", [1, 3, GROUP])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_equal_policy_and_old_have_no_implicit_reward(loaded, quantization, precision, micro_batch, one_pass):
+    """Exactly none, whatever the rounding; and some, where a single number of a single tensor differs."""
     setting = loaded("sd3", f"model.quantization={quantization}", f"train.precision={precision}")
-    metrics, _ = gradients(setting, micro_batch, one_pass=True, equal=True)
-    assert metrics["implicit_reward_abs"] == 0
+    model, weights, _ = setting
+    round_by_place(model.transformer, by_call=True)
+    metrics, gradient = gradients(setting, micro_batch, one_pass, equal=True)
+    assert metrics["implicit_reward_abs"] == metrics["old_deviation"] == 0
+    assert metrics["kl"] > 0 and gradient.norm() > 0
+    with torch.no_grad():
+        weights.trained()[-1][-1, -1] += 0.5
+    metrics, _ = gradients(setting, micro_batch, one_pass)
+    assert metrics["implicit_reward_abs"] > 0 and metrics["old_deviation"] > 0
+
+
+@pytest.mark.parametrize("micro_batch", [3, GROUP])
+@pytest.mark.parametrize("anchor", [torch.ones(2 * GROUP), torch.tensor([0.0] * GROUP + [2, 0, 0, 2])])
+def test_equal_policy_and_old_in_one_batch(loaded, micro_batch, anchor):
+    """To rounding what the branches apart give, without old's forward, and no pass where none is anchored."""
+    setting = model, *_ = loaded("sd3")
+    expected = gradients(setting, micro_batch, one_pass=False, equal=True, anchor=anchor)
+    rows, counter = [], Counter(model)
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    found = gradients(setting, micro_batch, one_pass=True, equal=True, anchor=anchor)
+    close(found, expected, 1e-4)
+    measured = 0 if micro_batch == GROUP else 2 * GROUP
+    assert sum(rows) == 2 * GROUP + measured + 2 * int(anchor.count_nonzero())
+    passes = 3 * (2 if micro_batch == GROUP else 4)
+    unanchored = micro_batch == GROUP and not anchor.all()
+    assert len(counter.fetched) == (passes - unanchored) * counter.blocks
 
 
 def test_a_forward_that_ends_early_leaves_the_network_whole(loaded):
@@ -192,13 +222,25 @@ def test_a_forward_that_ends_early_leaves_the_network_whole(loaded):
 
 def test_a_streamed_run_resumes_and_its_adapter_leaves(tiny, recipe, tmp_path):
     """The same bits as without the stop; the LoRA draws in diffusers what it draws here."""
-    settings = "model.streaming=true", "train.micro_batch=2"
-    whole = recipe(tiny("flux"), *settings)
-    Trainer(whole, tmp_path / "whole").run()
-    Trainer(recipe(tiny("flux"), *settings, "train.iterations=1"), tmp_path / "stopped").run()
-    trainer = Trainer(whole, tmp_path / "stopped", resume=True)
-    assert trainer.iteration == 1 and trainer.model.streaming.host_tensors()
-    trainer.run()
+    # old is the policy where the run is stopped, and again is not one step later
+    settings = "model.streaming=true", "train.micro_batch=2", "snapshots.old=3/0/0.1/0.9"
+
+    def run(*overrides, resume=False, **options):
+        trainer = Trainer(recipe(tiny("flux"), *settings, *overrides), resume=resume, **options)
+        assert trainer.iteration == resume
+        assert trainer.weights.is_policy("old") and trainer.model.streaming.host_tensors()
+        round_by_place(trainer.model.transformer)
+        trainer.run()
+        return trainer
+
+    run(output=tmp_path / "whole")
+    run("train.iterations=1", output=tmp_path / "stopped")
+    trainer = run(output=tmp_path / "stopped", resume=True)
+    records = [read_metrics(tmp_path / name) for name in ("whole", "stopped")]
+    kept = [
+        [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in f] for f in records
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 2
     checkpoints = [tmp_path / run / "checkpoints" / "iteration-000002" for run in ("whole", "stopped")]
     expected, found = (load_file(folder / "training.safetensors") for folder in checkpoints)
     assert found.keys() == expected.keys()

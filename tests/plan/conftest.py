@@ -50,6 +50,8 @@ class Real:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            trained[0].add_(0.01)  # while the policy is equal to old, old is not run
         self.optimizer = optimizer
         self.embeddings = self.model.encode_prompts([PROMPT] * 2)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}

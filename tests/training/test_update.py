@@ -195,10 +195,17 @@ def test_anchor_fraction_saves_forwards_and_keeps_the_expected_gradient(setting)
     torch.testing.assert_close((halves[0] + halves[1]) / 2, full, rtol=1e-6, atol=1e-10)
 
 
-def test_equal_policy_and_old_have_no_implicit_reward(setting):
-    setting[1].blend("old", 0.0)
-    metrics, _ = gradients(setting, SAMPLES)
+@pytest.mark.parametrize("micro_batch", [4, SAMPLES])
+def test_equal_policy_and_old_have_no_implicit_reward(setting, micro_batch):
+    """Nor is old run to find that, and the gradient is that of the whole loss."""
+    model, weights, pairs, *_ = setting
+    weights.blend("old", 0.0)
+    _, expected = autograd_oracle(setting)
+    metrics, gradient = gradients(setting, micro_batch)
     assert metrics["implicit_reward_abs"] == 0 and metrics["old_deviation"] == 0
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+    measured = 0 if micro_batch == SAMPLES else len(pairs)
+    assert model.samples_run == {True: len(pairs), False: 2 * len(pairs) + measured}
 
 
 def test_timesteps_are_stratified_without_repeats_and_equally_often():

@@ -86,6 +86,22 @@ def test_sets_of_weights(kind):
 
 
 @pytest.mark.parametrize("kind", MAKE)
+def test_a_snapshot_is_the_policy_only_where_all_of_it_is(kind):
+    weights = MAKE[kind]()
+    train_a_little(weights)
+    assert not weights.is_policy("old")
+    weights.blend("old", 0.0)
+    assert weights.is_policy("old") and not weights.is_policy("sampler")
+    for parameter in weights.trained():
+        number = parameter.data.view(-1)[-1]
+        before = number.clone()
+        number.copy_(torch.nextafter(number, number + 1))
+        assert not weights.is_policy("old")
+        number.copy_(before)
+    assert weights.is_policy("old")
+
+
+@pytest.mark.parametrize("kind", MAKE)
 def test_blend_is_the_moving_average(kind):
     weights = MAKE[kind]()
     before = {name: value.clone() for name, value in weights.state().items()}
@@ -146,6 +162,11 @@ def test_bfloat16_weights_with_snapshots_on_the_host(tmp_path):
     with weights.use("reference"):
         assert not all(torch.equal(a, b) for a, b in zip(policy, weights.trained()))
     assert all(torch.equal(a, b) for a, b in zip(policy, weights.trained()))
+    assert weights.is_policy("old")
+    weights.state()[f"old/{name}"].mul_(1 + 2**-12)  # the network would have it rounded
+    assert weights.is_policy("old")
+    weights.state()[f"old/{name}"].mul_(1 + 2**-7)
+    assert not weights.is_policy("old")
     weights.save_policy(tmp_path)
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer", dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(policy, loaded.parameters()))
