@@ -74,8 +74,8 @@ def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
 
     Of their forward alone: what brings a block's weights to the device before it, streaming or sharding, runs
     as it is written. Weights are the compiled code's inputs, so blocks of one class share it. The compiled
-    forwards with and without gradient are different code: equal policy and snapshot then predict equally to
-    rounding, not to the bit.
+    forwards with and without gradient are different code: equal weights then predict equally to rounding, not
+    to the bit.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)

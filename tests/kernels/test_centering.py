@@ -42,7 +42,10 @@ def test_ragged_groups(impl, group, temperature, loss_type):
 @pytest.mark.parametrize("micro_batch", [1, 2, 5, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_micro_batches_give_the_whole_to_the_bit(impl, micro_batch, dtype):
-    """measure by micro-batch, cat, center once, velocity_grad by micro-batch == one crd_loss call."""
+    """measure by micro-batch, cat, center once, velocity_grad by micro-batch == one crd_loss call.
+
+    The reference's sums are torch's, which may round by the shape of the batch.
+    """
     batch = 6 if INTERPRETING else 24
     inputs = make(batch=batch, shape=(4, 90, 50), groups=(0, 7, 7), dtype=dtype)
     keywords = {"guidance_scale": 4.5}
@@ -69,8 +72,12 @@ def test_micro_batches_give_the_whole_to_the_bit(impl, micro_batch, dtype):
         )
         for rows in parts
     ]
-    assert coefficients.loss == whole.loss
-    assert torch.equal(torch.cat(gradients), policy.grad)
+    if impl == "reference":
+        assert relative_error(coefficients.loss, whole.loss) < 1e-6
+        assert relative_error(torch.cat(gradients), policy.grad) < max(1e-6, torch.finfo(dtype).eps)
+    else:
+        assert coefficients.loss == whole.loss
+        assert torch.equal(torch.cat(gradients), policy.grad)
     assert policy.grad.abs().max() > 0
 
 

