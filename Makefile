@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env train test benchmarks gpu lint clean
+.PHONY: env train test test-level benchmarks gpu lint clean
 
 env: $(STAMP)
 
@@ -22,6 +22,11 @@ train: env
 # In two processes of one thread each; ARGS='-n 0 -x' runs it in one and stops at the first failure.
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# As other x86 processors round, also as Intel's on AMD's: LEVEL=avx512, avx2 or sse4.
+LEVEL ?= avx2
+test-level: env
+	$(BIN)/python -m tools.test_as $(LEVEL) $(ARGS)
 
 benchmarks: env
 	$(BIN)/python -m pytest benchmarks $(ARGS)
