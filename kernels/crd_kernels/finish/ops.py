@@ -79,14 +79,22 @@ def _fake_loss(like, batch, dtype, kind):
 def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, process_group=None):
     """`finish_op` on plain tensors; over the ranks of a process group always by its definition."""
     if process_group is None and impl == "triton":
-        from .triton import Finish
-
-        batch = table.shape[1]
-        run, outcome = Finish(kind, batch, table.dtype, table.device), table.new_empty((OUTCOME, batch))
-        scalars = [None if t is None else t.contiguous() for t in scalars]
-        return run(table.contiguous(), outcome, run.work(), scalars, numbers), outcome
+        table, scalars = table.contiguous(), [None if t is None else t.contiguous() for t in scalars]
+        look = passes.signature((table,), scalars)
+        run = _launch(kind, look)
+        outcome = table.new_empty((OUTCOME, table.shape[1]))
+        return run(table, outcome, run.work(), scalars, numbers), outcome
     if process_group is None and impl == "cpu":
         from .cpu import finish as run
 
         return run(table, scalars, kind, numbers)
     return reference.finish(Stats(table, 0), scalars, kind, numbers, process_group)
+
+
+@functools.lru_cache(maxsize=128)
+def _launch(kind, look):
+    """The launch for tensors that look like this (`passes.signature`): compiled code serves only its like."""
+    from .triton import Finish
+
+    device, dtype, shape, *_ = look
+    return Finish(kind, shape[1], dtype, device)
