@@ -5,6 +5,8 @@ floats every new value would be compiled anew. That excludes the operators from 
 numbers of the capture would stay.
 """
 
+import functools
+
 from torch import Tensor
 
 from .. import passes
