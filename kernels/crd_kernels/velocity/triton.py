@@ -227,13 +227,13 @@ class Passes:
         gradient = torch.empty_like(policy)
         tensors = (gradient, policy, old, ref_cond, ref_uncond, x0, noise, mask)
         stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-        known = self.backwards.get(stride)
+        known = self.backwards.get((rows, stride))
         if known is None:
             strides, sizes, wide, far = launch.operands(tensors)
             elements, numel = launch.block(self.dtype, far), policy.shape[1:].numel()
             chunks = triton.cdiv(numel, elements)
             run = self._launcher(gradient_kernel, chunks, rows, wide, elements)
-            known = self.backwards[stride] = run, (stride, *strides, sizes, numel, chunks, self.batch)
+            known = self.backwards[rows, stride] = run, (stride, *strides, sizes, numel, chunks, self.batch)
         run, layout = known
         run(*tensors, _contiguous(seed), *coefficients, upstream, *layout, numbers.guidance_scale)
         return gradient
