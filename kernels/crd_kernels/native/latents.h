@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t RUN = 1024;         // elements that one float sum covers before it goes to a double
+constexpr int64_t RUN = 4096;         // elements that one float sum covers before it goes to a double
 constexpr int64_t TILE = 256;         // elements of a buffer; larger ones were slower, they crowd the L1 cache
 constexpr int64_t CHUNK = 16 * 1024;  // elements of one task and of one partial sum
 constexpr int DIMS = 7;               // dimensions of a sample after collapsing, padded with 1 in front
@@ -46,15 +46,59 @@ inline void put(S& to, T value) {
   to = S(value);
 }
 
-// Rounds to nearest even; NaN stays NaN. Writes the member: gcc does not vectorise copies of the struct.
+// The nearest bfloat16 (ties to even; NaN stays NaN) in the upper half of a word, whose lower half is rubbish.
+inline uint32_t round_to_bfloat16(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  return value == value ? wide + 0x7fff + ((wide >> 16) & 1) : 0x7fc00000;
+}
+
+// Writes the member: gcc does not vectorise copies of the struct.
 template <class T>
 inline void put(BFloat16& to, T value) {
-  float narrow = float(value);
-  uint32_t wide;
-  std::memcpy(&wide, &narrow, 4);
-  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  to.bits = uint16_t((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  to.bits = uint16_t(round_to_bfloat16(float(value)) >> 16);
 }
+
+// What a loop takes from memory at a time: one element, or two of bfloat16. These are the halves of a word, which
+// a shift and a mask widen and join, where vectors of single ones have to be shuffled apart.
+// Static functions of plain numbers: gcc does not vectorise loops with objects of a class in them.
+template <class S>
+struct Pack {
+  using Word = S;
+  static constexpr int SIZE = 1;
+
+  static Word load(const S* from, int64_t i) { return from[i]; }
+  static S get(Word word, int) { return word; }
+  template <class T>
+  static Word join(Word, int, T value) {
+    return S(value);
+  }
+  static void store(S* to, int64_t i, Word word) { to[i] = word; }
+};
+
+template <>
+struct Pack<BFloat16> {
+  using Word = uint32_t;
+  static constexpr int SIZE = 2;
+
+  static Word load(const BFloat16* from, int64_t i) {
+    Word word;
+    std::memcpy(&word, from + SIZE * i, sizeof word);
+    return word;
+  }
+  static float get(Word word, int half) {
+    const uint32_t wide = half == 0 ? word << 16 : word & 0xffff0000;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  template <class T>
+  static Word join(Word word, int half, T value) {  // word with one half, which is 0, set to value
+    const uint32_t rounded = round_to_bfloat16(float(value));
+    return word | (half == 0 ? rounded >> 16 : rounded & 0xffff0000);
+  }
+  static void store(BFloat16* to, int64_t i, Word word) { std::memcpy(to + SIZE * i, &word, sizeof word); }
+};
 
 // Visits the elements [begin, begin + count) of sample b as runs along the innermost dimension.
 template <class Visit>
@@ -148,10 +192,10 @@ struct Tiles {
   alignas(64) T policy[TILE], old[TILE], ref_cond[TILE], ref_uncond[TILE], x0[TILE], noise[TILE], mask[TILE], out[TILE];
 };
 
-// The dtype of all operands when the loop can work on them in place, else -1.
+// The dtype of all operands when the loop can work on them in place, in whole packs, else -1.
 inline int64_t direct_dtype(const Problem& p) {
   int64_t dtype = -1;
-  if (p.seed || p.mask.data || p.sizes[DIMS - 1] != p.numel) return -1;
+  if (p.seed || p.mask.data || p.sizes[DIMS - 1] != p.numel || p.numel % Pack<BFloat16>::SIZE) return -1;
   for (const Operand* x : {&p.policy, &p.old, &p.ref_cond, &p.ref_uncond, &p.x0, &p.noise, &p.out}) {
     if (!x->data) continue;
     if (x->strides[DIMS - 1] != 1 || (dtype >= 0 && dtype != x->dtype)) return -1;
@@ -207,14 +251,19 @@ void for_each_view(const Problem& p, int64_t direct, int64_t b, int64_t begin, i
   through_tiles<T>(p, b, begin, end, body);
 }
 
+// Calls task(item, sample, begin, end) for every chunk. Each thread has a run of chunks of its own, the same in both
+// passes; `backwards` it starts with the last, which the pass before has left in its cache.
 template <class Task>
-void for_each_chunk(const Problem& p, int threads, Task task) {
-  const int64_t chunks = (p.numel + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < p.batch * chunks; ++item) {
-    const int64_t begin = (item % chunks) * CHUNK;
-    const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
-    task(item, item / chunks, begin, end);
+void for_each_chunk(const Problem& p, int64_t threads, bool backwards, Task task) {
+  const int64_t chunks = (p.numel + CHUNK - 1) / CHUNK, items = p.batch * chunks;
+  const int64_t parts = threads < items ? threads : items;
+#pragma omp parallel for schedule(static, 1) num_threads(int(parts)) if (parts > 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = items * part / parts, last = items * (part + 1) / parts - 1;
+    for (int64_t at = first; at <= last; ++at) {
+      const int64_t item = backwards ? first + last - at : at, begin = item % chunks * CHUNK;
+      task(item, item / chunks, begin, begin + CHUNK < p.numel ? begin + CHUNK : p.numel);
+    }
   }
 }
 

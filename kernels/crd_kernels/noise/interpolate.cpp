@@ -10,7 +10,7 @@ namespace {
 template <class T>
 void interpolate(const Problem& p, const double* sigma, int threads) {
   const int64_t direct = direct_dtype(p);
-  for_each_chunk(p, threads, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
+  for_each_chunk(p, threads, false, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     const T level = T(sigma[b]), rest = T(1) - level;
     for_each_view<T>(p, direct, b, begin, end, [&](const auto& v, int64_t count) {
       using S = std::remove_pointer_t<decltype(v.out)>;

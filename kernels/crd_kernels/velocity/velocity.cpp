@@ -34,43 +34,56 @@ enum Reference { NONE, CONDITIONAL, GUIDED };
 // squares of policy and old. The others stay 0.
 enum Needed { FULL, MIXED, ALONE, PAIR };
 
-// The loops take their pointers as locals: gcc does not vectorise loops that read them from a struct.
+// Of what the mask leaves out nothing is seen, be it NaN.
+template <class T>
+inline T masked(T weight, T x) {
+  return weight != T(0) ? weight * x : T(0);
+}
+
+// The loops go over packs (latents.h). They take their pointers as locals: gcc does not vectorise loops that read them
+// from a struct. What is absent is read as the policy once more, and not used. A mask comes in packs of one.
 
 template <class T, Reference R, Needed N, bool MASK, class S>
 void add_sums(const Views<S>& v, int64_t count, T w, T mix, double* sums) {
-  const S *policies = v.policy, *olds = v.old, *conds = v.ref_cond, *unconds = v.ref_uncond;
-  const S *x0s = v.x0, *noises = v.noise, *masks = v.mask;
+  using P = Pack<S>;
+  const S *policies = v.policy, *x0s = v.x0, *noises = v.noise, *olds = N == ALONE ? v.policy : v.old;
+  const S *conds = R == NONE ? v.policy : v.ref_cond, *unconds = R == GUIDED ? v.ref_uncond : v.policy;
+  const S* masks = MASK ? v.mask : v.policy;
   T policy_square = 0, policy_abs = 0, old_square = 0, old_abs = 0, kl = 0, old_kl = 0, deviation = 0, weights = 0;
 #pragma omp simd reduction(+ : policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation, weights)
-  for (int64_t i = 0; i < count; ++i) {
-    const T weight = MASK ? T(masks[i]) : T(1);
-    // of what the mask leaves out nothing is added, be it NaN
-    auto seen = [weight](T x) { return !MASK ? x : weight != T(0) ? weight * x : T(0); };
-    const T policy = T(policies[i]), target = T(noises[i]) - T(x0s[i]);
-    const T old = N == ALONE ? policy : T(olds[i]);
-    const T policy_error = (N == MIXED ? (1 - mix) * old + mix * policy : policy) - target;
-    policy_square += seen(policy_error * policy_error);
-    if (N != ALONE) {
-      const T old_error = (N == MIXED ? (1 + mix) * old - mix * policy : old) - target;
-      const T moved = policy - old;
-      old_square += seen(old_error * old_error);
-      deviation += seen(moved * moved);
-      if (N != PAIR) {
-        policy_abs += seen(std::fabs(policy_error));
-        old_abs += seen(std::fabs(old_error));
+  for (int64_t i = 0; i < count / P::SIZE; ++i) {
+    const auto policy_word = P::load(policies, i), old_word = P::load(olds, i), cond_word = P::load(conds, i),
+               uncond_word = P::load(unconds, i), x0_word = P::load(x0s, i), noise_word = P::load(noises, i),
+               mask_word = P::load(masks, i);
+    for (int k = 0; k < P::SIZE; ++k) {
+      const T weight = MASK ? T(P::get(mask_word, k)) : T(1);
+      auto seen = [weight](T x) { return MASK ? masked(weight, x) : x; };
+      const T policy = T(P::get(policy_word, k)), old = T(P::get(old_word, k));
+      const T target = T(P::get(noise_word, k)) - T(P::get(x0_word, k));
+      const T policy_error = (N == MIXED ? (1 - mix) * old + mix * policy : policy) - target;
+      policy_square += seen(policy_error * policy_error);
+      if (N != ALONE) {
+        const T old_error = (N == MIXED ? (1 + mix) * old - mix * policy : old) - target;
+        const T moved = policy - old;
+        old_square += seen(old_error * old_error);
+        deviation += seen(moved * moved);
+        if (N != PAIR) {
+          policy_abs += seen(std::fabs(policy_error));
+          old_abs += seen(std::fabs(old_error));
+        }
       }
-    }
-    if (R != NONE) {
-      const T base = R == GUIDED ? T(unconds[i]) : T(conds[i]);
-      const T reference = R == GUIDED ? base + w * (T(conds[i]) - base) : base;
-      const T policy_drift = policy - reference;
-      kl += seen(policy_drift * policy_drift);
-      if (N == FULL) {
-        const T old_drift = old - reference;
-        old_kl += seen(old_drift * old_drift);
+      if (R != NONE) {
+        const T cond = T(P::get(cond_word, k)), base = R == GUIDED ? T(P::get(uncond_word, k)) : cond;
+        const T reference = R == GUIDED ? base + w * (cond - base) : base;
+        const T policy_drift = policy - reference;
+        kl += seen(policy_drift * policy_drift);
+        if (N == FULL) {
+          const T old_drift = old - reference;
+          old_kl += seen(old_drift * old_drift);
+        }
       }
+      if (MASK) weights += weight;
     }
-    if (MASK) weights += weight;
   }
   const T part[SUMS] = {policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation, weights};
   for (int k = 0; k < SUMS; ++k) sums[k] += part[k];
@@ -84,29 +97,37 @@ struct Factors {
 
 template <class T, Reference R, bool OLD, bool MASK, class S>
 void write_gradient(const Views<S>& v, int64_t count, T w, Factors<T> factors) {
-  const S *policies = v.policy, *olds = v.old, *conds = v.ref_cond, *unconds = v.ref_uncond;
-  const S *x0s = v.x0, *noises = v.noise, *masks = v.mask;
+  using P = Pack<S>;
+  const S *policies = v.policy, *x0s = v.x0, *noises = v.noise, *olds = OLD ? v.old : v.policy;
+  const S *conds = R == NONE ? v.policy : v.ref_cond, *unconds = R == GUIDED ? v.ref_uncond : v.policy;
+  const S* masks = v.mask;
   S* out = v.out;
   const T c1 = factors.c1, c2 = factors.c2, c3 = factors.c3;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    T policy = T(policies[i]), target = T(noises[i]) - T(x0s[i]);
-    T gradient = c1 * (policy - target);
-    if (R != NONE) {
-      T base = R == GUIDED ? T(unconds[i]) : T(conds[i]);
-      T reference = R == GUIDED ? base + w * (T(conds[i]) - base) : base;
-      gradient += c2 * (policy - reference);
+  for (int64_t i = 0; i < count / P::SIZE; ++i) {
+    const auto policy_word = P::load(policies, i), old_word = P::load(olds, i), cond_word = P::load(conds, i),
+               uncond_word = P::load(unconds, i), x0_word = P::load(x0s, i), noise_word = P::load(noises, i);
+    typename P::Word written = 0;
+    for (int k = 0; k < P::SIZE; ++k) {
+      const T policy = T(P::get(policy_word, k)), target = T(P::get(noise_word, k)) - T(P::get(x0_word, k));
+      T gradient = c1 * (policy - target);
+      if (R != NONE) {
+        const T cond = T(P::get(cond_word, k)), base = R == GUIDED ? T(P::get(uncond_word, k)) : cond;
+        const T reference = R == GUIDED ? base + w * (cond - base) : base;
+        gradient += c2 * (policy - reference);
+      }
+      if (OLD) gradient += c3 * (policy - T(P::get(old_word, k)));
+      written = P::join(written, k, gradient);
     }
-    if (OLD) gradient += c3 * (policy - T(olds[i]));
-    if (MASK) gradient = T(masks[i]) != T(0) ? T(masks[i]) * gradient : T(0);
-    put(out[i], gradient);
+    if constexpr (MASK) written = masked(masks[i], written);
+    P::store(out, i, written);
   }
 }
 
 template <class T, Reference R, Needed N>
 void measure(const Problem& p, double w, double mix, double* partial, int threads) {
   const int64_t direct = direct_dtype(p);
-  for_each_chunk(p, threads, [&](int64_t item, int64_t b, int64_t begin, int64_t end) {
+  for_each_chunk(p, threads, false, [&](int64_t item, int64_t b, int64_t begin, int64_t end) {
     double sums[SUMS] = {};
     for_each_view<T>(p, direct, b, begin, end, [&](const auto& views, int64_t count) {
       using S = std::remove_pointer_t<decltype(views.out)>;
@@ -130,7 +151,7 @@ template <class T, Reference R, bool OLD>
 void gradient(const Problem& p, double w, const Scales& scales, int threads) {
   const int64_t direct = direct_dtype(p);
   auto at = [](const void* c, int64_t i, T otherwise) { return c ? static_cast<const T*>(c)[i] : otherwise; };
-  for_each_chunk(p, threads, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
+  for_each_chunk(p, threads, true, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     const T upstream = at(scales.upstream, b * scales.stride, T(1));
     const Factors<T> factors{at(scales.c1, b, T(0)) * upstream, at(scales.c2, b, T(0)) * upstream,
                              at(scales.c3, b, T(0)) * upstream};
