@@ -10,30 +10,40 @@ from ..problem import METHODS, WEIGHTINGS, Kind, Numbers, Scalars
 from ..velocity.stats import OUTCOME, Stats
 from . import reference
 
+REALS, WORDS = ctypes.c_double * 9, ctypes.c_int64 * 22
+
 
 def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers):
     """The loss, () or (B,), and the outcome (OUTCOME, B), from the (ROWS, B) table of statistics."""
     if build.library() is None:
         return reference.finish(Stats(table, 0), scalars, kind, numbers)
     outcome = table.new_empty((OUTCOME, table.shape[1]))
-    return run(table.contiguous(), outcome.data_ptr(), scalars, kind, numbers), outcome
+    run = Finish(kind, table.shape[1], table.dtype, scalars)
+    return run(table.contiguous(), outcome.data_ptr(), scalars, numbers), outcome
 
 
-def run(table, outcome: int, scalars: Scalars, kind: Kind, numbers: Numbers):
-    """The loss. outcome: the address of OUTCOME rows, written."""
-    batch = table.shape[1]
-    loss = torch.empty((batch,) if kind.method == "reward" else (), dtype=table.dtype)
-    samples = numbers.denominator or (batch // 2 if kind.method == "dpo" else batch)
-    method, *flags, weighting = kind
-    words = [METHODS.index(method), *flags, WEIGHTINGS.index(weighting)]
-    words += [batch, table.dtype == torch.float64]
-    vectors = [None if t is None else t.contiguous() for t in scalars]
-    for vector in vectors:
-        words += (0, 0) if vector is None else (vector.data_ptr(), DTYPES[vector.dtype])
-    build.library().crd_finish(
-        REALS(*numbers[2:10], samples), WORDS(*words), table.data_ptr(), loss.data_ptr(), outcome
-    )
-    return loss
+class Finish:
+    """crd_finish for scalars of these dtypes: its words are packed once, but for the addresses."""
 
+    def __init__(self, kind: Kind, batch: int, dtype: torch.dtype, scalars: Scalars):
+        method, *flags, weighting = kind
+        self.shape = (batch,) if method == "reward" else ()
+        self.dtype = dtype
+        self.samples = batch // 2 if method == "dpo" else batch
+        words = [METHODS.index(method), *flags, WEIGHTINGS.index(weighting), batch, dtype == torch.float64]
+        self._places = [(len(words) + 2 * i, i) for i, t in enumerate(scalars) if t is not None]
+        for vector in scalars:
+            words += (0, 0) if vector is None else (0, DTYPES[vector.dtype])
+        self._template = WORDS(*words)
 
-REALS, WORDS = ctypes.c_double * 9, ctypes.c_int64 * 22
+    def __call__(self, table, outcome: int, scalars: Scalars, numbers: Numbers):
+        """The loss. outcome: the address of OUTCOME rows, written."""
+        loss = torch.empty(self.shape, dtype=self.dtype)
+        words, kept = WORDS.from_buffer_copy(self._template), []
+        for place, index in self._places:
+            vector = scalars[index].contiguous()
+            words[place] = vector.data_ptr()
+            kept.append(vector)
+        reals = REALS(*numbers[2:10], numbers.denominator or self.samples)
+        build.library().crd_finish(reals, words, table.data_ptr(), loss.data_ptr(), outcome)
+        return loss

@@ -133,8 +133,7 @@ def _processor():
 
 def _declare(lib):
     pointer, word, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    lib.crd_chunk.restype = word
-    lib.crd_measure.argtypes = [pointer, real, real, word, word, word, pointer, pointer, word]
+    lib.crd_measure.argtypes = [pointer, real, real, word, word, word, pointer, word]
     lib.crd_gradient.argtypes = [pointer, real, word, *[pointer] * 4, word, word]
     lib.crd_interpolate.argtypes = [pointer, pointer, word, word]
     lib.crd_finish.argtypes = [pointer] * 5

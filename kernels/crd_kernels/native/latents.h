@@ -251,11 +251,13 @@ void for_each_view(const Problem& p, int64_t direct, int64_t b, int64_t begin, i
   through_tiles<T>(p, b, begin, end, body);
 }
 
+inline int64_t chunks_of(const Problem& p) { return (p.numel + CHUNK - 1) / CHUNK; }
+
 // Calls task(item, sample, begin, end) for every chunk. Each thread has a run of chunks of its own, the same in both
 // passes; `backwards` it starts with the last, which the pass before has left in its cache.
 template <class Task>
 void for_each_chunk(const Problem& p, int64_t threads, bool backwards, Task task) {
-  const int64_t chunks = (p.numel + CHUNK - 1) / CHUNK, items = p.batch * chunks;
+  const int64_t chunks = chunks_of(p), items = p.batch * chunks;
   const int64_t parts = threads < items ? threads : items;
 #pragma omp parallel for schedule(static, 1) num_threads(int(parts)) if (parts > 1)
   for (int64_t part = 0; part < parts; ++part) {

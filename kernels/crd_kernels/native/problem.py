@@ -30,7 +30,7 @@ class Problem:
         """tensors: the OPERANDS, of one shape (B, ...), or None."""
         sizes, strides = layout.collapse(tensors)
         given = next(t for t in tensors if t is not None)
-        self.batch, self.numel = given.shape[0], given.shape[1:].numel()
+        batch, numel = given.shape[0], given.shape[1:].numel()
         pad = layout.DIMS - len(sizes)
         words = []
         for operand, inner in zip(tensors, strides):
@@ -38,7 +38,7 @@ class Problem:
                 words += [0] * WORDS
             else:
                 words += [0, DTYPES[operand.dtype], operand.stride(0), *[0] * pad, *inner]
-        words += [0, self.batch, *[1] * pad, *sizes, self.numel]
+        words += [0, batch, *[1] * pad, *sizes, numel]
         self._type = ctypes.c_int64 * len(words)
         self._template = self._type(*words)
         self._places = [(WORDS * i, i) for i, t in enumerate(tensors) if t is not None]
@@ -51,10 +51,3 @@ class Problem:
         if seed is not None:
             words[WORDS * OPERANDS] = seed.data_ptr()
         return words
-
-    def chunks(self, library):
-        """Tasks of one sample, and slots of its partial sums."""
-        return -(-self.numel // library.crd_chunk())
-
-    def threads(self, library):
-        return min(torch.get_num_threads(), self.batch * self.chunks(library))

@@ -20,5 +20,5 @@ def interpolate(x0, sigma, noise, seed, dtype):
     problem, sigma = Problem(tensors), sigma.double().contiguous()
     seed = None if seed is None else seed.contiguous()
     double = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
-    lib.crd_interpolate(problem.words(tensors, seed), sigma.data_ptr(), double, problem.threads(lib))
+    lib.crd_interpolate(problem.words(tensors, seed), sigma.data_ptr(), double, torch.get_num_threads())
     return out

@@ -8,7 +8,7 @@
 namespace {
 
 template <class T>
-void interpolate(const Problem& p, const double* sigma, int threads) {
+void interpolate(const Problem& p, const double* sigma, int64_t threads) {
   const int64_t direct = direct_dtype(p);
   for_each_chunk(p, threads, false, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     const T level = T(sigma[b]), rest = T(1) - level;
@@ -27,5 +27,5 @@ void interpolate(const Problem& p, const double* sigma, int threads) {
 
 // sigma: (batch,) double.
 extern "C" void crd_interpolate(const Problem* p, const double* sigma, int64_t use_double, int64_t threads) {
-  use_double ? interpolate<double>(*p, sigma, int(threads)) : interpolate<float>(*p, sigma, int(threads));
+  use_double ? interpolate<double>(*p, sigma, threads) : interpolate<float>(*p, sigma, threads);
 }

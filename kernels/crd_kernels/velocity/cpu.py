@@ -1,6 +1,6 @@
 """The two passes on the CPU: C++ where a compiler is found (velocity.cpp), tiles of torch ops otherwise.
 
-Extra memory: 8 doubles per 16384 elements for `measure`, the gradient itself for `gradient`.
+Extra memory: 8 doubles per 16384 elements for the sums, the gradient itself for `gradient`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ..native import build
 from ..native.problem import Problem
 from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
 from . import tiles
-from .stats import OUTCOME, ROWS, SUMS, summarize
+from .stats import OUTCOME, ROWS, summarize
 
 # What velocity.cpp adds up; the other rows of the table are 0 then, and nobody reads them.
 FULL, MIXED, ALONE, PAIR = range(4)
@@ -26,8 +26,9 @@ class Passes:
         self.double = self.dtype == torch.float64
         self.anchored, self.masked = latents.ref_cond is not None, latents.mask is not None
         self.batch, self.numel = latents.policy.shape[0], latents.policy.shape[1:].numel()
+        self.statistics = ROWS * self.batch * self.dtype.itemsize  # bytes of a table in front of the outcome
         self.reading = Problem([*latents[:6], latents.mask, None])
-        self.writing = None
+        self.writing = self.finish = None  # made when needed
         self.sums = FULL
         if kind.method == "nft":
             self.sums = MIXED
@@ -41,8 +42,9 @@ class Passes:
         if build.library() is None:
             return definition.table_and_loss(self.measure(latents, numbers), scalars, self.kind, numbers)
         table = self._measure(latents, numbers, ROWS + OUTCOME)
-        outcome = table.data_ptr() + ROWS * self.batch * table.itemsize
-        return table, finishing.run(table, outcome, scalars, self.kind, numbers)
+        if self.finish is None:
+            self.finish = finishing.Finish(self.kind, self.batch, self.dtype, scalars)
+        return table, self.finish(table, table.data_ptr() + self.statistics, scalars, numbers)
 
     def _measure(self, latents, numbers, rows):
         lib = build.library()
@@ -52,7 +54,6 @@ class Passes:
             return summarize(sums, *about)
         *tensors, seed, mask = latents
         seed = None if seed is None else seed.contiguous()
-        partial = torch.empty(self.batch * self.reading.chunks(lib) * SUMS, dtype=torch.float64)
         table = torch.empty((rows, self.batch), dtype=self.dtype)
         lib.crd_measure(
             self.reading.words((*tensors, mask), seed),
@@ -61,9 +62,8 @@ class Passes:
             self.sums,
             self.kind.adaptive_weighting,
             self.double,
-            partial.data_ptr(),
             table.data_ptr(),
-            self.reading.threads(lib),
+            torch.get_num_threads(),
         )
         return table
 
@@ -71,12 +71,11 @@ class Passes:
         if build.library() is None:
             c1, c2, c3 = table[ROWS : ROWS + 3]
             return tiles.gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers)
-        row = self.batch * table.itemsize
-        c1 = table.data_ptr() + ROWS * row
-        upstream = upstream.to(self.dtype)
-        return self._gradient(
-            latents, (c1, c1 + row, c1 + 2 * row if self.kind.third else None), upstream, numbers
-        )
+        c1, row = table.data_ptr() + self.statistics, self.statistics // ROWS
+        if upstream.dtype != self.dtype:
+            upstream = upstream.to(self.dtype)
+        pointers = (c1, c1 + row, c1 + 2 * row if self.kind.third else None)
+        return self._gradient(latents, pointers, upstream, numbers)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
         if build.library() is None:
@@ -111,6 +110,6 @@ class Passes:
             *pointers,
             at,
             stride,
-            self.writing.threads(lib),
+            torch.get_num_threads(),
         )
         return gradient

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <iterator>
 #include <type_traits>
+#include <vector>
 
 #include "latents.h"
 
@@ -125,7 +126,7 @@ void write_gradient(const Views<S>& v, int64_t count, T w, Factors<T> factors) {
 }
 
 template <class T, Reference R, Needed N>
-void measure(const Problem& p, double w, double mix, double* partial, int threads) {
+void measure(const Problem& p, double w, double mix, double* partial, int64_t threads) {
   const int64_t direct = direct_dtype(p);
   for_each_chunk(p, threads, false, [&](int64_t item, int64_t b, int64_t begin, int64_t end) {
     double sums[SUMS] = {};
@@ -148,7 +149,7 @@ struct Scales {
 };
 
 template <class T, Reference R, bool OLD>
-void gradient(const Problem& p, double w, const Scales& scales, int threads) {
+void gradient(const Problem& p, double w, const Scales& scales, int64_t threads) {
   const int64_t direct = direct_dtype(p);
   auto at = [](const void* c, int64_t i, T otherwise) { return c ? static_cast<const T*>(c)[i] : otherwise; };
   for_each_chunk(p, threads, true, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
@@ -169,7 +170,7 @@ void gradient(const Problem& p, double w, const Scales& scales, int threads) {
 // In double to the last step: the reward is a small difference of two numbers near one.
 template <class T>
 void summarize(const Problem& p, const double* partial, bool adaptive_weighting, T* table) {
-  const int64_t chunks = (p.numel + CHUNK - 1) / CHUNK;
+  const int64_t chunks = chunks_of(p);
   for (int64_t b = 0; b < p.batch; ++b) {
     double mean[SUMS] = {};
     for (int64_t c = 0; c < chunks; ++c)
@@ -188,14 +189,14 @@ void summarize(const Problem& p, const double* partial, bool adaptive_weighting,
 }
 
 template <class T, Needed N>
-void measure_any(const Problem& p, double w, double mix, double* partial, int threads) {
+void measure_any(const Problem& p, double w, double mix, double* partial, int64_t threads) {
   if (!p.ref_cond.data) return measure<T, NONE, N>(p, w, mix, partial, threads);
   if (!p.ref_uncond.data) return measure<T, CONDITIONAL, N>(p, w, mix, partial, threads);
   return measure<T, GUIDED, N>(p, w, mix, partial, threads);
 }
 
 template <class T>
-void measure_needed(int64_t needed, const Problem& p, double w, double mix, double* partial, int threads) {
+void measure_needed(int64_t needed, const Problem& p, double w, double mix, double* partial, int64_t threads) {
   switch (needed) {
     case FULL: return measure_any<T, FULL>(p, w, mix, partial, threads);
     case MIXED: return measure_any<T, MIXED>(p, w, mix, partial, threads);
@@ -205,7 +206,7 @@ void measure_needed(int64_t needed, const Problem& p, double w, double mix, doub
 }
 
 template <class T, bool OLD>
-void gradient_any(const Problem& p, double w, const Scales& scales, int threads) {
+void gradient_any(const Problem& p, double w, const Scales& scales, int64_t threads) {
   if (!p.ref_cond.data) return gradient<T, NONE, OLD>(p, w, scales, threads);
   if (!p.ref_uncond.data) return gradient<T, CONDITIONAL, OLD>(p, w, scales, threads);
   return gradient<T, GUIDED, OLD>(p, w, scales, threads);
@@ -213,17 +214,16 @@ void gradient_any(const Problem& p, double w, const Scales& scales, int threads)
 
 }  // namespace
 
-extern "C" int64_t crd_chunk() { return CHUNK; }
-
-// table: (10, batch), float, or double with use_double. partial: (batch, ceil(numel / CHUNK), 8) double, scratch.
+// table: (10, batch), float, or double with use_double.
 extern "C" void crd_measure(const Problem* p, double w, double mix, int64_t needed, int64_t adaptive_weighting,
-                            int64_t use_double, double* partial, void* table, int64_t threads) {
+                            int64_t use_double, void* table, int64_t threads) {
+  std::vector<double> partial(p->batch * chunks_of(*p) * SUMS);
   if (use_double) {
-    measure_needed<double>(needed, *p, w, mix, partial, int(threads));
-    summarize(*p, partial, adaptive_weighting, static_cast<double*>(table));
+    measure_needed<double>(needed, *p, w, mix, partial.data(), threads);
+    summarize(*p, partial.data(), adaptive_weighting, static_cast<double*>(table));
   } else {
-    measure_needed<float>(needed, *p, w, mix, partial, int(threads));
-    summarize(*p, partial, adaptive_weighting, static_cast<float*>(table));
+    measure_needed<float>(needed, *p, w, mix, partial.data(), threads);
+    summarize(*p, partial.data(), adaptive_weighting, static_cast<float*>(table));
   }
 }
 
@@ -233,5 +233,5 @@ extern "C" void crd_gradient(const Problem* p, double w, int64_t use_double, con
   const Scales scales{c1, c2, c3, upstream, stride};
   auto run = use_double ? (c3 ? gradient_any<double, true> : gradient_any<double, false>)
                         : (c3 ? gradient_any<float, true> : gradient_any<float, false>);
-  run(*p, w, scales, int(threads));
+  run(*p, w, scales, threads);
 }
