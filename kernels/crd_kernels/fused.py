@@ -10,10 +10,11 @@ from torch.autograd import forward_ad
 
 from . import dispatch, passes
 from .finish import ops as finish_ops
-from .problem import Kind, Latents, Numbers, Scalars
+from .problem import Kind, Latents, Numbers, Scalars, compute_dtype
 from .velocity import ops
 
 NOTHING = Scalars()
+saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, name: str):
@@ -23,14 +24,16 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
     name: of the public function, for errors.
     """
     policy = latents.policy
-    if traced(policy):
+    key = None
+    if not traced(policy):
+        refuse_transforms(name, policy)
+        key = impl, kind, passes.signature(latents, scalars)
+    if key is None or key[-1] is None:
         check()
         impl = dispatch.choose(impl, policy.device)
         tensors = map(_detached, (*latents, *scalars))
         table, value = finish_ops.loss_op(*tensors, pack(numbers), str(kind), impl)
         return attach(value, table, latents, kind, numbers, impl), table
-    refuse_transforms(name, policy)
-    key = (impl, kind, passes.signature(latents, scalars))
     run = passes.known(key)
     if run is None:
         check()
@@ -39,6 +42,8 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
         table, value = run.forward(latents, scalars, numbers)
         return value, table
     call = Call(run, latents, scalars, numbers, name)
+    if saved_tensors_hooks(True) is not None:  # what they give back may lie otherwise
+        call.hooked = dispatch.choose(impl, policy.device)
     try:
         value = _apply(policy, call)
     except RuntimeError:
@@ -51,12 +56,14 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
 
 def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
     """The table of statistics."""
-    if traced(latents.policy):
+    key = None
+    if not traced(latents.policy):
+        refuse_transforms("measure", latents.policy)
+        key = impl, kind, passes.signature(latents, NOTHING)
+    if key is None or key[-1] is None:
         check()
         impl = dispatch.choose(impl, latents.policy.device)
         return ops.measure_op(*map(_detached, latents), pack(numbers), str(kind), impl)
-    refuse_transforms("measure", latents.policy)
-    key = (impl, kind, passes.signature(latents, NOTHING))
     run = passes.known(key)
     if run is None:
         check()
@@ -67,12 +74,14 @@ def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
 def gradient(check, latents: Latents, coefficients, numbers: Numbers, impl: str):
     """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), times the mask."""
     kind = Kind("measure", third=coefficients[2] is not None)
-    if traced(latents.policy):
+    key = None
+    if not traced(latents.policy):
+        refuse_transforms("velocity_grad", latents.policy)
+        key = impl, kind, passes.signature(latents, coefficients)
+    if key is None or key[-1] is None:
         check()
         impl = dispatch.choose(impl, latents.policy.device)
         return ops.velocity_grad_op(*map(_detached, (*latents, *coefficients)), pack(numbers), impl)
-    refuse_transforms("velocity_grad", latents.policy)
-    key = (impl, kind, passes.signature(latents, coefficients))
     run = passes.known(key)
     if run is None:
         check()
@@ -82,22 +91,24 @@ def gradient(check, latents: Latents, coefficients, numbers: Numbers, impl: str)
 
 def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
     """A copy of `value`, () or (B,), with the gradient for policy that the outcome in `table` says."""
-    if not (latents.policy.requires_grad and torch.is_grad_enabled()):
+    policy = latents.policy
+    if not (policy.requires_grad and torch.is_grad_enabled()):
         return value
-    if not kind.third:
+    if not kind.third and compute_dtype(policy, *latents[2:6]) == table.dtype:
         latents = latents._replace(old=None)
     others = map(_detached, latents[1:])
-    return ops.attach_gradient_op(value, latents.policy, *others, table, pack(numbers), str(kind), impl)
+    return ops.attach_gradient_op(value, policy, *others, table, pack(numbers), str(kind), impl)
 
 
 class Call:
     """One loss call on its way through autograd, which looks at each argument: so they are one."""
 
-    __slots__ = ("inference", "latents", "name", "numbers", "run", "scalars", "table")
+    __slots__ = ("hooked", "inference", "latents", "name", "numbers", "run", "scalars", "table")
 
     def __init__(self, run, latents, scalars, numbers, name):
         self.run, self.latents, self.scalars, self.numbers, self.name = run, latents, scalars, numbers, name
         self.inference = False
+        self.hooked = None  # the implementation, where hooks look after the saved tensors
 
 
 class _Loss(torch.autograd.Function):
@@ -108,8 +119,8 @@ class _Loss(torch.autograd.Function):
         run, numbers = call.run, call.numbers
         call.table, value = run.forward(call.latents, call.scalars, numbers)
         _, old, *kept = call.latents
-        kept.append(old if run.kind.third else None)  # the gradient seldom needs it
-        ctx.call = run, numbers, call.name
+        kept.append(old if run.kind.third or call.hooked else None)  # the gradient seldom needs it
+        ctx.call = run, numbers, call.name, call.hooked
         ctx.frozen = None
         if call.inference:
             ctx.frozen = [t if t is not None and t.is_inference() else None for t in kept]
@@ -119,12 +130,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        run, numbers, name = ctx.call
+        run, numbers, name, hooked = ctx.call
         policy, *kept, table = ctx.saved_tensors
         if ctx.frozen is not None:
             kept = [saved if held is None else held for saved, held in zip(kept, ctx.frozen)]
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.frozen = None  # as autograd does with what it saved
         *others, old = kept
         latents = Latents(policy, old, *others)
+        if hooked is not None:
+            run, latents = passes.again(hooked, latents, run.kind)
         if not torch.is_grad_enabled():
             return run.backward(latents, table, upstream, numbers), None
         with torch.no_grad():  # create_graph=True

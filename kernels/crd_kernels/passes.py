@@ -27,7 +27,8 @@ def signature(latents, scalars) -> tuple | None:
         if t is None:
             look.append(None)
         elif type(t) in PLAIN:
-            look += (t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15)
+            pointer = t.data_ptr()  # null for a meta tensor, whose device has the number of the CPU's
+            look += (t.dtype, t.shape, t.stride(), t.get_device(), pointer and pointer & 15 | 16)
         else:
             return None
     return tuple(look)
@@ -35,7 +36,7 @@ def signature(latents, scalars) -> tuple | None:
 
 def known(key):
     """The passes of a layout that has been served before, or None."""
-    return _PASSES.get(key)
+    return _PASSES.get(key)  # never one without a signature
 
 
 def of(impl, latents, scalars, kind, key=None):
@@ -46,5 +47,16 @@ def of(impl, latents, scalars, kind, key=None):
         passes = importlib.import_module(f".velocity.{impl}", __package__).Passes(latents, scalars, kind)
         if len(_PASSES) >= LIMIT:
             _PASSES.clear()
-        _PASSES[key] = passes
+        if key[-1] is not None:
+            _PASSES[key] = passes
     return passes
+
+
+def again(impl, latents, kind):
+    """(passes, latents) for the gradient of a loss whose tensors may lie otherwise than it found them.
+
+    `old` may be there because it decides what the loss was computed in: it goes where the gradient has no use
+    for it.
+    """
+    passes = of(impl, latents, (None,) * 5, kind)
+    return passes, latents if kind.third else latents._replace(old=None)

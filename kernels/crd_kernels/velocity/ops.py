@@ -80,7 +80,7 @@ def loss_grad_op(
 ) -> Tensor:
     """The gradient of the loss that left this table, times the gradient that came in, in policy's dtype."""
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
-    run = passes.of(impl, latents, Scalars(), Kind.parse(kind))
+    run, latents = passes.again(impl, latents, Kind.parse(kind))
     return run.backward(latents, table, upstream, Numbers(*numbers.tolist()))
 
 
