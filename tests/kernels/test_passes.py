@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from crd_kernels import crd_loss, measure, velocity_grad
+from crd_kernels import crd_loss, interpolate, measure, velocity_grad
 from kernel_oracle import crd, make, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +82,18 @@ def test_operators_know_what_a_loss_was_computed_in(impl):
         by_operators = loss_and_gradient(x, impl)
     assert torch.equal(by_operators[0], loss) and torch.equal(by_operators[1], gradient)
     assert relative_error(gradient, crd(x)["grad"]) < 1e-6
+
+
+def test_the_default_device_does_not_matter(impl):
+    x = make()
+    wanted = loss_and_gradient(x, impl)
+    sigma = torch.full_like(x["advantage"], 0.3)
+    noised = interpolate(x["x0"], sigma, x["noise"], impl=impl)
+    with torch.device("meta"):
+        found = loss_and_gradient(x, impl)
+        again = interpolate(x["x0"], sigma, x["noise"], impl=impl)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert torch.equal(again, noised)
 
 
 @pytest.mark.parametrize("inference", [False, True])

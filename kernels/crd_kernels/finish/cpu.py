@@ -38,7 +38,7 @@ class Finish:
 
     def __call__(self, table, outcome: int, scalars: Scalars, numbers: Numbers):
         """The loss. outcome: the address of OUTCOME rows, written."""
-        loss = torch.empty(self.shape, dtype=self.dtype)
+        loss = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         words, kept = WORDS.from_buffer_copy(self._template), []
         for place, index in self._places:
             vector = scalars[index].contiguous()

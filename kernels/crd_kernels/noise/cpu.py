@@ -8,7 +8,7 @@ from . import reference
 
 
 def interpolate(x0, sigma, noise, seed, dtype):
-    out = torch.empty(x0.shape, dtype=dtype)
+    out = torch.empty(x0.shape, dtype=dtype, device="cpu")
     lib = build.library()
     if lib is None:
         for b in range(x0.shape[0]):

@@ -54,7 +54,7 @@ class Passes:
             return summarize(sums, *about)
         *tensors, seed, mask = latents
         seed = None if seed is None else seed.contiguous()
-        table = torch.empty((rows, self.batch), dtype=self.dtype)
+        table = torch.empty((rows, self.batch), dtype=self.dtype, device="cpu")
         lib.crd_measure(
             self.reading.words((*tensors, mask), seed),
             numbers.guidance_scale,

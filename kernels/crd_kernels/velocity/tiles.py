@@ -32,7 +32,7 @@ def measure(latents: Latents, numbers: Numbers):
     """Returns the sums of velocity.cpp, (SUMS, B) float64."""
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
     dtype, mix = compute_dtype(*latents[:6]), numbers.mix
-    sums = torch.zeros(policy.shape[0], SUMS, dtype=torch.float64)
+    sums = torch.zeros(policy.shape[0], SUMS, dtype=torch.float64, device="cpu")
     for at, begin in _tiles_of(policy):
         target = _noise(noise, seed, x0, at, begin, dtype) - _load(x0, at, dtype)
         p = _load(policy, at, dtype)
