@@ -112,3 +112,16 @@ def test_latents_are_let_go_after_the_backward(impl, inference):
     assert [name for name in kept if kept[name]() is not None] == []
     with pytest.raises(RuntimeError, match="a second time"):
         out.loss.backward()
+
+
+def test_nothing_but_policy_gets_a_gradient(impl):
+    x = make()
+    for name in ("old", "ref_cond", "x0", "noise", "advantage"):
+        x[name].requires_grad_()
+    policy = x["policy"].requires_grad_()
+    stats = measure(policy, *(x[name] for name in OTHERS[:4]), impl=impl)
+    assert not stats.table.requires_grad
+    for given in (policy, policy.detach()):
+        out = crd_loss(given, *(x[name] for name in OTHERS), impl=impl)
+        assert out.loss.requires_grad is given.requires_grad
+        assert not out.kl.requires_grad and not out.policy_loss.requires_grad

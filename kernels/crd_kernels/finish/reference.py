@@ -21,6 +21,7 @@ def finish(stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group=
     return loss.to(stats.table.dtype), outcome.to(stats.table.dtype)
 
 
+@torch.no_grad()
 def table_and_loss(table, scalars: Scalars, kind: Kind, numbers: Numbers):
     """The table with its outcome, and the loss. After NFT its policy_error is the policy's own."""
     stats = Stats(table, 0)

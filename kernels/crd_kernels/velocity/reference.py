@@ -105,9 +105,11 @@ class Passes:
     def __init__(self, latents: Latents, scalars: Scalars, kind: Kind):
         self.kind = kind
 
+    @torch.no_grad()
     def measure(self, latents: Latents, numbers: Numbers):
         return measure(latents, self.kind.adaptive_weighting, numbers)
 
+    @torch.no_grad()
     def forward(self, latents: Latents, scalars: Scalars, numbers: Numbers):
         return finish.table_and_loss(self.measure(latents, numbers), scalars, self.kind, numbers)
 

@@ -28,6 +28,7 @@ def tiles(shape):
     return [(*index, slice(at, at + step)) for index in outer for at in range(0, shape[dim], step)]
 
 
+@torch.no_grad()
 def measure(latents: Latents, numbers: Numbers):
     """Returns the sums of velocity.cpp, (SUMS, B) float64."""
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
