@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from crd_kernels import Stats, center, crd_loss, measure, velocity_grad
@@ -245,7 +246,7 @@ def test_large_advantages_do_not_overflow_the_softmax(impl):
 
 def test_stats_select_and_join():
     stats = measured(make())
-    again = Stats.cat([stats[0], stats[1:4], stats[-3], stats[[5, 6]]])
+    again = Stats.cat([stats[0], stats[1:4], stats[numpy.int64(-3)], stats[[5, 6]]])
     for name in ("implicit_reward", "policy_scale", "kl", "old_deviation"):
         assert torch.equal(getattr(again, name), getattr(stats, name))
     assert len(stats) == 7 and len(stats[2:4]) == 2 and again.n == 144
@@ -253,3 +254,15 @@ def test_stats_select_and_join():
         Stats.cat([])
     with pytest.raises(ValueError, match="parts"):
         Stats.cat([stats, measured(make(shape=(5,)))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_of_any_dtype(impl, dtype):
+    """`Stats.to` makes them; what comes of them is in float32 then, or in float64."""
+    x = make(batch=64, dtype=torch.float32)
+    stats = measure(*(x[name] for name in ("policy", "old", "ref_cond", "x0", "noise")), impl=impl)
+    wide = center(stats.to(dtype).to(torch.float64), x["advantage"], x["group"], impl=impl)
+    found = center(stats.to(dtype), x["advantage"], x["group"], impl=impl)
+    assert found.c1.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in ("loss", "policy_loss", "kl_loss", "c1", "c2"):
+        assert relative_error(getattr(found, name), getattr(wide, name)) < 1e-6

@@ -68,6 +68,8 @@ def center(
     Raises TypeError or ValueError naming the argument. NaN in a sample reaches the losses.
     Source: arXiv 2603.14128.
     """
+    if stats.table.dtype not in (torch.float32, torch.float64):
+        stats = stats.to(torch.float32)
     batch, device = len(stats), stats.table.device
     if batch == 0 and process_group is None:  # over ranks everybody is to fail, after the exchange
         raise ValueError("stats: expected at least one sample, got none")

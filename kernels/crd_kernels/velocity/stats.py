@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -73,7 +74,7 @@ class Stats:
 
 def samples(index, size: int):
     """An index of samples that keeps their dimension. Raises IndexError for an integer out of range."""
-    if isinstance(index, int):
+    if isinstance(index, Integral):  # numpy's too
         if not -size <= index < size:
             raise IndexError(f"index: expected a sample of {size}, got {index}")
         return slice(index, index + 1 or None)
