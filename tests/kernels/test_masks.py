@@ -71,7 +71,8 @@ def test_what_is_padded_does_not_matter(impl, dtype):
         alone.append((tensors, one["ref_uncond"]))
     for key in ("implicit_reward", "kl", "old_kl", "old_deviation"):
         wanted = torch.cat([getattr(part, key) for part in stats])
-        assert (getattr(out, key) - wanted).abs().max() < 2e-6 * wanted.abs().max() + 2e-7
+        # a reward is the difference of two sums near 1, which round by the width of the processor's vectors
+        assert (getattr(out, key) - wanted).abs().max() < 2e-6 * (1 + wanted.abs().max())
     table = torch.cat([part.table for part in stats], 1)
     joined = type(stats[0])(table, 540)
     found = center(joined, inputs["advantage"], inputs["group"], impl=impl)
@@ -127,7 +128,9 @@ def test_the_steps_and_the_rewards_take_it_too(impl):
     policy = inputs["policy"].clone().requires_grad_()
     reward = implicit_reward(policy, inputs["old"], inputs["x0"], inputs["noise"], mask=mask, impl=impl)
     reward.sum().backward()
-    assert torch.equal(reward.detach(), stats.implicit_reward)
+    assert (
+        relative_error(reward, stats.implicit_reward) < 1e-12
+    )  # fewer sums: another loop, rounded otherwise
     assert not policy.grad[~mask.expand(policy.shape)].any() and policy.grad.any()
     error = flow_matching_loss(policy, inputs["x0"], inputs["noise"], mask=mask, impl=impl).error
     assert relative_error(error, stats.policy_error) < 1e-12

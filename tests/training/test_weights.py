@@ -66,11 +66,13 @@ def train_a_little(weights):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_sets_of_weights(kind):
-    base = forward(network())
     weights = MAKE[kind]()
-    for name in ("policy", "old", "sampler", "reference"):
+    base = forward(weights.network)
+    # to rounding: torch may take other algorithms for weights that are frozen
+    torch.testing.assert_close(base, forward(network()))
+    for name in ("old", "sampler", "reference"):
         with weights.use(name):
-            torch.testing.assert_close(forward(weights.network), base, rtol=0, atol=0)
+            assert torch.equal(forward(weights.network), base)
     train_a_little(weights)
     trained = forward(weights.network)
     assert not torch.allclose(trained, base)
@@ -79,7 +81,7 @@ def test_sets_of_weights(kind):
             assert torch.equal(forward(weights.network), base)
     weights.blend("old", 0.0)
     with weights.use("old"):
-        assert torch.equal(forward(weights.network), trained)  # equal to the bit: no implicit reward
+        assert torch.equal(forward(weights.network), trained)
     with weights.use("sampler"):
         assert torch.equal(forward(weights.network), base)
     assert torch.equal(forward(weights.network), trained)
