@@ -1,17 +1,21 @@
 """Argument checks. One line each: the argument, what was wanted, what came. Run before any implementation."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
+from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def tensor(name, value):
+def tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def latents(**tensors):
+def latents(**tensors: Any) -> None:
     """The first is required and sets shape and device; the others match it or are None."""
     (first, lead), *others = tensors.items()
     tensor(first, lead)
@@ -31,7 +35,9 @@ def latents(**tensors):
         device(name, value, lead.device)
 
 
-def per_sample(name, value, batch, on, dtypes=FLOATS):
+def per_sample(
+    name: str, value: Any, batch: int, on: torch.device, dtypes: Collection[torch.dtype] = FLOATS
+) -> None:
     """A vector with one entry per sample, shape (batch,), on the device `on`."""
     tensor(name, value)
     shape(name, value, (batch,))
@@ -39,7 +45,7 @@ def per_sample(name, value, batch, on, dtypes=FLOATS):
     device(name, value, on)
 
 
-def mask(value, like):
+def mask(value: Tensor | None, like: Tensor) -> Tensor | None:
     """A weight per element as a view of the shape of `like`, broadcast along sizes of 1; or None."""
     if value is None:
         return None
@@ -54,28 +60,36 @@ def mask(value, like):
     return value.expand(like.shape)
 
 
-def shape(name, value, wanted):
+def shape(name: str, value: Tensor, wanted: tuple[int, ...]) -> None:
     if tuple(value.shape) != wanted:
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
 
 
-def dtype(name, value, wanted):
+def dtype(name: str, value: Tensor, wanted: Collection[torch.dtype]) -> None:
     if value.dtype not in wanted:
         names = ", ".join(str(d).removeprefix("torch.") for d in wanted)
         raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def device(name, value, wanted):
+def device(name: str, value: Tensor, wanted: torch.device) -> None:
     if value.device != wanted:
         raise ValueError(f"{name}: expected device {wanted}, got {value.device}")
 
 
-def choice(name, value, wanted):
+def choice(name: str, value: object, wanted: Collection[object]) -> None:
     if value not in wanted:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, wanted))}, got {value!r}")
 
 
-def number(name, value, *, above=None, at_least=None, at_most=None, infinite=False):
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    infinite: bool = False,
+) -> None:
     """A real number inside the bounds given; `infinite` admits inf."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -89,7 +103,9 @@ def number(name, value, *, above=None, at_least=None, at_most=None, infinite=Fal
         raise ValueError(f"{name}: expected a number <= {at_most}, got {value}")
 
 
-def guidance(policy, ref_cond, ref_uncond, guidance_scale):
+def guidance(
+    policy: Tensor, ref_cond: Tensor | None, ref_uncond: Tensor | None, guidance_scale: float
+) -> Tensor | None:
     """Returns the ref_uncond that is read: None without guidance. guidance_scale is a number."""
     if ref_cond is None:
         if ref_uncond is not None:
@@ -108,13 +124,13 @@ def guidance(policy, ref_cond, ref_uncond, guidance_scale):
     return ref_uncond
 
 
-def given(**tensors):
+def given(**tensors: Tensor | None) -> None:
     """Refuses None where `latents` lets it pass."""
     for name, value in tensors.items():
         tensor(name, value)
 
 
-def noise_or_seed(noise, seed, like):
+def noise_or_seed(noise: Tensor | None, seed: Tensor | None, like: Tensor) -> None:
     """Exactly one of them, the seed with one integer per sample of `like`."""
     if seed is None:
         tensor("noise", noise)

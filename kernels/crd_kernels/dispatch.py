@@ -3,6 +3,8 @@
 import importlib.util
 import os
 
+import torch
+
 from . import checks
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
@@ -14,16 +16,16 @@ except ValueError:  # an entry of None in sys.modules
     _TRITON = False
 
 
-def has_triton():
+def has_triton() -> bool:
     return _TRITON
 
 
-def interpreting():
+def interpreting() -> bool:
     """Whether Triton's interpreter was asked for, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def choose(impl, device):
+def choose(impl: str, device: torch.device) -> str:
     """The name of the implementation for tensors on `device`: never "auto"."""
     checks.choice("impl", impl, IMPLEMENTATIONS)
     if impl == "auto":

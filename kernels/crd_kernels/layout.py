@@ -5,10 +5,15 @@ become (batch, n), the halves of a doubled batch too, and a channel slice of pac
 channels). A mask that is broadcast over channels has stride 0 there. No operand is copied.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
 DIMS = 7
 
 
-def collapse(tensors):
+def collapse(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Any]]:
     """tensors: list of tensors of one shape (batch, ...), or None. Returns (sizes, strides).
 
     sizes: up to DIMS inner sizes; strides: per tensor the inner strides, or None. Raises ValueError where the
@@ -27,8 +32,9 @@ def collapse(tensors):
     return sizes, [None if t is None else next(rows) for t in tensors]
 
 
-def _merge(sizes, strides):
-    merged, columns = [], []
+def _merge(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    merged: list[int] = []
+    columns: list[list[int]] = []
     for size, *column in zip(sizes, *strides):
         if size == 1:
             continue

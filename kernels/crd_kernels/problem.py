@@ -23,7 +23,7 @@ class Latents(NamedTuple):
     seed: torch.Tensor | None = None  # (B,) int64
     mask: torch.Tensor | None = None  # weight of each element, expanded to (B, ...)
 
-    def check(self):
+    def check(self) -> None:
         """Raises TypeError or ValueError naming the tensor that does not go with policy."""
         policy, old, ref_cond, ref_uncond, x0, noise, seed, _ = self
         checks.latents(policy=policy, old=old, ref_cond=ref_cond, x0=x0, noise=noise, ref_uncond=ref_uncond)
@@ -40,7 +40,7 @@ class Scalars(NamedTuple):
     kl_weight: torch.Tensor | None = None  # float
     old_error: torch.Tensor | None = None  # float, in place of the measured one
 
-    def check(self, policy):
+    def check(self, policy: torch.Tensor) -> None:
         """Raises TypeError or ValueError naming the vector that is not one entry per sample of policy."""
         for name, value in self._asdict().items():
             if value is not None:
@@ -78,17 +78,17 @@ class Kind(NamedTuple):
     third: bool = False  # the gradient has a term c3 (policy - old)
     weighting: str = "uniform"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "/".join([self.method, *(str(int(flag)) for flag in self[1:-1]), self.weighting])
 
     @staticmethod
     @functools.cache
-    def parse(text):
+    def parse(text: str) -> "Kind":
         method, *flags, weighting = text.split("/")
-        return Kind(method, *(flag == "1" for flag in flags), weighting)
+        return Kind._make([method, *(flag == "1" for flag in flags), weighting])
 
 
-def compute_dtype(*tensors):
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 when any operand is float64, else float32. None is skipped."""
     return (
         torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -43,7 +43,7 @@ class Groups:
         top = self.max(a[None])[0]
         return torch.where(a > 0, (a - top).exp(), (~(top > 0)).to(a.dtype))
 
-    def _reduce(self, values, how):
+    def _reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
         runs = values[:, self.order].T.contiguous()
         reduced = torch.segment_reduce(runs, how, lengths=self.lengths, axis=0, unsafe=True)
         return reduced.T[:, self.number]

@@ -1,26 +1,37 @@
 """Centering in torch ops on B scalars, on any device and without a host sync: the definition."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..problem import Kind, Numbers, Scalars
+from ..velocity.stats import Stats
 from .distributed import gather
 from .groups import Groups
 
+if TYPE_CHECKING:  # absent from a torch without torch.distributed
+    from torch.distributed import ProcessGroup
 
-def unit_interval(advantage, advantage_clip):
+
+def unit_interval(advantage: Tensor, advantage_clip: float) -> Tensor:
     """a = clip(clip(A, -c, c) / (2c) + 1/2, 0, 1), float64."""
     a = advantage.double().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
     return a.clamp(0, 1)
 
 
-def center(stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group=None):
+def center(
+    stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group: "ProcessGroup | None" = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The public `center` on checked arguments: policy_loss, kl_loss, c1, c2, in float64 throughout."""
+    assert scalars.advantage is not None and scalars.group is not None
     reward, group = stats.implicit_reward.double(), scalars.group
     a = unit_interval(scalars.advantage, numbers.advantage_clip)
     if kind.one_group:
         group = torch.zeros_like(group)
-    samples, mine, all_reward, all_a = reward.shape[0], slice(None), reward, a
+    samples: float = reward.shape[0]
+    mine, all_reward, all_a = slice(None), reward, a
     if process_group is not None:
         (all_reward, all_a, group), mine, ranks = gather(process_group, reward, a, group.long())
         samples = all_reward.shape[0] / ranks
@@ -33,7 +44,7 @@ def center(stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group=
         weights = [groups.selected_weights(all_a), torch.ones_like(all_a)]
     else:
         weights = [groups.softmax_weights(tilted, numbers.temperature) for tilted in (all_a, -all_a)]
-    policy_loss, slope = 0.0, 0.0  # slope: w_i = d policy_loss / d r_i
+    policy_loss, slope = a.new_zeros(()), torch.zeros_like(a)  # slope: w_i = d policy_loss / d r_i
     for weight in weights:
         centers = groups.means(both, weight)[:, mine]
         loss, derivative = _terms(reward - centers[0], a - centers[1], numbers.beta, kind.bce)
@@ -53,7 +64,7 @@ def center(stats, scalars: Scalars, kind: Kind, numbers: Numbers, process_group=
     return policy_loss, kl_loss, c1, c2
 
 
-def _terms(r_centered, a_centered, beta, bce):
+def _terms(r_centered: Tensor, a_centered: Tensor, beta: float, bce: bool) -> tuple[Tensor, Tensor]:
     """Each sample's term of the policy loss (before c / beta / B) and its derivative with respect to r_i."""
     if not bce:
         delta = beta * r_centered - a_centered

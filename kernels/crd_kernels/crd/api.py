@@ -137,10 +137,11 @@ class CRDLoss(torch.nn.Module):
 
     def __init__(self, **settings: Any):
         super().__init__()
-        unknown = settings.keys() - crd_loss.__kwdefaults__.keys()
+        known = crd_loss.__kwdefaults__ or {}
+        unknown = settings.keys() - known.keys()
         if unknown:
-            known = ", ".join(crd_loss.__kwdefaults__)
-            raise TypeError(f"{min(unknown)}: expected one of {known}, got an unknown setting")
+            names = ", ".join(known)
+            raise TypeError(f"{min(unknown)}: expected one of {names}, got an unknown setting")
         self.settings = settings
 
     def forward(
@@ -156,5 +157,5 @@ class CRDLoss(torch.nn.Module):
     ) -> CRDOutput:
         return crd_loss(policy, old, ref_cond, x0, noise, advantage, group, **{**self.settings, **settings})
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -9,12 +9,16 @@ The public functions of the same names have the formulas. torch ops on any devic
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..centering.reference import unit_interval
 from ..problem import Kind, Numbers, Scalars
+from ..velocity.stats import Stats
+
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _anchor(stats, scalars: Scalars, numbers: Numbers, samples):
+def _anchor(stats: Stats, scalars: Scalars, numbers: Numbers, samples: float) -> tuple[Tensor, Tensor]:
     """kl_loss and c2 of kl_beta mean_i kl_weight_i kl_i."""
     k = torch.full_like(stats.kl, numbers.kl_beta, dtype=torch.float64)
     if scalars.kl_weight is not None:
@@ -22,12 +26,12 @@ def _anchor(stats, scalars: Scalars, numbers: Numbers, samples):
     return (k * stats.kl.double()).sum() / samples, 2 / stats.elements.double() / samples * k * stats.anchored
 
 
-def reward(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
+def reward(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
     c1 = -2 / stats.elements.double() / stats.policy_scale.double()
     return torch.zeros_like(c1).sum(), torch.zeros_like(c1).sum(), c1, torch.zeros_like(c1), None
 
 
-def flow_matching(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
+def flow_matching(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
     samples = numbers.denominator or len(stats)
     error = stats.policy_error.double()
     weight = torch.ones_like(error) if scalars.advantage is None else scalars.advantage.double()
@@ -52,7 +56,8 @@ def matching(error, sigma, weighting):
     return t / power * (base**power - 1e-10**power), t * base ** (power - 1)
 
 
-def awm(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
+def awm(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
+    assert scalars.advantage is not None
     samples = numbers.denominator or len(stats)
     clip = numbers.advantage_clip
     a = scalars.advantage.double().clamp(-clip, clip)
@@ -77,7 +82,8 @@ def awm(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
     return terms.sum() / samples, kl_loss, step * factor * slope, c2, c3
 
 
-def nft(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
+def nft(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
+    assert scalars.advantage is not None and scalars.sigma is not None
     samples, beta = numbers.denominator or len(stats), numbers.beta
     a = unit_interval(scalars.advantage, numbers.advantage_clip)
     level = scalars.sigma.double()
@@ -98,7 +104,7 @@ def nft(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
     return loss, kl_loss, step * (positive - negative), c2, c3
 
 
-def dpo(stats, scalars: Scalars, kind: Kind, numbers: Numbers):
+def dpo(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
     gap = stats.policy_error.double() - stats.old_error.double()
     preferred, rejected = gap.chunk(2)
     logits = -numbers.beta / 2 * (preferred - rejected)

@@ -13,8 +13,8 @@ def interpolate(x0, sigma, noise, seed, dtype):
     if lib is None:
         for b in range(x0.shape[0]):
             one = slice(b, b + 1)
-            parts = [None if t is None else t[one] for t in (noise, seed)]
-            out[one] = reference.interpolate(x0[one], sigma[one], *parts, dtype)
+            eps, own = (None if t is None else t[one] for t in (noise, seed))
+            out[one] = reference.interpolate(x0[one], sigma[one], eps, own, dtype)
         return out
     tensors = (None, None, None, None, x0, noise, None, out)
     problem, sigma = Problem(tensors), sigma.double().contiguous()

@@ -9,13 +9,16 @@ computed in float32. Source: Salmon et al., "Parallel random numbers: as easy as
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 MASK = 0xFFFFFFFF
 
 
-def philox(seed, counter):
+def philox(
+    seed: torch.Tensor, counter: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four uint32 words, as int64 tensors, for int64 tensors seed and counter that broadcast."""
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     c0, c1 = counter & MASK, (counter >> 32) & MASK
@@ -28,12 +31,12 @@ def philox(seed, counter):
     return c0, c1, c2, c3
 
 
-def normal(seed, shape):
+def normal(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise (B, ...) in float32 of one int64 seed per sample."""
     return normal_range(seed.view(-1, 1), 0, math.prod(shape[1:])).reshape(shape)
 
 
-def normal_range(seed, begin, end):
+def normal_range(seed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Elements [begin, end) of the noise of `seed`: (end - begin,), or (B, end - begin) for seeds (B, 1)."""
     first = begin // 4
     words = philox(seed.to(torch.int64), torch.arange(first, -(-end // 4), device=seed.device))

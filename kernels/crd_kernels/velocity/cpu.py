@@ -28,7 +28,8 @@ class Passes:
         self.batch, self.numel = latents.policy.shape[0], latents.policy.shape[1:].numel()
         self.statistics = ROWS * self.batch * self.dtype.itemsize  # bytes of a table in front of the outcome
         self.reading = Problem([*latents[:6], latents.mask, None])
-        self.writing = self.finish = None  # made when needed
+        self.writing: Problem | None = None  # both made when needed
+        self.finish: finishing.Finish | None = None
         self.sums = FULL
         if kind.method == "nft":
             self.sums = MIXED
@@ -79,7 +80,8 @@ class Passes:
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
         if build.library() is None:
-            return tiles.gradient(latents, *coefficients, None, numbers)
+            c1, c2, c3 = coefficients
+            return tiles.gradient(latents, c1, c2, c3, None, numbers)
         kept = [None if c is None else c.to(self.dtype).contiguous() for c in coefficients]
         return self._gradient(latents, [None if c is None else c.data_ptr() for c in kept], None, numbers)
 

@@ -30,7 +30,9 @@ def measure(latents: Latents, adaptive_weighting: bool, numbers: Numbers) -> tor
     """The (ROWS, B) table of statistics."""
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
     dtype = compute_dtype(*latents[:6])
-    noise = normal(seed, x0.shape) if noise is None else noise
+    if noise is None:
+        assert seed is not None
+        noise = normal(seed, x0.shape)
     policy = policy.to(dtype)
     old = policy if old is None else old.to(dtype)
     target = noise.to(dtype) - x0.to(dtype)
@@ -82,7 +84,9 @@ def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers) -> torch.
     """
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
     dtype = compute_dtype(*latents[:6])
-    noise = normal(seed, x0.shape) if noise is None else noise
+    if noise is None:
+        assert seed is not None
+        noise = normal(seed, x0.shape)
     upstream = 1 if upstream is None else upstream.to(dtype)
 
     def column(c):
@@ -93,6 +97,7 @@ def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers) -> torch.
         reference = guided(ref_cond, ref_uncond, numbers.guidance_scale, dtype)
         total = total + column(c2) * (policy.to(dtype) - reference)
     if c3 is not None:
+        assert old is not None
         total = total + column(c3) * (policy.to(dtype) - old.to(dtype))
     if mask is not None:
         total = torch.where(mask != 0, total * mask.to(dtype), 0)
@@ -118,4 +123,5 @@ class Passes:
         return gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
-        return gradient(latents, *coefficients, None, numbers)
+        c1, c2, c3 = coefficients
+        return gradient(latents, c1, c2, c3, None, numbers)
