@@ -104,6 +104,7 @@ class Call:
     """One loss call on its way through autograd, which looks at each argument: so they are one."""
 
     __slots__ = ("hooked", "inference", "latents", "name", "numbers", "run", "scalars", "table")
+    table: torch.Tensor  # once it has run
 
     def __init__(self, run, latents, scalars, numbers, name):
         self.run, self.latents, self.scalars, self.numbers, self.name = run, latents, scalars, numbers, name
