@@ -81,15 +81,16 @@ def _fake_loss(like, batch, dtype, kind):
 def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, process_group=None):
     """`finish_op` on plain tensors; over the ranks of a process group always by its definition."""
     if process_group is None and impl == "triton":
-        table, scalars = table.contiguous(), [None if t is None else t.contiguous() for t in scalars]
+        table = table.contiguous()
+        scalars = Scalars(*(None if t is None else t.contiguous() for t in scalars))
         look = passes.signature((table,), scalars)
         run = _launch(kind, look)
         outcome = table.new_empty((OUTCOME, table.shape[1]))
         return run(table, outcome, run.work(), scalars, numbers), outcome
     if process_group is None and impl == "cpu":
-        from .cpu import finish as run
+        from . import cpu
 
-        return run(table, scalars, kind, numbers)
+        return cpu.finish(table, scalars, kind, numbers)
     return reference.finish(Stats(table, 0), scalars, kind, numbers, process_group)
 
 
