@@ -13,13 +13,13 @@ def combine(rewards: dict[str, np.ndarray], weights: dict[str, float], aggregate
     aggregate "sum" adds them as they are; "gdpo" first normalises each within its prompt's group, so that no
     reward outweighs another by its spread alone (GDPO, arXiv 2601.05242).
     """
-    total = 0.0
+    total: np.ndarray | float = 0.0
     for name, reward_PK in rewards.items():
         if aggregate == "gdpo":
             centered = reward_PK - reward_PK.mean(axis=1, keepdims=True)
             reward_PK = centered / np.maximum(reward_PK.std(axis=1, keepdims=True), MIN_STD)
         total = total + weights[name] * reward_PK
-    return total
+    return np.asarray(total)
 
 
 def advantages(reward_PK: np.ndarray, std: str) -> np.ndarray:

@@ -6,6 +6,7 @@ Also used for models that look at pictures in the same way (BLIP's ImageReward).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(file)
+            state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -105,9 +105,9 @@ def _benchmark_reasons(
             reasons.append(reason)
         matched.append(found if reason is None else None)
     for clause in exclude:
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {found}")
+        seen = len(objects.get(clause["class"], []))
+        if seen >= clause["count"]:
+            reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {seen}")
     return reasons
 
 

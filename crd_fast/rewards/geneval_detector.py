@@ -15,6 +15,7 @@ mmdetection 2.x's Mask2Former that it calls, on transformers' models with the sa
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Mask2FormerGenEval(WorldGenEval):
         super().check(metadata)
         for entry in metadata:
             clauses = [*entry["include"], *(entry.get("exclude") or ())]
+            words: list[tuple[str, str, tuple[str, ...]]]
             words = [(clause["class"], "classes", CLASSES) for clause in clauses]
             words += [(clause["color"], "colours", COLORS) for clause in clauses if clause.get("color")]
             for word, kind, known in words:
@@ -192,5 +194,5 @@ def cut_out(image: np.ndarray, mask: np.ndarray, box: list[int]) -> Image.Image:
     return Image.fromarray(np.where(mask[..., None], image, np.uint8(GREY))[top:bottom, left:right])
 
 
-def _resized(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return interpolate(planes, tuple(size), mode="bilinear", align_corners=False)
+def _resized(planes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    return interpolate(planes, list(size), mode="bilinear", align_corners=False)

@@ -14,7 +14,9 @@ import numbers
 import os
 import random
 import time
+from collections.abc import Mapping
 from io import BytesIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -86,11 +88,7 @@ class HttpReward:
 
     def _scores(self, answer, count: int) -> list[float]:
         scores = answer.get("scores") if isinstance(answer, dict) else None
-        good = isinstance(scores, list) and all(
-            isinstance(score, numbers.Real) and not isinstance(score, bool) and math.isfinite(score)
-            for score in scores
-        )
-        if not good or len(scores) != count:
+        if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
             raise UserError(
                 f'reward http: {self.url}: expected {{"scores": [{count} finite numbers]}}, got '
                 f"{_shortened(json.dumps(answer))}"
@@ -138,7 +136,7 @@ class HttpReward:
             got = _shortened(answer.decode("utf-8", "replace"))
             raise UserError(f"reward http: {self.url}: expected JSON, got {got!r}") from None
 
-    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, dict, bytes]:
+    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """One request: status, headers and at most MAX_ANSWER bytes, all within the timeout."""
         deadline = time.monotonic() + self.timeout
         headers = self.headers | ({"Content-Type": "application/json"} if body is not None else {})
@@ -181,6 +179,11 @@ def encode(image: np.ndarray) -> str:
     file = BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _finite(score: Any) -> bool:
+    number = isinstance(score, numbers.Real) and not isinstance(score, bool)
+    return number and math.isfinite(score)
 
 
 def _detail(answer: bytes) -> str:

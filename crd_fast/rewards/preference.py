@@ -63,6 +63,9 @@ class _Scorer:
             scores += self._score(images[part], list(prompts[part])).float().cpu().tolist()
         return scores
 
+    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        raise NotImplementedError
+
 
 class _ClipScorer(_Scorer):
     """cos(text, image), each text encoded once in a batch."""

@@ -11,6 +11,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class Rewards:
 
     def __init__(self, config: Mapping[str, float | Mapping], device: str | None = None):
         self.weights = {name: _weight(value) for name, value in config.items()}
-        self._rewards, self._calls = {}, []
+        self._rewards: dict[str, Any] = {}
+        self._calls: list[Reward] = []
         for name, value in config.items():
             reward, engine = load(name, value if isinstance(value, Mapping) else {})
             if hasattr(reward, "setup"):
@@ -79,7 +81,7 @@ class Rewards:
 
     def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """The sum of the rewards by weight, of values as `score` returns them."""
-        return sum(self.weights[name] * value for name, value in values.items())
+        return np.asarray(sum(self.weights[name] * value for name, value in values.items()))
 
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
@@ -112,7 +114,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(name: str, settings: Mapping | None = None) -> tuple[Callable | object, dict]:
+def load(name: str, settings: Mapping | None = None) -> tuple[Any, dict]:
     """A reward by name with its settings, and the settings that are the engine's: `timeout`, `retries`.
 
     Raises UserError for an unknown name (the nearest is named), an unknown setting, or one that is refused.

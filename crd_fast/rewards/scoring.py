@@ -133,6 +133,7 @@ class _Lane:
                 )
         if call.error is not None:
             raise call.error
+        assert call.values is not None
         self.values.append(call.values)
 
     def end(self) -> None:

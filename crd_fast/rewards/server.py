@@ -231,7 +231,7 @@ def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], lis
     for i, file in enumerate(files):
         try:
             with Image.open(BytesIO(file), formats=["PNG"]) as image:
-                images[i] = image.convert("RGB")
+                images[i] = np.asarray(image.convert("RGB"))
         except Exception:  # whatever a decoder raises on bytes that somebody sent
             raise Refused(400, f"images: image {i} is a broken PNG") from None
     return images, prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]

@@ -57,11 +57,8 @@ def classify(mask: np.ndarray) -> tuple[str, float]:
 
     The score is the softmax over the overlaps, faded out where even the best overlap is poor.
     """
-    overlaps = []
-    for shape in world.SHAPES:
-        template = world.shape_mask(shape, *mask.shape)
-        overlaps.append((mask & template).sum() / (mask | template).sum())
-    overlaps = np.array(overlaps)
+    templates = [world.shape_mask(shape, *mask.shape) for shape in world.SHAPES]
+    overlaps = np.array([(mask & each).sum() / (mask | each).sum() for each in templates])
     weights = np.exp(SHARPNESS * (overlaps - overlaps.max()))
     best = int(overlaps.argmax())
     fade = np.clip((overlaps[best] - MIN_OVERLAP) / (FULL_OVERLAP - MIN_OVERLAP), 0.0, 1.0)
