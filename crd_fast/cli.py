@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 from rich.markup import escape
@@ -32,7 +33,7 @@ def doctor() -> None:
     raise typer.Exit(render(console))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
     "eval": evaluate,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,9 +329,10 @@ def _first_mistake(error: ValidationError) -> str:
     ]
     where = ".".join(path)
     if mistake["type"] == "extra_forbidden":
-        known = Recipe.model_fields
+        known: Iterable[str] = Recipe.model_fields
         if len(path) > 1:
-            known = Recipe.model_fields[path[0]].annotation.model_fields
+            section: Any = Recipe.model_fields[path[0]].annotation
+            known = section.model_fields
         return f"unknown key {where!r}{_nearest(path[-1], known)}"
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":

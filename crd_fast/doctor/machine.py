@@ -47,8 +47,8 @@ def memory() -> Check:
         return Check("memory", "warning", "unknown")
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     total = min(total, int(limit)) if limit.isdigit() else total
-    free = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    free = min(total, int(free.group(1)) * 1024) if free else total
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    free = min(total, int(available.group(1)) * 1024) if available else total
     short = free < 4 * GIB
     note = "little is free: set train.micro_batch=1 and rollout.micro_batch=1" if short else ""
     return Check("memory", "warning" if short else "ok", f"{gib(total)}, {gib(free)} free", note)

@@ -35,7 +35,7 @@ def triton() -> Check:
 def found_compiler() -> str | None:
     """The C++ compiler that crd_kernels builds with; None where there is none, or no torch to build for."""
     build, _ = attempt("crd_kernels.native.build")
-    return build and build.compiler()
+    return None if build is None else build.compiler()
 
 
 def compiler() -> Check:

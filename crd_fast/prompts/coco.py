@@ -126,7 +126,8 @@ def draw_prompts(held_out: bool, rng: np.random.Generator, count: int) -> list[d
 
 def _colored_pairs() -> list[tuple]:
     """COLOR_ATTR different ones, of two classes and two colours, always the same."""
-    rng, pairs = np.random.default_rng(2310_11513), {}
+    rng = np.random.default_rng(2310_11513)
+    pairs: dict[tuple, None] = {}
     while len(pairs) < COLOR_ATTR:
         names, shades = (rng.choice(len(these), 2, replace=False) for these in (COLORED, COLORS))
         pairs[tuple((COLORS[c], COLORED[n]) for c, n in zip(shades, names))] = None

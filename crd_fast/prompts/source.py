@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,9 @@ class PromptSource:
         name = source.removesuffix(HELDOUT)
         self._held_out = name != source
         self._ships = name in SOURCES
-        module = import_module(SOURCES[name]) if self._ships else None
-        self._categories = module if hasattr(module, "draw_prompts") else None
-        self._entries = None
+        module: Any = import_module(SOURCES[name]) if self._ships else None
+        self._categories: Any = module if hasattr(module, "draw_prompts") else None
+        self._entries: list[dict] | None = None
         if module is None:
             self._entries = read_prompts(Path(source))
         elif self._categories is None:
@@ -60,7 +61,8 @@ class PromptSource:
         """
         if self._entries is None:
             return self._drawn(np.random.default_rng((seed, iteration)), count)
-        drawn, orders = [], {}
+        drawn = []
+        orders: dict[int, np.ndarray] = {}
         for position in range(iteration * count, (iteration + 1) * count):
             epoch, offset = divmod(position, len(self._entries))
             if epoch not in orders:

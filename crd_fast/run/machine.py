@@ -21,7 +21,7 @@ def environment() -> dict:
     """Machine and versions, for whoever reads the result later."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "crd-fast"):
         try:
             versions[package] = metadata.version(package)

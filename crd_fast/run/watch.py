@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class Watch:
     prompts: of an iteration; samples: of a prompt; records: of a run that is resumed, looked at quietly.
     """
 
-    def __init__(self, run: Path, prompts: int, samples: int, records: list[dict] = ()):
+    def __init__(self, run: Path, prompts: int, samples: int, records: Sequence[dict] = ()):
         self.path = run / WARNINGS
         self.prompts, self.samples = prompts, samples
         self.given: dict[str, str] = {}
@@ -83,7 +84,7 @@ class Watch:
         return new
 
     def _look(self, record: dict) -> list[str]:
-        found = {}
+        found: dict[str, str] = {}
         if "groups_equal" in record:
             found |= self._constant_rewards(record) | self._equal_groups(record)
         if "standard_error/reward" in record:

@@ -91,9 +91,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     planned = f" of {run.planned}" if run.planned and run.planned != last else ""
     found = [("iterations", f"{last}{planned}")]
     rollout = run.config.get("rollout") or {}
-    images = rollout.get("prompts_per_iteration"), rollout.get("samples_per_prompt")
-    if run.trained and all(isinstance(value, int) for value in images):
-        found.append(("images trained on", f"{len(run.trained) * images[0] * images[1]:,}"))
+    prompts, samples = rollout.get("prompts_per_iteration"), rollout.get("samples_per_prompt")
+    if run.trained and isinstance(prompts, int) and isinstance(samples, int):
+        found.append(("images trained on", f"{len(run.trained) * prompts * samples:,}"))
     spent = [number(row, key) for row in run.metrics for key in row if key.startswith("seconds_")]
     seconds = sum(value for value in spent if math.isfinite(value))
     if seconds:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.style
@@ -74,7 +75,13 @@ def draw_heldout(figure: Figure, run: Run) -> None:
     names = [name for name in ("overall", "clean") if any(f"eval/{name}" in row for row in rows)]
     for name, color, marker in zip(names or ["reward_mean"], (FIRST, SECOND), "os"):
         errors = [standard_error(row, name) or 0.0 for row in rows]
-        style = {"color": color, "marker": marker, "markersize": 5, "elinewidth": 1, "capsize": 2}
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "markersize": 5,
+            "elinewidth": 1,
+            "capsize": 2,
+        }
         x, y = series(rows, "iteration"), series(rows, f"eval/{name}")
         axes.errorbar(x, y, yerr=errors if any(errors) else None, label=label(name).lower(), **style)
     _legend(axes)

@@ -134,7 +134,8 @@ def changes(run: Run) -> list[Change]:
             continue
         parts = 1 if name in NOT_CATEGORIES else sum(other not in NOT_CATEGORIES for other in names)
         errors = [standard_error(row, name, parts) for row in (first, last)]
-        error = None if None in errors else math.hypot(*errors)
+        known = [error for error in errors if error is not None]
+        error = math.hypot(*known) if len(known) == len(errors) else None
         found.append(Change(name, before, after, error))
     return found
 
@@ -152,8 +153,8 @@ def headline(run: Run, found: list[Change]) -> str:
             "." if error is None else f", standard error {error:.2f}."
         )
     span = f"from {main.before:.2f} to {main.after:.2f} in {counted(last['iteration'] - first['iteration'])}"
-    error = "" if main.error is None else f", standard error {main.error:.2f}"
-    size = f"({signed(main.difference, 2)}{error})"
+    margin = "" if main.error is None else f", standard error {main.error:.2f}"
+    size = f"({signed(main.difference, 2)}{margin})"
     if main.error is not None and abs(main.difference) <= main.noise:
         return f"{what} went {span} {size}, which this evaluation cannot tell from no change."
     return f"{what} {'rose' if main.difference > 0 else 'fell'} {span} {size}."
