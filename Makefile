@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env train test test-level benchmarks gpu lint clean
+.PHONY: env train test test-level check benchmarks gpu clean
 
 env: $(STAMP)
 
@@ -35,8 +35,11 @@ benchmarks: env
 gpu: env
 	$(BIN)/python -m tools.gpu_check $(ARGS)
 
-lint: env
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# What CI asks of every file before it runs a test; mypy's settings are in pyproject.toml.
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .pytest_cache $(foreach root,. kernels,$(root)/build $(root)/dist $(root)/*.egg-info)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache $(foreach root,. kernels,$(root)/build $(root)/dist $(root)/*.egg-info)

@@ -29,7 +29,7 @@ def checkout(tmp_path_factory):
     """A copy, as setuptools leaves its build folders behind."""
     copy = tmp_path_factory.mktemp("wheels") / "checkout"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     for name in ("crd_fast", "kernels"):
         leave = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
@@ -63,6 +63,11 @@ def test_licence(name, wheels):
     (licence,) = (path for path in files(wheels[name]) if path.endswith("LICENSE"))
     with zipfile.ZipFile(wheels[name]) as archive:
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_package_s_wheel_has_its_notice_and_is_typed(wheels):
+    shipped = files(wheels["crd_fast"])
+    assert "crd_fast/py.typed" in shipped and any(path.endswith("/NOTICE") for path in shipped)
 
 
 def test_the_kernels_wheel_has_every_file_and_few_needs(wheels):

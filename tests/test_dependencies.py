@@ -1,0 +1,72 @@
+"""What the packages import is declared where they are installed from, and light modules stay light."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each takes seconds to import; a test of one training step needs none of them.
+HEAVY = {"bitsandbytes", "diffusers", "matplotlib", "peft", "scipy", "tensorboard", "transformers"}
+
+
+def outside(*folders):
+    """The packages that Python files below these folders import from elsewhere, wherever in the file."""
+    own = {"crd_fast", "crd_kernels", "tests", "benchmarks", "tools"}
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if folders[0] == "tests":
+            own.add(path.stem)  # scripts that import their neighbours
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found - own - sys.stdlib_module_names
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(file, *extras):
+    """The distributions that a pyproject.toml asks for, with those of some of its extras."""
+    project = tomllib.loads((ROOT / file).read_text(encoding="utf-8"))["project"]
+    optional = project.get("optional-dependencies", {})
+    wanted = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+    return {plain(re.match(r"[\w.-]+", line)[0]) for line in wanted}
+
+
+def undeclared(imported, known):
+    """Those of the imported packages that no known distribution brings."""
+    brings = metadata.packages_distributions()
+    return {name for name in imported if not {plain(found) for found in brings.get(name, [name])} & known}
+
+
+def test_the_kernels_import_what_they_declare():
+    assert not undeclared(outside("kernels/crd_kernels"), declared("kernels/pyproject.toml"))
+
+
+def test_the_package_imports_what_it_declares():
+    known = declared("pyproject.toml", "ocr", "server")
+    assert not undeclared(outside("crd_fast"), known)
+
+
+def test_tests_and_tools_import_what_a_developer_installs():
+    known = declared("pyproject.toml", "ocr", "server", "dev") | {"kernels"}
+    written = {"served_rewards"}  # by a test, before it imports it
+    assert not undeclared(outside("tests", "tools", "benchmarks") - written, known)
+
+
+@pytest.mark.parametrize("module", ["crd_fast.train.update", "crd_fast.prompts.source", "crd_fast.rewards"])
+def test_light_modules_import_nothing_heavy(module):
+    script = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(run.stdout.split())
+    assert module in loaded
+    assert not loaded & HEAVY
