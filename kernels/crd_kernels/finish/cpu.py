@@ -41,7 +41,7 @@ class Finish:
         loss = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         words, kept = WORDS.from_buffer_copy(self._template), []
         for place, index in self._places:
-            vector = scalars[index].contiguous()
+            vector = scalars[index].contiguous()  # type: ignore[union-attr]  # those that are given
             words[place] = vector.data_ptr()
             kept.append(vector)
         reals = REALS(*numbers[2:10], numbers.denominator or self.samples)

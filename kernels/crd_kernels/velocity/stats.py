@@ -75,6 +75,7 @@ class Stats:
 def samples(index, size: int):
     """An index of samples that keeps their dimension. Raises IndexError for an integer out of range."""
     if isinstance(index, Integral):  # numpy's too
+        index = int(index)
         if not -size <= index < size:
             raise IndexError(f"index: expected a sample of {size}, got {index}")
         return slice(index, index + 1 or None)
