@@ -3,8 +3,8 @@
 The trainer itself on a small Stable Diffusion 3 pipeline of the real classes: 4 layers, 128 wide, 4 prompts
 of 8 samples, 10 steps, all of them trained, 128 x 128 pixels, LoRA of rank 8, fp32. The weights are random,
 which changes no time. The first iteration counts every live tensor, which takes time of its own, and warms
-up; later ones are timed. Phases are what the trainer calls, wrapped; what they call inside each other is
-theirs alone. The reward is the size as a JPEG; its share is the time the run waits for it.
+up; later ones are timed. Phases are those that the trainer tells its observers of; what is inside another
+counts there alone. The reward is the size as a JPEG; its share is the time the run waits for it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,36 @@ from crd_fast.config import build_recipe
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
 from crd_fast.run.machine import cpu_name, git_commit, peak_rss_bytes
+from crd_fast.run.observer import Observer
 from crd_fast.train import trainer
-from crd_fast.train.update import Updater
 from tools.make_tiny_pipeline import make_tiny_pipeline
 
 RESULT = Path(__file__).parent / "results" / "iteration.json"
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a ring", "a white triangle"]
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 4
+NAMES = {  # of the trainer's phases here; time in others is that of the phase around them
+    "rollout": "rollout",
+    "prompts": "read prompts",
+    "decode": "decode",
+    "rewards": "reward",
+    "update": "update, rest",
+    "measure": "loss",
+    "center": "loss",
+    "backward": "policy backward",
+    "optimizer": "optimizer",
+    "snapshots": "blend",
+    "checkpoint": "checkpoint",
+}
 
 
-class Phases:
+class Phases(Observer):
     """Seconds of each phase, without those of the phases inside it; its peak of live bytes where counted."""
 
     def __init__(self, live: LiveBytes | None = None):
+        self.start(live)
+
+    def start(self, live: LiveBytes | None = None) -> None:
+        """Forgets what was measured so far."""
         self.live, self.seconds, self.calls = live, Counter(), Counter()
         self._inside = [0.0]
 
@@ -52,12 +69,14 @@ class Phases:
         self._inside[-1] += spent
         self.calls[name] += 1
 
-    def wrapped(self, function, name: str):
-        def run(*args, **kwargs):
-            with self.of(name):
-                return function(*args, **kwargs)
+    def phase(self, name: str, total: int | None = None):
+        return self.of(NAMES[name]) if name in NAMES else super().phase(name, total)
 
-        return run
+    def branch(self, name: str, rows: int):
+        if name == "sampler":
+            return self.of("rollout")
+        trained = name == "policy" and torch.is_grad_enabled()
+        return self.of("policy forward" if trained else "frozen forwards")
 
 
 def pipeline(folder: Path, layers: int = LAYERS, heads: int = HEADS, head_width: int = HEAD_WIDTH) -> None:
@@ -110,45 +129,10 @@ def recipe_of(folder: Path):
     )
 
 
-def watch(run: trainer.Trainer, phases: Phases) -> None:
-    """Every phase of this trainer's iterations from here on."""
-    updater, model = run.updater, run.model
-
-    def velocity(*args):
-        if phases.in_update and torch.is_grad_enabled():
-            name = "policy forward"
-        else:
-            name = "frozen forwards" if phases.in_update else "rollout"
-        with phases.of(name):
-            return predict(*args)
-
-    def accumulate(*args, **kwargs):
-        phases.in_update = True
-        try:
-            with phases.of("update, rest"):
-                return Updater.accumulate(updater, *args, **kwargs)
-        finally:
-            phases.in_update = False
-
-    predict = type(model).velocity.__get__(model)
-    phases.in_update = False
-    model.velocity, updater.accumulate = velocity, accumulate
-    model.decode = phases.wrapped(type(model).decode.__get__(model), "decode")
-    model.encode_prompts = phases.wrapped(type(model).encode_prompts.__get__(model), "read prompts")
-    updater._measure = phases.wrapped(type(updater)._measure.__get__(updater), "loss")
-    updater._center = phases.wrapped(type(updater)._center.__get__(updater), "loss")
-    updater._backward = phases.wrapped(type(updater)._backward.__get__(updater), "policy backward")
-    run._rollout = phases.wrapped(type(run)._rollout.__get__(run), "rollout")
-    run.optimizer.step = phases.wrapped(type(run.optimizer).step.__get__(run.optimizer), "optimizer")
-    run.weights.blend = phases.wrapped(type(run.weights).blend.__get__(run.weights), "blend")
-    run.save = phases.wrapped(type(run).save.__get__(run), "checkpoint")
-    run._scores = phases.wrapped(type(run)._scores.__get__(run), "reward")
-
-
 def iterate(run: trainer.Trainer, phases: Phases) -> float:
     start = time.perf_counter()
     with phases.of("rest"):
-        run._iterate()
+        run.iterate()
         run.save()
     return time.perf_counter() - start
 
@@ -163,24 +147,26 @@ def main() -> None:
         root = Path(folder)
         pipeline(root / "sd3")
         recipe = recipe_of(root / "sd3")
-        encoding = Phases(live)
+        encoding, phases = Phases(live), Phases(live)
         encode = PipelineModel.encode
-        PipelineModel.encode = encoding.wrapped(encode, "encode")
+
+        def encode_timed(*args):
+            with encoding.of("encode"):
+                return encode(*args)
+
+        PipelineModel.encode = encode_timed
         try:
             with live:
-                run = trainer.Trainer(recipe, root / "run")
+                run = trainer.Trainer(recipe, root / "run", observer=phases)
         finally:
             PipelineModel.encode = encode
         live.move(tensors_of(run.model.transformer), "base weights")
         live.move(tensors_of(run.model.pipe.vae), "VAE")
-        counted = Phases(live)
-        watch(run, counted)
         with live:
-            iterate(run, counted)
+            iterate(run, phases)
         timed = []
         for _ in range(options.iterations):
-            phases = Phases()
-            watch(run, phases)
+            phases.start()
             timed.append((iterate(run, phases), phases.seconds))
         total, seconds = sorted(timed, key=lambda pair: pair[0])[len(timed) // 2]
         layers = run.model.transformer.config

@@ -50,12 +50,12 @@ def main() -> None:
     alone, both, rewards = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder))
-        trainer._iterate()  # warms up
+        trainer.iterate()  # warms up
         for _ in range(arguments.pairs):
             module.pause = 0.0
-            alone.append(trainer._iterate()["seconds_rollout"])
+            alone.append(trainer.iterate()["seconds_rollout"])
             module.pause = alone[-1] / PROMPTS
-            record = trainer._iterate()
+            record = trainer.iterate()
             both.append(record["seconds_rollout"] + record["seconds_reward"])
             rewards.append(module.pause * PROMPTS)
     ratios = [together / max(pair) for together, *pair in zip(both, alone, rewards)]

@@ -1,6 +1,7 @@
 """The rooms of crd_fast import one another in one direction, from what computes to what a user calls."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,41 @@ def test_all_kinds_of_imports_are_seen():
         "def later():\n    from crd_fast.train import trainer\n"
     )
     assert rooms(source) == {"cli", "ranks", "plan", "train"}
+
+
+# Of torch, where there is no public name; and of what `Tuple._replace` and the like are in Python itself.
+FOREIGN = {
+    *("_fields", "_replace", "_foreach_lerp_", "_inductor", "_dynamo", "_cdata", "_overloadpacket"),
+    *("_sleep",),
+    *("_parameters", "_buffers", "_local_scalar_dense", "_scaled_dot_product_flash_attention_for_cpu"),
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}
+# a plan puts fakes in the place of what a pipeline would load
+FAKED = {"fake_models.py": {"_device", "_class", "_index"}}
+WATCHERS = sorted(
+    path
+    for folder in (PACKAGE / "plan", PACKAGE.parent / "tools", PACKAGE.parent / "benchmarks")
+    for path in folder.rglob("*.py")
+)
+
+
+def private_names(source):
+    """Attributes of others that begin with one underscore."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not own:
+                yield node.attr
+
+
+@pytest.mark.parametrize("path", WATCHERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_watches_a_run_is_told_and_touches_nothing_private(path):
+    allowed = FOREIGN | FAKED.get(path.name, set())
+    assert not set(private_names(path.read_text(encoding="utf-8"))) - allowed
+
+
+def test_private_names_are_seen():
+    assert list(private_names("run._rollout = f(run)\nself._mine = self.other._theirs")) == [
+        "_rollout",
+        "_theirs",
+    ]

@@ -22,6 +22,7 @@ from benchmarks.measure_iteration import pipeline
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
 from crd_fast.plan.planner import Planner
+from crd_fast.run.observer import Observer
 from crd_fast.train.trainer import Trainer
 
 PHASES = ("rollout", "update")
@@ -86,26 +87,27 @@ class LiveMeter:
         peaks[name] = self.live.peaks.pop(name).bytes
 
 
+class Peaks(Observer):
+    """Bytes of the phases, each by the meter's own peak."""
+
+    def __init__(self, meter):
+        self.meter = meter
+        self.bytes: dict[str, int] = {}
+
+    def phase(self, name: str, total: int | None = None):
+        return self.meter.phase(name, self.bytes) if name in PHASES else super().phase(name, total)
+
+
 def measured(recipe, meter, folder: Path) -> dict[str, int]:
     """Peak bytes of the second iteration's rollout and update: the first makes the optimizer's state."""
-    peaks: dict[str, int] = {}
+    peaks = Peaks(meter)
     with meter.context():
-        run = Trainer(recipe, folder)
+        run = Trainer(recipe, folder, observer=peaks)
     meter.known(tensors_of(run.model.transformer))
-    rollout, update = run._rollout, run._update
-
-    def metered(function, name):
-        def call(*args):
-            with meter.phase(name, peaks):
-                return function(*args)
-
-        return call
-
-    run._rollout, run._update = metered(rollout, "rollout"), metered(update, "update")
     with meter.context():
         for _ in range(2):
-            run._iterate()
-    return peaks
+            run.iterate()
+    return peaks.bytes
 
 
 def planned(recipe) -> dict[str, int]:

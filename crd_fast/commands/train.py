@@ -98,7 +98,7 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
         refuse_existing(output)
     with console.status("loading torch, the model and the prompts"):
         from crd_fast.run.metrics import read_metrics
-        from crd_fast.run.progress import Bars, Quiet, before_and_after
+        from crd_fast.run.progress import Bars, before_and_after
         from crd_fast.run.report import write_report
         from crd_fast.train.trainer import Trainer
 
@@ -107,7 +107,8 @@ def _run_training(recipe, output: Path, resume: bool) -> None:
     if trainer.iteration:
         say(f"resuming after iteration {trainer.iteration}")
     with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
-        trainer.progress = bars if main else Quiet()
+        if main:
+            trainer.observer.add(bars)
         finished = trainer.run()
     if main:
         table = before_and_after(read_metrics(output))

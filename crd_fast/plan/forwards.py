@@ -12,54 +12,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from crd_fast.plan.live_bytes import GEMM_4BIT, Peak
+from crd_fast.run.observer import Observer
+from crd_fast.train.update import ROWS_IN_ONE
 
 if TYPE_CHECKING:
     from crd_fast.plan.planner import Planner
 
 
-class ForwardAccount:
-    """Enters every forward of the model: in which phase it is, to which part its tensors belong.
+class ForwardAccount(Observer):
+    """Stands in the place of the model, and is told which weights each forward is by.
 
     A forward without gradient that was run before, with as many samples and the same layers, is not run
     again: its peak and its FLOPs are remembered. Nor is a second one with gradient.
     """
 
     def __init__(self, planner: Planner):
-        self.planner, self.live = planner, planner.live
-        self.velocity, self.use = planner.model.velocity, planner.weights.use
-        self.fetch = planner.model.streaming.fetch if planner.model.streaming else None
-        self.active: str | tuple[str, ...] = "policy"  # or the name of each row
+        self.planner, self.live, self.model = planner, planner.live, planner.model
+        self.active: list[tuple[str, int]] = []  # sets of weights of the present forward, rows by each
         self.samples: Counter[str] = Counter()  # by set of weights
         self.held: dict[str, int] = {}  # bytes of latents at the policy's first forward, by phase
+        self.in_rows = False  # the rows of one forward differ in their weights
         self._before_gradient: int | None = None  # FLOPs
 
-    @contextmanager
-    def use_of(self, name: str) -> Iterator[None]:
-        self.active = name
-        with self.use(name):
-            yield
-        self.active = "policy"
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)  # what is not a forward is the model's own
 
     @contextmanager
-    def use_rows_of(self, names: list[str]) -> Iterator[None]:
-        self.active = tuple(names)
-        with type(self.planner.weights).use_rows(self.planner.weights, names):
-            yield
-        self.active = "policy"
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        self.in_rows = name == ROWS_IN_ONE
+        yield
+        self.in_rows = False
 
-    def fetch_of(self, index: int):
-        with self.live.in_part("base weights"):
-            return self.fetch(index)
+    @contextmanager
+    def branch(self, name: str, rows: int) -> Iterator[None]:
+        self.active.append((name, rows))
+        self.samples[name] += rows
+        yield
+        self.active.pop()
 
-    def velocity_of(self, x, sigma, embeddings):
+    def velocity(self, x, sigma, embeddings):
         gradient = torch.is_grad_enabled()
-        self.samples.update(self.active if isinstance(self.active, tuple) else {self.active: len(x)})
+        names = [name for name, _ in self.active]
         if self.live.phase in ("measure", "update"):
             self.live.phase = "update" if gradient else "measure"
         of_prompts = sum(value.nbytes for value in embeddings.values())  # of one micro-batch at a time
-        if self.active == "policy" and self.live.phase not in self.held:
+        if not self.in_rows and names == ["policy"] and self.live.phase not in self.held:
             self.held[self.live.phase] = self.live.live["latents"] - of_prompts
-        if isinstance(self.active, tuple) and "policy" in self.active:
+        if self.in_rows and "policy" in names:
             # of two micro-batches: what both hold before, and what the first holds when it is measured
             held = self.live.live["latents"] - of_prompts
             first = self.held.setdefault(self.live.phase, held)
@@ -75,13 +74,13 @@ class ForwardAccount:
                 return torch.empty(x.shape).requires_grad_()
         self._before_gradient = flops.total
         with self.live.in_part("activations"):
-            result = self.velocity(x, sigma, embeddings)
+            result = self.model.velocity(x, sigma, embeddings)
         self.live.part = "workspace"  # of the backward pass, which comes next
         return result
 
     def _layers(self):
         """Adapted or not, or both in rows."""
-        return self.active if isinstance(self.active, tuple) else self.active == "reference"
+        return tuple(self.active) if self.in_rows else self.active[0][0] == "reference"
 
     def _without_gradient(self, x, sigma, embeddings):
         planner, live, key = self.planner, self.live, (self._layers(), len(x))
@@ -94,7 +93,7 @@ class ForwardAccount:
         before, flops, kept = live.total, planner.flops.total, live.peaks.get(live.phase, Peak())
         live.peaks[live.phase] = Peak()
         with live.in_part("workspace"):
-            result = self.velocity(x, sigma, embeddings)
+            result = self.model.velocity(x, sigma, embeddings)
         live.move(result, "latents")
         peak = live.peaks[live.phase]
         live.peaks[live.phase] = max(kept, peak, key=lambda p: p.bytes)
@@ -107,18 +106,22 @@ class ForwardAccount:
 
 @contextmanager
 def accounted(planner: Planner) -> Iterator[ForwardAccount]:
-    """Within this context forwards go through a `ForwardAccount`."""
-    account = ForwardAccount(planner)
-    planner.model.velocity, planner.weights.use = account.velocity_of, account.use_of
-    streaming = planner.model.streaming
-    if streaming:
-        planner.weights.use_rows, streaming.fetch = account.use_rows_of, account.fetch_of
+    """A `ForwardAccount`; within this context blocks that are fetched count as weights."""
+    account, streaming = ForwardAccount(planner), planner.model.streaming
+    if not streaming:
+        yield account
+        return
+    fetch = streaming.fetch
+
+    def counted(index: int):
+        with planner.live.in_part("base weights"):
+            return fetch(index)
+
+    streaming.fetch = counted
     try:
         yield account
     finally:
-        del planner.model.velocity, planner.weights.use
-        if streaming:
-            del planner.weights.use_rows, streaming.fetch
+        del streaming.fetch
 
 
 class Flops(TorchDispatchMode):

@@ -152,12 +152,14 @@ class Planner:
 
         with self.live.in_phase("rollout"), accounted(self) as account, self.weights.use("sampler"):
             generate(
-                self.model,
+                account,
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.zeros(count, dtype=torch.int64),
                 replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2),
-                finished=decode,
+                decode,
+                account,
+                "sampler",
             )
         result.forwards["rollout"] = account.samples["sampler"] / 2 / count
         del others
@@ -183,15 +185,6 @@ class Planner:
             unit = min(micro_batch // group * group, of_step)
         split = unit > micro_batch
         count = 2 * micro_batch if split else unit
-        updater = Updater(
-            self.model,
-            self.weights,
-            recipe.loss,
-            advantage_clip=recipe.advantage.clip,
-            precision=recipe.train.precision,
-            micro_batch=micro_batch,
-            one_pass=recipe.model.streaming,
-        )
         zeros = torch.zeros(count, dtype=torch.int64)
         pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)
         latents = self._latents(samples)
@@ -200,6 +193,16 @@ class Planner:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         flops, before = self.flops.total, self.live.live["latents"]
         with self.live.in_phase("measure"), accounted(self) as account:
+            updater = Updater(
+                account,
+                self.weights,
+                recipe.loss,
+                advantage_clip=recipe.advantage.clip,
+                precision=recipe.train.precision,
+                micro_batch=micro_batch,
+                one_pass=recipe.model.streaming,
+                observer=account,
+            )
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
         if split:
             for name, held in account.held.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,20 +16,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-
-class Quiet:
-    """Shows nothing; the interface of every progress display."""
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A part of an iteration with `total` steps; yields `advance(n)`."""
-        yield lambda count: None
-
-    def iteration_done(self, record: dict) -> None:
-        """The iteration's metrics are known."""
+from crd_fast.run.observer import Observer
 
 
-class Bars(Quiet):
+class Bars(Observer):
     """Rich progress bars; plain lines where the output is no terminal."""
 
     def __init__(self, console: Console, iterations: int, done: int = 0):
@@ -58,10 +48,16 @@ class Bars(Quiet):
         self._bars.stop()
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        if total is None:
+            yield
+            return
         self._bars.reset(self._phase, total=total, description=name, visible=True)
-        yield lambda count: self._bars.advance(self._phase, count)
+        yield
         self._bars.update(self._phase, visible=False)
+
+    def advance(self, count: int) -> None:
+        self._bars.advance(self._phase, count)
 
     def iteration_done(self, record: dict) -> None:
         note = f"reward {record['reward_mean']:.3f}  KL {record['kl']:.4f}"

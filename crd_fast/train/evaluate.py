@@ -13,6 +13,7 @@ from crd_fast.config import Recipe
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
+from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
 from crd_fast.train.micro_batch import MicroBatch
@@ -48,7 +49,7 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self.metadata)
 
-    def run(self, advance=lambda count: None) -> tuple[dict[str, float], np.ndarray]:
+    def run(self, observer: Observer = NOBODY) -> tuple[dict[str, float], np.ndarray]:
         """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights.
 
         Each rank makes its part of the images; the main process scores them and alone returns metrics.
@@ -63,7 +64,7 @@ class Evaluation:
             self.prompt_index[own],
             self.seeds[own],
             Sampling.of(self.recipe, config, self.empty, self.micro_batch),
-            advance,
+            observer=observer,
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])

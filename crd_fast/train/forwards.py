@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -25,22 +26,33 @@ def chosen_prompts(
     return {key: value[index.to(value.device)].to(device) for key, value in embeddings.items()}
 
 
-def doubled_velocity(model, x, sigma, embeddings, empty) -> tuple[torch.Tensor, torch.Tensor]:
+def unwatched(rows: int):
+    """The context of a forward of `rows` rows that nobody watches."""
+    return contextlib.nullcontext()
+
+
+def doubled_velocity(
+    model, x, sigma, embeddings, empty, watched: Callable = unwatched
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The conditional and the unconditional velocity: views of one doubled batch.
 
-    empty: embeddings of the empty prompt, first axis 1.
+    empty: embeddings of the empty prompt, first axis 1. watched(rows): a context around the forward.
     """
     unconditional = {key: empty[key].to(value.device).expand_as(value) for key, value in embeddings.items()}
     both = {key: torch.cat([value, unconditional[key]]) for key, value in embeddings.items()}
-    return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    with watched(2 * len(x)):
+        return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
 
 
-def guided_velocity(model, x, sigma, embeddings, empty, guidance_scale: float) -> torch.Tensor:
+def guided_velocity(
+    model, x, sigma, embeddings, empty, guidance_scale: float, watched: Callable = unwatched
+) -> torch.Tensor:
     """The model's guidance, uncond + w (cond - uncond) in most, or cond alone where w <= 1.
 
     Both branches in one doubled batch.
     """
     if guidance_scale <= 1:
-        return model.velocity(x, sigma, embeddings)
-    conditional, unconditional = doubled_velocity(model, x, sigma, embeddings, empty)
+        with watched(len(x)):
+            return model.velocity(x, sigma, embeddings)
+    conditional, unconditional = doubled_velocity(model, x, sigma, embeddings, empty, watched)
     return model.guide(conditional, unconditional, guidance_scale)

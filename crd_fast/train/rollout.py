@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from crd_fast.config import EvaluateConfig, Recipe, RolloutConfig
+from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity
 from crd_fast.train.micro_batch import MicroBatch
@@ -54,14 +56,16 @@ def generate(
     prompt_index: torch.Tensor,  # (N,) which prompt each sample has
     seeds: torch.Tensor,  # (N,) int64
     sampling: Sampling,
-    advance: Callable[[int], None] = lambda count: None,
     finished: Callable[[torch.Tensor], None] = lambda latents: None,
+    observer: Observer = NOBODY,
+    branch: str = "policy",
 ) -> torch.Tensor:
     """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
 
-    After each micro-batch of n samples, `advance(n)` is called, and `finished` with all latents so far.
+    After each micro-batch `finished` is called with all latents so far. branch: what the observer is told
+    that the active weights are.
     """
-    device = model.device
+    device, watched = model.device, functools.partial(observer.branch, branch)
     shape = model.latent_shape(sampling.resolution)
     sigmas = model.sigmas(sampling.steps, sampling.resolution).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)
@@ -75,7 +79,7 @@ def generate(
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, sampling.precision):
                 velocity = guided_velocity(
-                    model, x, sigma.expand(len(x)), chosen, empty, sampling.guidance_scale
+                    model, x, sigma.expand(len(x)), chosen, empty, sampling.guidance_scale, watched
                 )
             x = x + (next_sigma - sigma) * velocity.float()
         return x
@@ -88,7 +92,7 @@ def generate(
         except torch.OutOfMemoryError as error:
             micro_batch.halve(error)
             continue
-        advance(chunk.stop - done)
+        observer.advance(chunk.stop - done)
         done = chunk.stop
         finished(latents[:done])
     return latents

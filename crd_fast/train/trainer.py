@@ -28,8 +28,7 @@ from crd_fast.run import profiling
 from crd_fast.run.log import RunLog
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
-from crd_fast.run.profiling import phase
-from crd_fast.run.progress import Quiet
+from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import Evaluation, to_uint8
@@ -43,12 +42,14 @@ from crd_fast.weights.sets import SNAPSHOTS
 
 
 class Trainer:
-    """One run in one output folder. `resume` goes on from the folder's newest checkpoint."""
+    """One run in one output folder. `resume` goes on from the folder's newest checkpoint.
 
-    def __init__(self, recipe: Recipe, output: Path, resume: bool = False, progress=None):
+    observer: is told of what happens; `trainer.observer.add` adds another.
+    """
+
+    def __init__(self, recipe: Recipe, output: Path, resume: bool = False, observer: Observer = NOBODY):
         self.recipe, self.output = recipe, output
-        self.progress = progress or Quiet()
-        profiling.start(recipe.train.profile)
+        self.observer = Observers(profiling.start(recipe.train.profile), observer)
         self.ranks = Ranks()
         self.sharded = recipe.model.sharding != "none"
         check_ranks(recipe, self.ranks.count)
@@ -77,6 +78,7 @@ class Trainer:
             micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.sharded),
             one_pass=recipe.model.streaming,
             in_step=self.sharded,
+            observer=self.observer,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.sharded)
         self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
@@ -105,7 +107,7 @@ class Trainer:
             self._log_evaluation({"iteration": 0, "step": 0})
         stopped = False
         while self.iteration < self.recipe.train.iterations and not stopped:
-            record = self._iterate()
+            record = self.iterate()
             if self._due(self.recipe.evaluate.every):
                 self._log_evaluation(record)
             else:
@@ -113,7 +115,7 @@ class Trainer:
             stopped = self.ranks.any(stop_requested())
             if self._due(self.recipe.checkpoint.every) or stopped:
                 self.save()
-            self.progress.iteration_done(record)
+            self.observer.iteration_done(record)
         if self.ranks.main:
             self.log.close()
         return self.iteration >= self.recipe.train.iterations
@@ -121,8 +123,8 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
 
-    @phase("iteration")
-    def _iterate(self) -> dict:
+    @observed("iteration")
+    def iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
         shares = np.array_split(
@@ -139,7 +141,7 @@ class Trainer:
         updates = self._update(shares, own, latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
-            with phase("snapshots"):
+            with self.observer.phase("snapshots"):
                 self.weights.blend(name, decay)
         clock.append(time.perf_counter())
 
@@ -156,7 +158,6 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    @phase("rollout")
     def _rollout(self, own: np.ndarray, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """K samples of each of this rank's prompts by the sampler: embeddings (P), latents (P * K).
 
@@ -168,36 +169,39 @@ class Trainer:
         metadata = [drawn[prompt] for prompt in own]
         seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
         seeds = seeds.view(count, samples)[torch.from_numpy(own)]
-        embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
-        with self.weights.use("sampler"), self.progress.phase("rollout", seeds.numel()) as advance:
-            latents_N = generate(
-                self.model,
-                embeddings,
-                torch.arange(len(own)).repeat_interleave(samples),
-                seeds.flatten(),
-                Sampling.of(self.recipe, config, self.empty, self.rollout_micro_batch),
-                advance,
-                PromptScoring(
-                    scoring, lambda latents: to_uint8(self.model.decode(latents)), metadata, samples
-                ),
-            )
+        with self.observer.phase("rollout", seeds.numel()):
+            with self.observer.phase("prompts"):
+                embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
+            with self.weights.use("sampler"):
+                latents_N = generate(
+                    self.model,
+                    embeddings,
+                    torch.arange(len(own)).repeat_interleave(samples),
+                    seeds.flatten(),
+                    Sampling.of(self.recipe, config, self.empty, self.rollout_micro_batch),
+                    PromptScoring(scoring, self._images, metadata, samples),
+                    self.observer,
+                    "sampler",
+                )
         return embeddings, latents_N
 
-    @phase("rewards")
+    @observed("decode")
+    def _images(self, latents: torch.Tensor) -> np.ndarray:
+        return to_uint8(self.model.decode(latents))
+
     def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
         """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
         config = self.recipe.rollout
         shape = config.prompts_per_iteration, config.samples_per_prompt
-        with self.progress.phase("rewards", math.prod(shape) // self.ranks.count) as advance:
-            scores = scoring.results()
-            advance(math.prod(shape) // self.ranks.count)
         order = np.concatenate([own_prompts(shares, r, self.ranks.count) for r in range(self.ranks.count)])
-        return {
-            name: self.ranks.gather(values).reshape(shape)[np.argsort(order)]
-            for name, values in scores.items()
-        }
+        with self.observer.phase("rewards", math.prod(shape) // self.ranks.count):
+            scores = scoring.results()
+            self.observer.advance(math.prod(shape) // self.ranks.count)
+            return {
+                name: self.ranks.gather(values).reshape(shape)[np.argsort(order)]
+                for name, values in scores.items()
+            }
 
-    @phase("update")
     def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
@@ -205,13 +209,13 @@ class Trainer:
             draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK) for prompts in shares
         ]
         collected = []
-        with self.progress.phase("update", sum(map(len, pairs_by_step))) as advance:
+        with self.observer.phase("update", sum(map(len, pairs_by_step))):
             for pairs in pairs_by_step:
-                metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty, advance)
+                metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty)
                 metrics = self.ranks.mean(metrics)
                 metrics["grad_norm"] = self._finish_gradients()
                 self._check_finite(metrics)
-                with phase("optimizer"):
+                with self.observer.phase("optimizer"):
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
@@ -227,11 +231,10 @@ class Trainer:
             self.ranks.average_gradients(parameters)
         return self.ranks.clip_gradients(parameters, self.recipe.train.max_grad_norm, parts=self.sharded)
 
-    @phase("evaluation")
     def _log_evaluation(self, record: dict) -> None:
         started = time.perf_counter()
-        with self.progress.phase("evaluation", len(self.evaluation)) as advance:
-            metrics, images = self.evaluation.run(advance)
+        with self.observer.phase("evaluation", len(self.evaluation)):
+            metrics, images = self.evaluation.run(self.observer)
         if not self.ranks.main:
             return
         record |= metrics | {"seconds_eval": time.perf_counter() - started}
@@ -243,7 +246,7 @@ class Trainer:
             self.log.write(record, grid)
             self.watch.see(record)
 
-    @phase("checkpoint")
+    @observed("checkpoint")
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
         weights, optimizer = self.weights, self.optimizer

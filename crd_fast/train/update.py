@@ -7,18 +7,22 @@ micro-batches. Where it fits, measuring and updating share one policy forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import crd_kernels
 import torch
 
 from crd_fast.config import LossConfig
-from crd_fast.run.profiling import phase
+from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.pairs import Pairs
+
+ROWS_IN_ONE = "forwards in one batch"  # the phase in which one forward's rows differ in their weights
 
 
 @dataclass
@@ -62,10 +66,11 @@ class Updater:
         micro_batch: MicroBatch | int,
         one_pass: bool = False,
         in_step: bool = False,
+        observer: Observer = NOBODY,
     ):
         self.model, self.weights, self.loss = model, weights, loss
         self.advantage_clip, self.precision = advantage_clip, precision
-        self.one_pass, self.in_step = one_pass, in_step
+        self.one_pass, self.in_step, self.observer = one_pass, in_step, observer
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
@@ -74,12 +79,11 @@ class Updater:
         latents: torch.Tensor,  # (N, ...) clean latents of the iteration
         embeddings: dict[str, torch.Tensor],  # P prompts
         empty: dict[str, torch.Tensor],  # the empty prompt, first axis 1
-        advance: Callable[[int], None] = lambda count: None,
     ) -> dict[str, float]:
         """Adds d loss / d parameters of the policy to `.grad`. Returns the step's losses and statistics.
 
-        `advance(n)` is called after each n pairs. Where memory runs out, `.grad` is cleared and the step
-        starts again with half the micro-batch.
+        The observer advances by pairs. Where memory runs out, `.grad` is cleared and the step starts again
+        with half the micro-batch.
         """
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
         # found from the weights each time, never remembered: a resumed run decides as the one before did
@@ -87,18 +91,18 @@ class Updater:
         pairs = pairs.to(latents.device)
         while True:
             try:
-                return self._accumulate(pairs, advance)
+                return self._accumulate(pairs)
             except torch.OutOfMemoryError as error:
                 self.micro_batch.halve(error)
             for parameter in self.weights.trained():
                 parameter.grad = None
 
-    def _accumulate(self, pairs: Pairs, advance: Callable[[int], None]) -> dict[str, float]:
+    def _accumulate(self, pairs: Pairs) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         size = self.micro_batch.size
         for unit in self._units(pairs):
             chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
-            measured = self._update(unit, chunks, len(pairs), advance)
+            measured = self._update(unit, chunks, len(pairs))
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
         return {name: float(value) for name, value in totals.items()}
@@ -117,9 +121,7 @@ class Updater:
             stop += size
         yield pairs[start:stop]
 
-    def _update(
-        self, unit: Pairs, chunks: list[_Chunk], denominator: int, advance
-    ) -> dict[str, torch.Tensor]:
+    def _update(self, unit: Pairs, chunks: list[_Chunk], denominator: int) -> dict[str, torch.Tensor]:
         """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
         if not self.one_pass:
             if not self._old_is_policy:
@@ -133,7 +135,7 @@ class Updater:
             stats = self._measure(chunk, policy.detach())
             coefficients = self._center(stats, unit, denominator)
             self._backward(chunk, policy, coefficients)
-            advance(len(unit))
+            self.observer.advance(len(unit))
         else:
             parts = []
             for chunk in chunks:
@@ -147,7 +149,7 @@ class Updater:
             for chunk in chunks:
                 stop = start + len(chunk.pairs)
                 self._backward(chunk, self._velocity(chunk), coefficients[start:stop])
-                advance(stop - start)
+                self.observer.advance(stop - start)
                 start = stop
         anchor = unit.anchor.double()
         means = {
@@ -168,14 +170,14 @@ class Updater:
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
         return _Chunk(pairs, x0, noise, x)
 
-    @phase("old")
+    @observed("old")
     @torch.no_grad()
     def _old(self, chunks: list[_Chunk]) -> None:
         with self.weights.use("old"):
             for chunk in chunks:
-                chunk.old = self._velocity(chunk)
+                chunk.old = self._velocity(chunk, "old")
 
-    @phase("reference")
+    @observed("reference")
     @torch.no_grad()
     def _reference(self, chunks: list[_Chunk]) -> None:
         """Predictions of the reference, only for the pairs that are anchored."""
@@ -192,14 +194,18 @@ class Updater:
     def _reference_of(self, chunk: _Chunk, rows: torch.Tensor) -> None:
         x, sigma = chunk.x[rows], chunk.pairs.sigma[rows]
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], x.device)
+        watched = partial(self.observer.branch, "reference")
         with self._autocast(chunk):
             if self.loss.guidance_scale <= 1:
-                ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
+                with watched(len(x)):
+                    ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
             else:
-                ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, self._empty)
+                ref_cond, ref_uncond = doubled_velocity(
+                    self.model, x, sigma, embeddings, self._empty, watched
+                )
         self._set_reference(chunk, rows, ref_cond, ref_uncond)
 
-    @phase("forwards in one batch")
+    @observed(ROWS_IN_ONE)
     @torch.no_grad()
     def _rows(self, chunk: _Chunk, policy: bool) -> torch.Tensor | None:
         """The predictions of old and of the reference, and those that it returns if asked, in one batch."""
@@ -220,7 +226,9 @@ class Updater:
                 key: torch.cat([value, self._empty[key].to(value).expand(len(anchored), *value.shape[1:])])
                 for key, value in embeddings.items()
             }
-        with self.weights.use_rows(weights), self._autocast(chunk):
+        with self.weights.use_rows(weights), self._autocast(chunk), ExitStack() as branches:
+            for name in dict.fromkeys(weights):
+                branches.enter_context(self.observer.branch(name, weights.count(name)))
             predicted = self.model.velocity(chunk.x[rows], chunk.pairs.sigma[rows], embeddings)
         *parts, rest = predicted.split([count] * len(names) + [len(predicted) - count * len(names)])
         found = dict(zip(names, parts))
@@ -241,14 +249,13 @@ class Updater:
         if ref_uncond is not None:
             chunk.ref_uncond = some.index_put((rows,), ref_uncond)
 
-    @phase("forward")
-    def _velocity(self, chunk: _Chunk) -> torch.Tensor:
-        """By the weights that are active."""
+    def _velocity(self, chunk: _Chunk, branch: str = "policy") -> torch.Tensor:
+        """By the weights that are active, which are those of `branch`."""
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt, chunk.x.device)
-        with self._autocast(chunk):
+        with self._autocast(chunk), self.observer.branch(branch, len(chunk.pairs)):
             return self.model.velocity(chunk.x, chunk.pairs.sigma, embeddings)
 
-    @phase("measure")
+    @observed("measure")
     def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         return crd_kernels.measure(
             policy,
@@ -262,7 +269,7 @@ class Updater:
             impl=self.loss.impl,
         )
 
-    @phase("center")
+    @observed("center")
     def _center(self, stats: crd_kernels.Stats, unit: Pairs, denominator: int) -> crd_kernels.Coefficients:
         return crd_kernels.center(
             stats,
@@ -281,7 +288,7 @@ class Updater:
             impl=self.loss.impl,
         )
 
-    @phase("backward")
+    @observed("backward")
     def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
         gradient = crd_kernels.velocity_grad(
             policy.detach(),

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from crd_kernels import launch
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.run import profiling
+from crd_fast.run.observer import Observers
 from crd_fast.train.trainer import Trainer
 
 SETTINGS = ["rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "rollout.steps=2"]
-SETTINGS += ["train.timesteps=1", "train.iterations=1", "train.steps_per_iteration=2", "evaluate.every=0"]
+SETTINGS += ["train.timesteps=1", "train.iterations=2", "train.steps_per_iteration=1", "evaluate.every=0"]
 
 
 class Ranges(list):
@@ -45,26 +47,25 @@ def test_phases_of_a_run(tmp_path, monkeypatch, ranges, asked):
     if asked == "nobody":
         assert ranges == []
         return
-    update = "iteration/update"
+    rollout, update = "iteration/rollout", "iteration/update"
     assert list(dict.fromkeys(ranges)) == [
-        *("iteration", "iteration/rollout", "iteration/rewards", update),
-        *(f"{update}/reference", f"{update}/forward", f"{update}/measure", f"{update}/center"),
-        *(f"{update}/backward", f"{update}/optimizer"),
-        *(f"{update}/old", f"{update}/old/forward"),  # of the second step: before the first old is the policy
-        *("iteration/snapshots", "checkpoint"),
+        *("iteration", rollout, f"{rollout}/prompts", f"{rollout}/sampler forward", f"{rollout}/decode"),
+        *("iteration/rewards", update, f"{update}/reference", f"{update}/reference/reference forward"),
+        *(f"{update}/policy forward", f"{update}/measure", f"{update}/center"),
+        *(f"{update}/backward", f"{update}/optimizer", "iteration/snapshots"),
+        *(f"{update}/old", f"{update}/old/old forward", "checkpoint"),  # in the second, where it differs
     ]
 
 
 def test_a_phase_that_fails_is_closed(ranges):
-    profiling.start(True)
-    with pytest.raises(ZeroDivisionError), profiling.phase("outer"), profiling.phase("inner"):
+    observer = Observers(profiling.start(True))
+    with pytest.raises(ZeroDivisionError), observer.phase("outer"), observer.branch("policy", 1):
         1 / 0  # noqa: B018
-    assert ranges == ["outer", "outer/inner"] and ranges.open == []
+    assert ranges == ["outer", "outer/policy forward"] and ranges.open == []
 
 
 @pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="this torch has NVTX")
 def test_without_nvtx_it_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train.profile, CRD_NVTX: expected a torch with NVTX.*got"):
         Trainer(load_recipe("builtin", [*SETTINGS, "train.profile=true"]), tmp_path / "run")
-    with profiling.phase("nothing"):  # and it stays off
-        pass
+    assert launch.observer is None  # and it stays off

@@ -1,10 +1,14 @@
 """One optimizer step: exact at every micro-batch, against autograd, with no forward too many."""
 
+from collections import Counter
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from crd_fast.config import LossConfig
 from crd_fast.errors import UserError
+from crd_fast.run.observer import NOBODY, Observer, Observers
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.pairs import Pairs, draw_timesteps
 from crd_fast.train.update import Updater
@@ -61,10 +65,18 @@ def setting():
     return model, weights, pairs, latents, embeddings, empty
 
 
-def gradients(setting, micro_batch, pairs=None, **loss):
+def gradients(setting, micro_batch, pairs=None, observer=NOBODY, **loss):
     model, weights, all_pairs, latents, embeddings, empty = setting
     config = LossConfig(**{"beta": 5.0, "kl_beta": 0.1, "guidance_scale": 4.5, "impl": "reference"} | loss)
-    updater = Updater(model, weights, config, advantage_clip=5.0, precision="fp32", micro_batch=micro_batch)
+    updater = Updater(
+        model,
+        weights,
+        config,
+        advantage_clip=5.0,
+        precision="fp32",
+        micro_batch=micro_batch,
+        observer=observer,
+    )
     model.transformer.zero_grad(set_to_none=True)
     model.samples_run = {True: 0, False: 0}
     metrics = updater.accumulate(all_pairs if pairs is None else pairs, latents, embeddings, empty)
@@ -166,6 +178,35 @@ def test_forwards_per_pair(setting):
     assert model.samples_run == {True: len(pairs), False: 4 * len(pairs)}  # and the policy to be measured
     gradients(setting, SAMPLES, guidance_scale=1.0)
     assert model.samples_run == {True: len(pairs), False: 2 * len(pairs)}
+
+
+class Counted(Observer):
+    """Rows by set of weights, and how far the step is."""
+
+    def __init__(self):
+        self.rows, self.pairs = Counter(), 0
+
+    @contextmanager
+    def branch(self, name, rows):
+        self.rows[name] += rows
+        yield
+
+    def advance(self, count):
+        self.pairs += count
+
+
+@pytest.mark.parametrize("micro_batch", [4, SAMPLES])
+def test_observers_are_told_of_every_forward(setting, micro_batch):
+    model, _, pairs, *_ = setting
+    seen = [Counted(), Counted()]
+    _, gradient = gradients(setting, micro_batch, observer=Observers(*seen))
+    count = len(pairs)
+    measured = 0 if micro_batch == SAMPLES else count
+    for one in seen:
+        assert one.rows == {"policy": count + measured, "old": count, "reference": 2 * count}
+        assert one.pairs == count
+    assert sum(seen[0].rows.values()) == sum(model.samples_run.values())
+    assert torch.equal(gradient, gradients(setting, micro_batch)[1])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, SAMPLES])
