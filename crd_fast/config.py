@@ -78,7 +78,14 @@ class AdvantageConfig(Section):
     clip: float = Field(5.0, gt=0)
 
 
+SETTINGS_OF = {  # those of one method alone
+    "crd": ("type", "temperature", "centering"),
+    "awm": ("weighting", "clip_range", "old_kl_beta"),
+}
+
+
 class LossConfig(Section):
+    method: Literal["crd", "nft", "awm", "flow_matching"] = "crd"
     beta: float = Field(1.0, gt=0)
     kl_beta: float = Field(0.1, ge=0)
     kl_min: float = Field(1.0e-4, ge=0)
@@ -89,12 +96,21 @@ class LossConfig(Section):
     type: Literal["mse", "bce"] = "mse"
     temperature: float = Field(math.inf, gt=0)
     centering: Literal["prompt", "batch"] = "prompt"
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"  # awm: of the matching error
+    clip_range: float | None = Field(None, gt=0)  # awm: bounds the ratio to old; none: the error alone
+    old_kl_beta: float = Field(0.0, ge=0)  # awm: strength of the anchor to old
     impl: Literal["auto", "triton", "cpu", "reference"] = "auto"
 
     @model_validator(mode="after")
     def _ordered(self):
-        if self.reward_adaptive_kl and self.kl_min > self.kl_beta:
+        if self.method == "crd" and self.reward_adaptive_kl and self.kl_min > self.kl_beta:
             raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
+        for method, names in SETTINGS_OF.items():
+            for name in names if method != self.method else ():
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if value != default:
+                    wanted = "null" if default is None else default
+                    raise ValueError(f"{name}: expected {wanted} with method {self.method}, got {value}")
         return self
 
     @property

@@ -183,7 +183,7 @@ class Planner:
             unit = of_step
         elif micro_batch >= group:
             unit = min(micro_batch // group * group, of_step)
-        split = unit > micro_batch
+        split = unit > micro_batch  # an uncoupled method's micro-batches go backward one by one, as two show
         count = 2 * micro_batch if split else unit
         zeros = torch.zeros(count, dtype=torch.int64)
         pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)

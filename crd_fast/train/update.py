@@ -1,4 +1,4 @@
-"""One optimizer step of CRD: measure, center, update, exact for a group of any size at any micro-batch.
+"""One optimizer step: measure, find coefficients, update, exact for a group of any size at any micro-batch.
 
 The gradient of a sample depends on the rest of its group through scalars alone. So a group that does not
 fit is measured without gradient in micro-batches, centered as B scalars, and then run again with gradient in
@@ -20,6 +20,7 @@ from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
 
 ROWS_IN_ONE = "forwards in one batch"  # the phase in which one forward's rows differ in their weights
@@ -42,7 +43,7 @@ class _Chunk:
 
 
 class Updater:
-    """Accumulates the gradient of one optimizer step over all its pairs.
+    """Accumulates the gradient of one optimizer step over all its pairs, by the method of `loss`.
 
     model: predicts velocities with whatever weights are active; weights: switches between them. one_pass:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
@@ -69,7 +70,7 @@ class Updater:
         observer: Observer = NOBODY,
     ):
         self.model, self.weights, self.loss = model, weights, loss
-        self.advantage_clip, self.precision = advantage_clip, precision
+        self.objective, self.precision = make_objective(loss, advantage_clip), precision
         self.one_pass, self.in_step, self.observer = one_pass, in_step, observer
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
@@ -87,7 +88,7 @@ class Updater:
         """
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
         # found from the weights each time, never remembered: a resumed run decides as the one before did
-        self._old_is_policy = self.weights.is_policy("old")
+        self._old_is_policy = not self.objective.needs_old or self.weights.is_policy("old")
         pairs = pairs.to(latents.device)
         while True:
             try:
@@ -127,24 +128,27 @@ class Updater:
             if not self._old_is_policy:
                 self._old(chunks)
             self._reference(chunks)
-        if len(chunks) == 1:
-            chunk = chunks[0]
-            if self.one_pass:
-                self._rows(chunk, policy=False)
-            policy = self._velocity(chunk)
-            stats = self._measure(chunk, policy.detach())
-            coefficients = self._center(stats, unit, denominator)
-            self._backward(chunk, policy, coefficients)
-            self.observer.advance(len(unit))
+        parts, found = [], []
+        if len(chunks) == 1 or not self.objective.coupled:
+            for chunk in chunks:
+                if self.one_pass:
+                    self._rows(chunk, policy=False)
+                policy = self._velocity(chunk)
+                parts.append(self._measure(chunk, policy.detach()))
+                found.append(self._coefficients(parts[-1], chunk.pairs, denominator))
+                self._backward(chunk, policy, found[-1])
+                chunk.old = chunk.ref_cond = chunk.ref_uncond = policy = None
+                self.observer.advance(len(chunk.pairs))
+            stats = crd_kernels.Stats.cat(parts)
         else:
-            parts = []
             for chunk in chunks:
                 with torch.no_grad():
                     policy = self._rows(chunk, policy=True) if self.one_pass else self._velocity(chunk)
                     parts.append(self._measure(chunk, policy))
-                chunk.old = None
+                chunk.old = None  # a coupled method's gradient does not need it
             stats = crd_kernels.Stats.cat(parts)
-            coefficients = self._center(stats, unit, denominator)
+            coefficients = self._coefficients(stats, unit, denominator)
+            found.append(coefficients)
             start = 0
             for chunk in chunks:
                 stop = start + len(chunk.pairs)
@@ -152,16 +156,12 @@ class Updater:
                 self.observer.advance(stop - start)
                 start = stop
         anchor = unit.anchor.double()
-        means = {
-            "implicit_reward_mean": stats.implicit_reward.double(),
-            "implicit_reward_abs": stats.implicit_reward.double().abs(),
-            "kl": stats.kl.double() * anchor,
-            "old_kl": stats.old_kl.double() * anchor,
-            "old_deviation": stats.old_deviation.double(),
-        }
+        means = self.objective.metrics(stats) | {"kl": stats.kl.double() * anchor}
+        if self.objective.needs_old:
+            means["old_kl"] = stats.old_kl.double() * anchor
         return {name: value.sum() / denominator for name, value in means.items()} | {
-            "policy_loss": coefficients.policy_loss.double(),
-            "kl_loss": coefficients.kl_loss.double(),
+            "policy_loss": sum(of_part.policy_loss.double() for of_part in found),
+            "kl_loss": sum(of_part.kl_loss.double() for of_part in found),
         }
 
     def _prepare(self, pairs: Pairs) -> _Chunk:
@@ -265,37 +265,27 @@ class Updater:
             chunk.noise,
             ref_uncond=chunk.ref_uncond,
             guidance_scale=self.loss.guidance_scale,
-            adaptive_weighting=self.loss.adaptive_weighting,
+            adaptive_weighting=self.objective.adaptive_weighting,
+            mix=self.objective.mix,
             impl=self.loss.impl,
         )
 
     @observed("center")
-    def _center(self, stats: crd_kernels.Stats, unit: Pairs, denominator: int) -> crd_kernels.Coefficients:
-        return crd_kernels.center(
-            stats,
-            unit.advantage,
-            unit.group,
-            beta=self.loss.beta,
-            kl_beta=self.loss.kl_beta,
-            kl_min=min(self.loss.kl_min, self.loss.kl_beta),
-            reward_adaptive_kl=self.loss.reward_adaptive_kl,
-            loss_type=self.loss.type,
-            temperature=self.loss.temperature,
-            centering=self.loss.centering,
-            advantage_clip=self.advantage_clip,
-            kl_weight=unit.anchor,
-            denominator=denominator,
-            impl=self.loss.impl,
-        )
+    def _coefficients(
+        self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
+    ) -> crd_kernels.Coefficients:
+        return self.objective.coefficients(stats, pairs, denominator)
 
     @observed("backward")
     def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
+        fixed = policy.detach()
         gradient = crd_kernels.velocity_grad(
-            policy.detach(),
+            fixed,
             chunk.ref_cond,
             chunk.x0,
             chunk.noise,
             coefficients,
+            old=fixed if self._old_is_policy else chunk.old,
             ref_uncond=chunk.ref_uncond,
             guidance_scale=self.loss.guidance_scale,
             impl=self.loss.impl,

@@ -2,7 +2,15 @@
 
 from .centering import Coefficients, center
 from .crd import CRDLoss, CRDOutput, crd_loss
-from .losses import LossOutput, awm_loss, diffusion_dpo_loss, flow_matching_loss, nft_loss
+from .losses import (
+    LossOutput,
+    awm_coefficients,
+    awm_loss,
+    diffusion_dpo_loss,
+    flow_matching_loss,
+    nft_coefficients,
+    nft_loss,
+)
 from .noise import interpolate
 from .velocity import Stats, implicit_reward, measure, velocity_grad
 
@@ -14,6 +22,7 @@ __all__ = [
     "Coefficients",
     "LossOutput",
     "Stats",
+    "awm_coefficients",
     "awm_loss",
     "center",
     "crd_loss",
@@ -22,6 +31,7 @@ __all__ = [
     "implicit_reward",
     "interpolate",
     "measure",
+    "nft_coefficients",
     "nft_loss",
     "velocity_grad",
 ]

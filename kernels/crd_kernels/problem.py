@@ -78,6 +78,12 @@ class Kind(NamedTuple):
     third: bool = False  # the gradient has a term c3 (policy - old)
     weighting: str = "uniform"
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the first sums may be of mixes of policy and old: where that is known to be not, less code
+        is compiled."""
+        return self.method == "nft" or (self.method == "measure" and self.third)
+
     def __str__(self) -> str:
         return "/".join([self.method, *(str(int(flag)) for flag in self[1:-1]), self.weighting])
 

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from crd_kernels import awm_loss, diffusion_dpo_loss, flow_matching_loss, implicit_reward, nft_loss
+from crd_kernels import (
+    Stats,
+    awm_coefficients,
+    awm_loss,
+    diffusion_dpo_loss,
+    flow_matching_loss,
+    implicit_reward,
+    measure,
+    nft_coefficients,
+    nft_loss,
+    velocity_grad,
+)
 from crd_kernels.losses import reference
 from kernel_oracle import INTERPRETING, make, relative_error
 
@@ -233,3 +244,66 @@ def test_bad_input(impl):
         ValueError, match=r"ref_uncond: expected a tensor because guidance_scale is 2.0, got None"
     ):
         awm_loss(x, x, x, x, v, guidance_scale=2.0, impl=impl)
+
+
+STEPS = ("nft", "nft_masked", "nft_weighted", "nft_small_beta", "nft_plain", "awm", "awm_off_policy")
+STEPS += ("awm_asymmetric", "awm_huber", "awm_ema_is_old")
+
+
+def in_steps(name, impl, micro_batch):
+    """Loss and gradient by measure, the coefficients of all, and velocity_grad, in micro-batches."""
+    _, _, tensors, keywords = case(name)
+    old = keywords.pop("old", None)
+    keywords.pop("ema", None)
+    if name.startswith("nft"):
+        policy, old, cond, x0, noise, advantage, keywords["sigma"] = tensors
+        of_stats, about = nft_coefficients, {"mix": keywords.get("beta", 1.0)}
+        about["adaptive_weighting"] = keywords.get("adaptive_weighting", True)
+    else:
+        policy, cond, x0, noise, advantage = tensors
+        of_stats, about = awm_coefficients, {"adaptive_weighting": False}
+        keywords["off_policy"] = old is not None
+        old = policy if old is None else old
+    uncond, mask = keywords.pop("ref_uncond", None), keywords.pop("mask", None)
+    scale = keywords.pop("guidance_scale", 1.0)
+    chunks = [slice(i, i + micro_batch) for i in range(0, len(policy), micro_batch)]
+
+    def latents(chunk):
+        both = {"ref_uncond": uncond, "mask": mask}
+        both = {key: None if value is None else value[chunk] for key, value in both.items()}
+        return both | {"guidance_scale": scale, "impl": impl}
+
+    parts = [measure(*(t[c] for t in (policy, old, cond, x0, noise)), **about, **latents(c)) for c in chunks]
+    stats = Stats.cat(parts)
+    kept = stats.table.clone()
+    found = of_stats(stats, advantage, impl=impl, **keywords)
+    assert torch.equal(stats.table, kept)
+    gradient = [
+        velocity_grad(*(t[c] for t in (policy, cond, x0, noise)), found[c], old=old[c], **latents(c))
+        for c in chunks
+    ]
+    return found, torch.cat(gradient)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_three_steps_at_any_micro_batch_are_the_loss(impl, name):
+    out, gradient, *_ = both(name, impl, torch.float64)
+    for micro_batch in (1, 4, 6):
+        found, stepped = in_steps(name, impl, micro_batch)
+        assert relative_error(found.loss, out.loss.detach()) < 1e-12
+        assert relative_error(found.policy_loss + found.kl_loss, found.loss) < 1e-12
+        assert relative_error(stepped, gradient) < 1e-12
+
+
+def test_what_the_steps_refuse(impl):
+    found, _ = in_steps("nft", impl, 6)
+    x = make(batch=6, shape=(3, 5, 7))
+    with pytest.raises(TypeError, match="old: expected a tensor"):
+        velocity_grad(x["policy"], x["ref_cond"], x["x0"], x["noise"], found, impl=impl)
+    stats = measure(*(x[k] for k in ("policy", "old", "ref_cond", "x0", "noise")), impl=impl)
+    with pytest.raises(ValueError, match="clip_range: expected None without off_policy"):
+        awm_coefficients(stats, x["advantage"], clip_range=0.1, impl=impl)
+    with pytest.raises(ValueError, match=r"sigma: expected shape \(6,\)"):
+        nft_coefficients(stats, x["advantage"], x["advantage"][:3], impl=impl)
+    with pytest.raises(TypeError, match="sigma"):
+        awm_coefficients(stats, x["advantage"], weighting="t", impl=impl)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from crd_kernels import center, crd_loss, measure, velocity_grad
+from crd_kernels import awm_coefficients, center, crd_loss, measure, nft_coefficients, velocity_grad
 from crd_kernels.finish.ops import finish_op, loss_op
 from crd_kernels.problem import Kind, Numbers
 from crd_kernels.velocity import ops
@@ -74,6 +74,26 @@ def test_three_steps_compile_without_a_graph_break(impl):
 
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradient(x["policy"]), compiled(x["policy"]))
+
+
+def test_the_steps_of_other_losses_compile_without_a_graph_break(impl):
+    x = make(batch=4, shape=(3, 5), dtype=torch.float32, groups=(0, 1))
+    sigma = x["advantage"].sigmoid()
+
+    def gradients(policy):
+        others, nft = [x[name] for name in TENSORS[1:5]], {"old": x["old"], "impl": impl}
+        stats = measure(policy, *others, mix=0.5, impl=impl)
+        found = nft_coefficients(stats, x["advantage"], sigma, beta=0.5, impl=impl)
+        first = velocity_grad(policy, *others[1:], found[0:4], **nft)
+        stats = measure(policy, *others, adaptive_weighting=False, impl=impl)
+        found = awm_coefficients(
+            stats, x["advantage"], sigma=sigma, weighting="t", off_policy=True, clip_range=0.1, impl=impl
+        )
+        return first, velocity_grad(policy, *others[1:], found, impl=impl)
+
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    for eager, traced in zip(gradients(x["policy"]), compiled(x["policy"])):
+        assert torch.equal(eager, traced)
 
 
 def test_fake_tensors(impl):

@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager
 
+import crd_kernels
 import pytest
 import torch
 
@@ -133,6 +134,74 @@ def test_gradient_is_that_of_the_whole_loss_at_any_micro_batch(setting, micro_ba
 def test_policy_gradient_at_micro_batch_one_is_not_zero(setting):
     _, gradient = gradients(setting, 1, kl_beta=0.0, kl_min=0.0)
     assert gradient.norm() > 1e-3
+
+
+METHODS = {
+    "nft": {"method": "nft", "beta": 0.5},
+    "nft plain": {"method": "nft", "adaptive_weighting": False, "guidance_scale": 1.0},
+    "awm": {"method": "awm", "weighting": "t"},
+    "awm clipped": {"method": "awm", "weighting": "huber", "clip_range": 0.02, "old_kl_beta": 0.3},
+    "awm held": {"method": "awm", "old_kl_beta": 0.3, "kl_beta": 0.0},
+    "flow matching": {"method": "flow_matching"},
+}
+
+
+def by_the_kernels_loss(setting, method, weights, **settings):
+    """The gradient of `crd_kernels`' own loss of all pairs in one batch."""
+    model, all_weights, pairs, latents, embeddings, empty = setting
+    loss = LossConfig(**{"kl_beta": 0.1, "guidance_scale": 4.5, "method": method} | settings)
+    x0, noise = latents[pairs.sample].double(), seeded_noise(pairs.seed, SHAPE).double()
+    x = torch.lerp(latents[pairs.sample], noise.float(), pairs.sigma.view(-1, 1, 1, 1))
+    conditional = {"states": embeddings["states"][pairs.prompt]}
+    with torch.no_grad():
+        with all_weights.use("old"):
+            old = model.velocity(x, pairs.sigma, conditional)
+        with all_weights.use("reference"):
+            cond = model.velocity(x, pairs.sigma, conditional)
+            uncond = model.velocity(x, pairs.sigma, {"states": empty["states"].expand(len(pairs), -1)})
+    about = {"ref_uncond": uncond, "guidance_scale": loss.guidance_scale, "kl_beta": loss.kl_beta}
+    about |= {"kl_weight": weights, "impl": "reference"}
+    policy = model.velocity(x, pairs.sigma, conditional)
+    if method == "nft":
+        about |= {"beta": loss.beta, "adaptive_weighting": loss.adaptive_weighting}
+        out = crd_kernels.nft_loss(policy, old, cond, x0, noise, pairs.advantage, pairs.sigma, **about)
+    elif method == "awm":
+        held = {"ema": old, "ema_kl_beta": loss.old_kl_beta} if loss.old_kl_beta else {}
+        ratio = {"old": old, "clip_range": loss.clip_range} if loss.clip_range else {}
+        about |= {"sigma": pairs.sigma, "weighting": loss.weighting}
+        out = crd_kernels.awm_loss(policy, cond, x0, noise, pairs.advantage, **about, **held, **ratio)
+    else:
+        weight = (pairs.advantage.clamp(-5, 5) + 5) / 10
+        out = crd_kernels.awm_loss(policy, cond, x0, noise, weight, **about)
+    model.transformer.zero_grad(set_to_none=True)
+    out.loss.backward()
+    return float(out.loss.detach()), torch.cat([p.grad.flatten() for p in all_weights.trained()])
+
+
+@pytest.mark.parametrize("anchored", ["all", "some"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_the_kernels_loss_at_any_micro_batch(setting, name, anchored):
+    pairs, settings = setting[2], {"beta": 1.0} | METHODS[name]
+    if anchored == "some":
+        pairs = Pairs(**vars(pairs) | {"anchor": (torch.arange(len(pairs)) % 3 == 0).float() * 3})
+    given = {key: value for key, value in settings.items() if key != "method"}
+    loss, expected = by_the_kernels_loss(setting, settings["method"], pairs.anchor, **given)
+    assert expected.norm() > 1e-4
+    for micro_batch in (1, 4, SAMPLES, 100):
+        metrics, gradient = gradients(setting, micro_batch, pairs, **settings)
+        assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_uncoupled_methods_run_the_policy_once_and_old_where_they_need_it(setting, name):
+    model, _, pairs, *_ = setting
+    metrics, _ = gradients(setting, 1, **METHODS[name])
+    old = name in ("nft", "nft plain", "awm clipped", "awm held")
+    reference = 0 if name == "awm held" else 1 if name == "nft plain" else 2
+    assert model.samples_run == {True: len(pairs), False: (old + reference) * len(pairs)}
+    assert ("old_deviation" in metrics) == old
+    assert ("implicit_reward_mean" in metrics) == (name == "awm clipped")
 
 
 @pytest.mark.parametrize("temperature", [float("inf"), 0.5])

@@ -3,8 +3,10 @@
 from torch import Tensor
 
 from .. import checks
+from ..centering.coefficients import Coefficients
 from ..problem import WEIGHTINGS, Kind, Latents, Numbers, Scalars, settings
-from .common import LossOutput, loss_of
+from ..velocity.stats import Stats
+from .common import LossOutput, coefficients_of, loss_of
 
 
 def awm_loss(
@@ -85,6 +87,46 @@ def awm_loss(
             checks.given(sigma=sigma)
 
     return loss_of("awm_loss", latents, scalars, kind, numbers, impl, check)
+
+
+def awm_coefficients(
+    stats: Stats,
+    advantage: Tensor,  # (B,) float
+    *,
+    off_policy: bool = False,
+    clip_range: float | tuple[float, float] | None = None,
+    ema_kl_beta: float = 0.0,
+    sigma: Tensor | None = None,  # (B,) float
+    weighting: str = "uniform",
+    kl_beta: float = 0.0,
+    advantage_clip: float = 5.0,
+    kl_weight: Tensor | None = None,  # (B,) float
+    denominator: float | None = None,
+    impl: str = "auto",
+) -> Coefficients:
+    """`awm_loss` between the two passes, for trainers that micro-batch: losses and coefficients by sample.
+
+    stats: from `measure`, whose `old` is the policy that the samples are from, of the ratio where
+    `off_policy`, and at ema_kl_beta > 0 also what the policy is held close to; the result then has c3 and
+    goes to `velocity_grad(..., old=old)`. Raises TypeError or ValueError naming the argument.
+    """
+    checks.given(advantage=advantage)
+    if weighting != "uniform":
+        checks.given(sigma=sigma)
+    if clip_range is not None and not off_policy:
+        raise ValueError(f"clip_range: expected None without off_policy, got {clip_range}")
+    kind, numbers = _settings(
+        1.0,
+        clip_range,
+        kl_beta,
+        advantage_clip,
+        denominator,
+        weighting,
+        ema_kl_beta,
+        bool(off_policy),
+        ema_kl_beta > 0,
+    )
+    return coefficients_of(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
 
 
 @settings

@@ -3,8 +3,10 @@
 from torch import Tensor
 
 from .. import checks
+from ..centering.coefficients import Coefficients
 from ..problem import Kind, Latents, Numbers, Scalars, settings
-from .common import LossOutput, loss_of
+from ..velocity.stats import Stats
+from .common import LossOutput, coefficients_of, loss_of
 
 
 def nft_loss(
@@ -49,6 +51,29 @@ def nft_loss(
         checks.given(old=old, advantage=advantage, sigma=sigma)
 
     return loss_of("nft_loss", latents, scalars, kind, numbers, impl, check)
+
+
+def nft_coefficients(
+    stats: Stats,
+    advantage: Tensor,  # (B,) float
+    sigma: Tensor,  # (B,) float
+    *,
+    beta: float = 1.0,
+    kl_beta: float = 1e-4,
+    advantage_clip: float = 5.0,
+    adaptive_weighting: bool = True,
+    kl_weight: Tensor | None = None,  # (B,) float
+    denominator: float | None = None,
+    impl: str = "auto",
+) -> Coefficients:
+    """`nft_loss` between the two passes, for trainers that micro-batch: losses and c1, c2, c3 of each sample.
+
+    stats: from `measure(..., mix=beta)` with the same `adaptive_weighting`. The result goes to
+    `velocity_grad(..., old=old)`. Raises TypeError or ValueError naming the argument.
+    """
+    checks.given(advantage=advantage, sigma=sigma)
+    kind, numbers = _settings(1.0, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
+    return coefficients_of(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
 
 
 @settings

@@ -22,6 +22,7 @@ def measure(
     guidance_scale: float = 1.0,
     mask: Tensor | None = None,  # broadcasts to (B, ...)
     adaptive_weighting: bool = True,
+    mix: float = 0.0,
     impl: str = "auto",
 ) -> Stats:
     """Per-sample statistics of velocity predictions: one read of each input, no gradient.
@@ -41,6 +42,9 @@ def measure(
     `interpolate` made x_sigma from. `ref_cond=None` means no reference: kl and old_kl are 0, and the
     anchor's coefficient will be. Computed in fp32, or fp64 when an input is fp64.
 
+    mix: at m > 0, as NFT with beta = m needs them, policy stands for (1 - m) old + m policy and old for
+    (1 + m) old - m policy in the implicit reward, the errors and the scales; not in the other statistics.
+
     mask: a weight per element, bool or float, of the latents' rank with sizes of 1 where it is broadcast,
     (B, tokens, 1) for packed tokens with padding. Every mean over elements is then sum(mask x) / sum(mask);
     an element of weight 0 is not looked at, be it NaN. A sample without any weight has NaN for its means.
@@ -49,7 +53,7 @@ def measure(
     Source: Centered Reward Distillation, arXiv 2603.14128; adaptive weighting as in DiffusionNFT, 2509.16117.
     """
     checks.tensor("policy", policy)
-    kind, numbers = _measure_settings(guidance_scale, adaptive_weighting)
+    kind, numbers = _measure_settings(guidance_scale, adaptive_weighting, mix)
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
 
@@ -61,10 +65,11 @@ def measure(
 
 
 @settings
-def _measure_settings(guidance_scale, adaptive_weighting):
+def _measure_settings(guidance_scale, adaptive_weighting, mix):
     checks.number("guidance_scale", guidance_scale)
-    numbers = Numbers(guidance_scale=float(guidance_scale))
-    return Kind("measure", adaptive_weighting=bool(adaptive_weighting)), numbers
+    checks.number("mix", mix, at_least=0)
+    numbers = Numbers(guidance_scale=float(guidance_scale), mix=float(mix))
+    return Kind("measure", adaptive_weighting=bool(adaptive_weighting), third=mix > 0), numbers
 
 
 class HasCoefficients(Protocol):
@@ -72,6 +77,7 @@ class HasCoefficients(Protocol):
 
     c1: Tensor  # (B,)
     c2: Tensor  # (B,)
+    # and optionally c3: Tensor | None, (B,)
 
 
 def velocity_grad(
@@ -81,33 +87,40 @@ def velocity_grad(
     noise: Tensor | None,  # (B, ...)
     coefficients: HasCoefficients,  # of these B samples
     *,
+    old: Tensor | None = None,  # (B, ...)
     seed: Tensor | None = None,  # (B,) int64
     ref_uncond: Tensor | None = None,  # (B, ...)
     guidance_scale: float = 1.0,
     mask: Tensor | None = None,  # broadcasts to (B, ...)
     impl: str = "auto",
 ) -> Tensor:
-    """d loss / d policy = c1 (policy - target) + c2 (policy - reference), (B, ...) in policy's dtype.
+    """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), (B, ...) in policy's dtype.
 
-    `coefficients` comes from `center`, sliced to the samples given: any object with tensors `c1` and `c2` of
-    shape (B,). target, reference and mask (which multiplies the sum) are those of `measure`; with
-    `ref_cond=None` the second term is absent. Hand the result to `policy.backward(...)`.
+    That is d loss / d policy. `coefficients` comes from `center`, `nft_coefficients` or `awm_coefficients`,
+    sliced to the samples given: any object with tensors `c1` and `c2` of shape (B,), and `c3` where the loss
+    has that term, which then needs `old`. target, reference and mask (which multiplies the sum) are those of
+    `measure`; with `ref_cond=None` the second term is absent. Hand the result to `policy.backward(...)`.
 
     Raises TypeError or ValueError naming the argument.
     """
     checks.tensor("policy", policy)
-    _, numbers = _measure_settings(guidance_scale, False)
-    c1, c2 = coefficients.c1, coefficients.c2
+    _, numbers = _measure_settings(guidance_scale, False, 0.0)
+    c1, c2, c3 = coefficients.c1, coefficients.c2, getattr(coefficients, "c3", None)
+    if c3 is None:
+        old = None
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
-    latents = Latents(policy, None, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
+    latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
 
     def check():
         latents.check()
         checks.per_sample("c1", c1, policy.shape[0], policy.device)
         checks.per_sample("c2", c2, policy.shape[0], policy.device)
+        if c3 is not None:
+            checks.given(old=old)
+            checks.per_sample("c3", c3, policy.shape[0], policy.device)
 
     with torch.no_grad():
-        return fused.gradient(check, latents, (c1, c2, None), numbers, impl)
+        return fused.gradient(check, latents, (c1, c2, c3), numbers, impl)
 
 
 def implicit_reward(

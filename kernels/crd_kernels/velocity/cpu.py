@@ -31,7 +31,7 @@ class Passes:
         self.writing: Problem | None = None  # both made when needed
         self.finish: finishing.Finish | None = None
         self.sums = FULL
-        if kind.method == "nft":
+        if kind.mixed:
             self.sums = MIXED
         elif kind.method in ("flow_matching", "awm", "dpo"):
             self.sums = ALONE if latents.old is None else PAIR

@@ -189,7 +189,7 @@ class Passes:
         self.chunks = triton.cdiv(numel, elements)
         self.layout = (*strides, sizes, numel, self.chunks)
         self.contiguous = all(t is None or t.is_contiguous() for t in (*scalars, latents.seed))
-        self.launch = self._launcher(measure_kernel, self.chunks, kind.method == "nft", wide, elements)
+        self.launch = self._launcher(measure_kernel, self.chunks, kind.mixed, wide, elements)
         about = latents.ref_cond is not None, latents.mask is not None
         self.finish = finishing.Finish(kind, self.batch, self.dtype, self.device, numel, self.chunks, *about)
         self.backwards: dict = {}

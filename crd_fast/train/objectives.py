@@ -1,0 +1,146 @@
+"""Methods: from what was measured of pairs, and their advantages, to the coefficients of their gradients.
+
+The updater does the rest, the same for all: forwards, micro-batches, the anchor. A method is a class here and
+a name in `OBJECTIVES` and in `loss.method`.
+"""
+
+from __future__ import annotations
+
+import crd_kernels
+import torch
+
+from crd_fast.config import LossConfig
+from crd_fast.train.pairs import Pairs
+
+
+class Objective:
+    """One method with its settings.
+
+    coupled: a pair's coefficients depend on the others that are measured with it, so all of them must be
+    measured before one of them goes backward. needs_old: the predictions of old matter. adaptive_weighting,
+    mix: what `crd_kernels.measure` is given.
+    """
+
+    coupled = False
+    needs_old = True
+    adaptive_weighting = False
+    mix = 0.0
+
+    def __init__(self, loss: LossConfig, advantage_clip: float):
+        self.loss, self.advantage_clip = loss, advantage_clip
+
+    def coefficients(
+        self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
+    ) -> crd_kernels.Coefficients:
+        """c1, c2 and where needed c3, (B,), and the losses: sums over these pairs, through `denominator`."""
+        raise NotImplementedError
+
+    def metrics(self, stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
+        """Of each pair, (B,) float64, beside the losses and the distances to the reference."""
+        return {"old_deviation": stats.old_deviation.double()} if self.needs_old else {}
+
+
+class CRD(Objective):
+    """Centered reward distillation: the regression of centered log-ratios on centered rewards."""
+
+    coupled = True
+
+    def __init__(self, loss: LossConfig, advantage_clip: float):
+        super().__init__(loss, advantage_clip)
+        self.adaptive_weighting = loss.adaptive_weighting
+
+    def coefficients(self, stats, pairs, denominator):
+        return crd_kernels.center(
+            stats,
+            pairs.advantage,
+            pairs.group,
+            beta=self.loss.beta,
+            kl_beta=self.loss.kl_beta,
+            kl_min=min(self.loss.kl_min, self.loss.kl_beta),
+            reward_adaptive_kl=self.loss.reward_adaptive_kl,
+            loss_type=self.loss.type,
+            temperature=self.loss.temperature,
+            centering=self.loss.centering,
+            advantage_clip=self.advantage_clip,
+            kl_weight=pairs.anchor,
+            denominator=denominator,
+            impl=self.loss.impl,
+        )
+
+    def metrics(self, stats):
+        return log_ratio(stats) | super().metrics(stats)
+
+
+class NFT(Objective):
+    """DiffusionNFT: a positive and a negative branch around old, weighed by the reward."""
+
+    def __init__(self, loss: LossConfig, advantage_clip: float):
+        super().__init__(loss, advantage_clip)
+        self.adaptive_weighting, self.mix = loss.adaptive_weighting, loss.beta
+
+    def coefficients(self, stats, pairs, denominator):
+        return crd_kernels.nft_coefficients(
+            stats,
+            pairs.advantage,
+            pairs.sigma,
+            beta=self.loss.beta,
+            kl_beta=self.loss.kl_beta,
+            advantage_clip=self.advantage_clip,
+            adaptive_weighting=self.adaptive_weighting,
+            kl_weight=pairs.anchor,
+            denominator=denominator,
+            impl=self.loss.impl,
+        )
+
+
+class AWM(Objective):
+    """Advantage-weighted matching; with `clip_range`, by the clipped ratio to old."""
+
+    def __init__(self, loss: LossConfig, advantage_clip: float):
+        super().__init__(loss, advantage_clip)
+        self.off_policy = loss.clip_range is not None
+        self.needs_old = self.off_policy or loss.old_kl_beta > 0
+
+    def coefficients(self, stats, pairs, denominator):
+        return self.matched(stats, pairs, denominator, pairs.advantage, self.advantage_clip)
+
+    def matched(self, stats, pairs, denominator, weight, clip):
+        return crd_kernels.awm_coefficients(
+            stats,
+            weight,
+            off_policy=self.off_policy,
+            clip_range=self.loss.clip_range,
+            ema_kl_beta=self.loss.old_kl_beta,
+            sigma=pairs.sigma,
+            weighting=self.loss.weighting,
+            kl_beta=self.loss.kl_beta,
+            advantage_clip=clip,
+            kl_weight=pairs.anchor,
+            denominator=denominator,
+            impl=self.loss.impl,
+        )
+
+    def metrics(self, stats):
+        return (log_ratio(stats) if self.off_policy else {}) | super().metrics(stats)
+
+
+class FlowMatching(AWM):
+    """Flow matching on the samples, weighed by their rewards: by a_i, the advantage mapped to [0, 1]."""
+
+    def coefficients(self, stats, pairs, denominator):
+        clip = self.advantage_clip
+        weight = (pairs.advantage.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
+        return self.matched(stats, pairs, denominator, weight, 1.0)
+
+
+OBJECTIVES = {"crd": CRD, "nft": NFT, "awm": AWM, "flow_matching": FlowMatching}
+
+
+def make_objective(loss: LossConfig, advantage_clip: float) -> Objective:
+    """The method that the recipe names."""
+    return OBJECTIVES[loss.method](loss, advantage_clip)
+
+
+def log_ratio(stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
+    reward = stats.implicit_reward.double()
+    return {"implicit_reward_mean": reward, "implicit_reward_abs": reward.abs()}
