@@ -53,6 +53,16 @@ def test_builtin_model(recipe, overrides):
     assert_close(recipe("builtin", *overrides), (1, 4, GROUP) if overrides[0].endswith("fp32") else (1, 4))
 
 
+@pytest.mark.parametrize("method, branches", [("nft", {"policy", "old", "reference"}), ("awm", {"policy"})])
+def test_other_methods(recipe, method, branches):
+    """One forward of the policy where CRD, at such a micro-batch, needs two."""
+    plain = ("train.precision=fp32", "train.checkpointing=false", f"loss.method={method}")
+    settings = recipe("builtin", *plain, f"loss.kl_beta={0.1 if 'reference' in branches else 0}")
+    assert_close(settings, (1, 4))
+    forwards = Planner(settings).plan(1, 1).forwards
+    assert forwards.keys() - {"rollout"} == branches and forwards["policy"] == 1
+
+
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_nf4(tiny, recipe, checkpointing):
     settings = ("model.quantization=nf4", f"train.checkpointing={checkpointing}")

@@ -42,6 +42,9 @@ def test_defaults_are_the_published_recipe():
         (["snapshots.old=0/0.25"], "snapshots.old: expected begin/start/slope/end"),
         (["snapshots.old=0/0.25/0.005/2"], "decays between 0 and 1"),
         (["model.quantization=int4"], "model.quantization: expected 'none', 'int8' or 'nf4', got 'int4'"),
+        (["loss.method=dpo"], "loss.method: expected 'crd', 'nft', 'awm' or 'flow_matching', got 'dpo'"),
+        (["loss.method=nft", "loss.temperature=1"], "temperature: expected inf with method nft, got 1.0"),
+        (["loss.clip_range=0.1"], "clip_range: expected null with method crd, got 0.1"),
         (["rewards.geneval=.nan"], "rewards: geneval: expected a finite weight"),
     ],
 )
