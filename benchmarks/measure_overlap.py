@@ -44,20 +44,17 @@ def main() -> None:
         f"train.iterations={2 * arguments.pairs + 1}",
     ]
     recipe = load_recipe("builtin", overrides)
-    recipe = recipe.model_copy(update={"rewards": {"benchmarks.measure_overlap:sleeping": 1.0}})
-    import benchmarks.measure_overlap as module  # the one that the trainer imports, not __main__
-
     alone, both, rewards = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, Path(folder))
+        trainer = Trainer(recipe, Path(folder), rewards={sleeping: 1.0})
         trainer.iterate()  # warms up
         for _ in range(arguments.pairs):
-            module.pause = 0.0
+            pause = 0.0
             alone.append(trainer.iterate()["seconds_rollout"])
-            module.pause = alone[-1] / PROMPTS
+            pause = alone[-1] / PROMPTS
             record = trainer.iterate()
             both.append(record["seconds_rollout"] + record["seconds_reward"])
-            rewards.append(module.pause * PROMPTS)
+            rewards.append(pause * PROMPTS)
     ratios = [together / max(pair) for together, *pair in zip(both, alone, rewards)]
     result = {
         "cpu": cpu_name(),

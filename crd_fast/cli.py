@@ -6,10 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from crd_fast import __version__
 from crd_fast.commands.checkpoints import evaluate, report, sample
 from crd_fast.commands.plan import plan
 from crd_fast.commands.rewards import score, serve_reward
@@ -24,6 +26,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of crd-fast itself."""
 
 
 def doctor() -> None:

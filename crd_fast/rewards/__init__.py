@@ -9,6 +9,9 @@ evaluation adds to its metrics.
     rewards: {ocr: 1.0, my_package.my_module:my_reward: 0.5}              # weights
     rewards: {ocr: {weight: 1.0, mode: word}, "http://localhost:8701": 1.0}  # settings; a server's address
 
+In Python the reward itself may stand in the place of its name: `Rewards({my_reward: 1.0})` and
+`Trainer(recipe, folder, rewards={my_reward: 0.5, "ocr": 0.5})`.
+
 Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call) and
 `retries` (of a call that raises ConnectionError or TimeoutError) are taken by the engine, the last two only
 where the reward has no argument of that name. In training a reward is called with one prompt's samples at a
@@ -16,6 +19,6 @@ time, in a thread of its own while the next are generated; in an evaluation with
 samples parted.
 """
 
-from crd_fast.rewards.registry import REWARDS, Rewards, load
+from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named
 
-__all__ = ["REWARDS", "Rewards", "load"]
+__all__ = ["REWARDS", "Rewards", "load", "name_of", "named"]

@@ -42,18 +42,20 @@ ENGINE_SETTINGS = ("weight", "timeout", "retries")
 
 
 class Rewards:
-    """The recipe's rewards by name: a weight, or settings with a `weight` (1 if there is none).
+    """Rewards by name, or themselves: a weight, or settings with a `weight` (1 if there is none).
 
-    device: where rewards with a network put it; the GPU if there is one.
+    A key is a name as in a recipe, or a function, a class or an object of one's own; it is then known by
+    `name_of`. device: where rewards with a network put it; the GPU if there is one.
     Raises UserError for a name that cannot be found or a setting that the reward does not have.
     """
 
-    def __init__(self, config: Mapping[str, float | Mapping], device: str | None = None):
-        self.weights = {name: _weight(value) for name, value in config.items()}
+    def __init__(self, config: Mapping[str | object, float | Mapping], device: str | None = None):
+        self.weights = {name: _weight(value) for name, value in named(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
-        for name, value in config.items():
-            reward, engine = load(name, value if isinstance(value, Mapping) else {})
+        for given, value in config.items():
+            name = name_of(given)
+            reward, engine = load(given, value if isinstance(value, Mapping) else {})
             if hasattr(reward, "setup"):
                 reward.setup(device or default_device())
             self._rewards[name] = reward
@@ -114,19 +116,51 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(name: str, settings: Mapping | None = None) -> tuple[Any, dict]:
-    """A reward by name with its settings, and the settings that are the engine's: `timeout`, `retries`.
+def name_of(reward: str | object) -> str:
+    """A name as it is; of a function or class `module:name` where it can be imported so, else its own name;
+    of another object its class's."""
+    if isinstance(reward, str):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+    module = getattr(reward, "__module__", None)
+    importable = getattr(sys.modules.get(module), name, None) is reward
+    return f"{module}:{name}" if importable and module != "__main__" else name
 
-    Raises UserError for an unknown name (the nearest is named), an unknown setting, or one that is refused.
+
+def named(config: Mapping[str | object, float | Mapping]) -> dict[str, float | Mapping]:
+    """The same by name. Raises UserError where two have one name."""
+    result = {name_of(reward): value for reward, value in config.items()}
+    if len(result) < len(config):
+        names = [name_of(reward) for reward in config]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"rewards: expected names that differ, got {twice!r} twice")
+    return result
+
+
+def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict]:
+    """A reward with its settings, and the settings that are the engine's: `timeout`, `retries`.
+
+    name: as in a recipe, or the reward itself. Raises UserError for an unknown name (the nearest is named),
+    what is no reward, an unknown setting, or one that is refused.
     """
     settings = {key: value for key, value in (settings or {}).items() if key != "weight"}
-    if name.startswith(("http://", "https://")):
+    if not isinstance(name, str):
+        reward, name = name, name_of(name)
+        if not callable(reward) and not hasattr(reward, "score"):
+            raise UserError(
+                f"rewards: expected a name, a function, a class or an object with score, got {name}"
+            )
+    elif name.startswith(("http://", "https://")):
         settings = {"url": name, **settings}
         reward = _import(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
     else:
         reward = _import(name, _path(name))
-    # a function's first three arguments are what it scores
-    known = list(inspect.signature(reward).parameters.values())[0 if inspect.isclass(reward) else 3 :]
+    if inspect.isclass(reward):
+        known = list(inspect.signature(reward).parameters.values())
+    elif hasattr(reward, "score"):
+        known = []  # it has its settings
+    else:  # a function's first three arguments are what it scores
+        known = list(inspect.signature(reward).parameters.values())[3:]
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
         key: _engine_setting(name, key, settings.pop(key))

@@ -9,19 +9,19 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crd_fast.config import Recipe, Schedule
+from crd_fast.config import Recipe, Schedule, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
-from crd_fast.rewards import Rewards
+from crd_fast.rewards import Rewards, named
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
@@ -44,10 +44,22 @@ from crd_fast.weights.sets import SNAPSHOTS
 class Trainer:
     """One run in one output folder. `resume` goes on from the folder's newest checkpoint.
 
-    observer: is told of what happens; `trainer.observer.add` adds another.
+    rewards: in place of the recipe's, as `Rewards` takes them: functions, classes and objects too. The folder
+    keeps their names; where a name is none that can be imported, later commands that score need it given
+    again. observer: is told of what happens; `trainer.observer.add` adds another.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, resume: bool = False, observer: Observer = NOBODY):
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        resume: bool = False,
+        *,
+        rewards: Mapping[str | object, float | Mapping] | None = None,
+        observer: Observer = NOBODY,
+    ):
+        if rewards is not None:
+            recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
         self.recipe, self.output = recipe, output
         self.observer = Observers(profiling.start(recipe.train.profile), observer)
         self.ranks = Ranks()
@@ -57,7 +69,7 @@ class Trainer:
         state = checkpoint.read_state(saved[-1]) if saved else None
         if saved and self.sharded:
             sharded.check_resumes(state, self.ranks.count, saved[-1])
-        self.rewards = Rewards(recipe.rewards)
+        self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
         with self.ranks.main_first():  # it fills the cache of encoded prompts

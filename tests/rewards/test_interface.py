@@ -123,6 +123,50 @@ def test_functions_and_classes_with_settings(mine):
     assert rewards.report(pictures(0, 255), entries(2), values)["reward_mean"] == 17.25
 
 
+def brightness(images, prompts, metadata):
+    return [float(image.max()) / 255 for image in images]
+
+
+class Constant:
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, images, prompts, metadata):
+        return [self.value] * len(images)
+
+
+def test_rewards_themselves_in_the_place_of_names():
+    def local(images, prompts, metadata, scale=1.0):
+        return [scale] * len(images)
+
+    mine = f"{__name__}:brightness"
+    settings = {"weight": 2.0, "scale": 3.0}
+    rewards = Rewards({brightness: 0.5, local: settings, Constant(4.0): 1.0, Constant: {"value": 5}})
+    assert rewards.weights == {mine: 0.5, "local": 2.0, "Constant": 1.0, f"{__name__}:Constant": 1.0}
+    values = rewards.score(pictures(0, 255), entries(2))
+    assert [value.tolist() for value in values.values()] == [[0, 1], [3, 3], [4, 4], [5, 5]]
+    for wrong, words in [
+        ({Constant(1): 1.0, Constant(2): 1.0}, "expected names that differ, got 'Constant' twice"),
+        ({brightness: {"colour": 1}}, "unknown setting 'colour'"),
+        ({Constant(1): {"value": 2}}, "reward Constant: unknown setting 'value'"),
+        ({3: 1.0}, "expected a name, a function, a class or an object with score, got int"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            Rewards(wrong)
+
+
+def test_a_trainer_takes_rewards_themselves(tmp_path):
+    from crd_fast.train.trainer import Trainer
+
+    recipe = load_recipe(recipe_file(tmp_path, ""), ("evaluate.every=0", "train.iterations=1"))
+    trainer = Trainer(recipe, tmp_path / "run", rewards={brightness: 2.0})
+    assert trainer.run()
+    record = metrics(tmp_path / "run")[0]
+    assert record["reward_mean"] == pytest.approx(2 * record[f"reward/{__name__}:brightness"])
+    kept = load_recipe(tmp_path / "run" / "config.yaml")
+    assert kept.rewards == {f"{__name__}:brightness": 2.0}
+
+
 def test_timeout_and_retries_are_the_engine_s_unless_the_reward_has_them(mine):
     _, engine = load("mine:redness", {"timeout": 5, "retries": 0, "weight": 3})
     assert engine == {"timeout": 5.0, "retries": 0}
