@@ -177,3 +177,21 @@ def test_ctrl_c_ends_in_good_order(small, tmp_path):
     assert "go on with: crd-fast train --resume" in " ".join(out.split()) and "Traceback" not in err
     last = metrics(run)[-1]["iteration"]
     assert (run / "checkpoints" / f"iteration-{last:06d}").exists()
+
+
+@pytest.mark.parametrize("method", ["nft", "awm", "flow_matching"])
+def test_other_methods_train_and_report_what_they_measure(inside, small, tmp_path, method):
+    settings = (
+        f"loss.method={method}",
+        "train.micro_batch=3",
+        "loss.anchor_fraction=0.5",
+        "evaluate.every=0",
+    )
+    options = [option for setting in settings for option in ("--set", setting)]
+    code, _, err = inside("train", small, "--output", tmp_path / "run", "--max-iterations", 1, *options)
+    assert code == 0, err
+    record = metrics(tmp_path / "run")[-1]
+    assert record["grad_norm"] > 0 and record["policy_loss"] != 0
+    assert ("old_deviation" in record) == (method == "nft")
+    drawn = "Signal of the implicit reward" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert drawn == (method == "nft")

@@ -125,6 +125,8 @@ def _legend(axes: Axes) -> None:
 def charts(run: Run) -> dict[str, Markup]:
     """By name, each chart that the run has data for; the template has their titles."""
     deviation = [("old_deviation", "old deviation"), ("implicit_reward_mean", "implicit reward")]
+    # a method that does not need old does not measure it
+    deviation = [panel for panel in deviation if any(map(math.isfinite, series(run.trained, panel[0])))]
     losses = [("policy_loss", "policy loss"), ("kl_loss", "KL loss")]
     drawings = {}
     if len(run.evaluated) > 1:
@@ -138,4 +140,6 @@ def charts(run: Run) -> dict[str, Markup]:
             "gradient": partial(draw_lines, panels=[("grad_norm", "")]),
             "seconds": draw_seconds,
         }
+        if not deviation:
+            del drawings["deviation"]
     return {name: svg(draw, run, name) for name, draw in drawings.items()}
