@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from crd_fast.errors import UserError
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 
@@ -32,30 +33,35 @@ class FullWeights:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Within this context the network has the weights of `name`, afterwards those of the policy."""
+        """Within this context the network has the weights of `name`, afterwards those of the policy.
+
+        Also where memory runs out while they are switched: no tensor of the policy has changed then. Raises
+        UserError where it runs out again while they are switched back.
+        """
         if name == "policy":
             yield
             return
-        self._put(name)
-        try:
+        with ExitStack() as back:
+            self._put(name, back)
             yield
-        finally:
-            self._put_back(name)
 
     def is_policy(self, name: str) -> bool:
         """Whether a snapshot, as the network would have it, is equal to the policy, in every tensor."""
         return equal(self._sets[name].values(), self.trained())
 
-    def _put(self, name: str) -> None:
-        self._exchange(name)
+    def _put(self, name: str, back: ExitStack) -> None:
+        """Policy and set change places. back: what it is given undoes that."""
+        for pair in self._pairs(name):
+            self._exchange(*pair)
+            back.callback(surely, self._exchange, *pair)
 
-    def _put_back(self, name: str) -> None:
-        self._exchange(name)
+    def _pairs(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What changes places: each parameter with its tensor in the set."""
+        return zip(self.trained(), self._sets[name].values())
 
-    def _exchange(self, name: str) -> None:
-        """Policy and set change places; nothing is copied."""
-        for parameter, value in zip(self.trained(), self._sets[name].values()):
-            parameter.data, value.data = value.data, parameter.data
+    def _exchange(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Both or, where it fails, none of them; nothing is copied."""
+        parameter.data, value.data = value.data, parameter.data
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
@@ -91,12 +97,10 @@ class HostWeights(FullWeights):
     def host_tensors(self) -> list[torch.Tensor]:
         return [value for name, s in self._sets.items() if name != "policy" for value in s.values()]
 
-    def _put(self, name: str) -> None:
+    def _put(self, name: str, back: ExitStack) -> None:
         self._fetch_policy()
+        back.callback(surely, self._copy_from, "policy on the host")  # also after a part of what follows
         self._copy_from(name)
-
-    def _put_back(self, name: str) -> None:
-        self._copy_from("policy on the host")
 
     @torch.no_grad()
     def _fetch_policy(self) -> list[torch.Tensor]:
@@ -120,3 +124,20 @@ class HostWeights(FullWeights):
 def _on_host(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     copy = value.detach().to("cpu", dtype, copy=True)
     return copy.pin_memory() if value.is_cuda else copy
+
+
+def surely(step: Callable[..., None], *arguments) -> None:
+    """A step back to the policy. Where memory runs out it is tried again; then UserError."""
+    try:
+        step(*arguments)
+        return
+    except torch.OutOfMemoryError:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    try:
+        step(*arguments)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory while the policy's weights were put back: the run ends here, and resumes from "
+            "its last checkpoint with smaller micro-batches"
+        ) from error

@@ -76,8 +76,8 @@ class LoraWeights:
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Within this context the network has the weights of `name`, afterwards those of the policy."""
-        self._activate(name)
         try:
+            self._activate(name)
             yield
         finally:
             self._activate("policy")
@@ -86,9 +86,9 @@ class LoraWeights:
     def use_rows(self, names: list[str]) -> Iterator[None]:
         """Within this context each row of a batch has the weights of its name. Without gradient."""
         adapters = ["__base__" if name == "reference" else name for name in names]  # as peft calls it
-        for layer in self._layers:
-            layer.adapters_of_rows = adapters
         try:
+            for layer in self._layers:
+                layer.adapters_of_rows = adapters
             yield
         finally:
             for layer in self._layers:

@@ -9,6 +9,7 @@ next forward gathers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from crd_fast.models.streaming import repeated_blocks
 from crd_fast.ranks import Ranks
 from crd_fast.weights import checkpoint
 from crd_fast.weights.full import FullWeights, HostWeights
+
+SPARE_BYTES = 1 << 24  # beside the weights, for exchanging them
 
 
 class _Parts:
@@ -61,12 +64,27 @@ class _Parts:
 class ShardedWeights(_Parts, FullWeights):
     """As FullWeights, on parts, whose memory is FSDP's: to use a set is to exchange contents."""
 
+    def __init__(self, network: torch.nn.Module):
+        super().__init__(network)
+        # made once, so that nothing has to be found room for between the first tensor and the last
+        largest = max(parameter.nbytes for parameter in self.trained())
+        self._spare = self.trained()[0].new_empty(min(largest, SPARE_BYTES), dtype=torch.uint8)
+
+    def _pairs(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Bytes, in pieces that the spare ones hold."""
+        for pair in super()._pairs(name):
+            parts = (tensor.detach().view(-1).view(torch.uint8) for tensor in pair)
+            yield from zip(*(part.split(SPARE_BYTES) for part in parts))
+
     @torch.no_grad()
-    def _exchange(self, name: str) -> None:
-        for parameter, value in zip(self.trained(), self._sets[name].values()):
-            policy = parameter.clone()
+    def _exchange(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        kept = self._spare[: len(parameter)].copy_(parameter)
+        try:
             parameter.copy_(value)
-            value.copy_(policy)
+            value.copy_(kept)
+        except BaseException:
+            parameter.copy_(kept)
+            raise
 
 
 class ShardedHostWeights(_Parts, HostWeights):
