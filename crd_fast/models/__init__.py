@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def _find(path: str) -> tuple[Path, type]:
 
     if Path(path).is_dir():
         index = checks.read_index(Path(path))
-        return Path(path), _family(path, index)
+        return Path(path), family_of(path, index)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise UserError(
             f"model.path: expected {', '.join(WORLDS)}, the folder of a diffusers pipeline or a hub "
@@ -124,8 +125,8 @@ def _find(path: str) -> tuple[Path, type]:
     from diffusers import DiffusionPipeline
 
     try:
-        family = _family(path, DiffusionPipeline.load_config(path))
-        return Path(DiffusionPipeline.download(path)), family
+        found = family_of(path, DiffusionPipeline.load_config(path))
+        return Path(DiffusionPipeline.download(path)), found
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
@@ -133,13 +134,17 @@ def _find(path: str) -> tuple[Path, type]:
         ) from None
 
 
-def _family(path: str, index: dict) -> type:
-    from importlib import import_module
-
+def family_of(path: str, index: dict) -> type:
+    """The class for a pipeline by its model_index.json. Raises UserError for one that is not supported."""
     found = index.get("_class_name")
     if found not in FAMILIES:
         raise UserError(f"model.path: {path}: {found} is not supported; supported: {supported()}")
-    module, name, _ = FAMILIES[found]
+    return family(found)
+
+
+def family(pipeline: str) -> type:
+    """The class in the table's row of a pipeline's name."""
+    module, name, _ = FAMILIES[pipeline]
     return getattr(import_module(f"crd_fast.models.{module}"), name)
 
 

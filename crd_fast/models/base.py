@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 
 from crd_fast.config import ModelConfig
@@ -20,6 +23,9 @@ JOINT_ATTENTION = (
 )
 
 
+CLIP_TOKENS = 77  # that a CLIP text encoder reads of a prompt
+
+
 class FlowModel:
     """A flow model as the trainer sees it. `BuiltinModel` and `PipelineModel` say what the rest is.
 
@@ -27,9 +33,12 @@ class FlowModel:
     `latent_shape(resolution)`, `encode_prompts(prompts)`, `sigmas(steps, resolution)`,
     `velocity(x, sigma, embeddings)`, `decode(latents)`, and for what leaves as a LoRA `lora_loader`.
     streaming: where the transformer's blocks are kept on the host.
+
+    And for a plan, which loads nothing: `longest_embeddings(prompts)`, `text_encoders()`, `configs`.
     """
 
     streaming: Streaming | None = None
+    configs: ClassVar[dict[str, str]] = {}  # hub ids: folder in models/configs that a plan finds there
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +53,34 @@ class FlowModel:
         if checkpointing:
             network.enable_gradient_checkpointing()
 
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        """As `encode_prompts` returns for prompts of the greatest length, for a plan.
+
+        What `velocity` reads numbers of, lengths and masks, is real; of the rest only shape and dtype count,
+        and it is on the meta device.
+        """
+        raise NotImplementedError
+
+    def text_encoders(self) -> dict[str, tuple[str, int]]:
+        """Those that work on the device, by folder: class of transformers, how many tokens it reads."""
+        return {}
+
     def guide(self, conditional, unconditional, guidance_scale: float) -> torch.Tensor:
         """The guided velocity of the rollout: uncond + w (cond - uncond), float32."""
         return torch.lerp(unconditional.float(), conditional.float(), guidance_scale)
+
+
+def states_and_pooled(
+    config: Mapping[str, Any], prompts: int, tokens: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Text states and, where the transformer takes it, the pooled state, on the meta device.
+
+    config: the transformer's, which says under one of several names how wide they are.
+    """
+    width = next(
+        config[key] for key in ("joint_attention_dim", "caption_channels", "cap_feat_dim") if key in config
+    )
+    shapes = {"states": (prompts, tokens, width)}
+    if "pooled_projection_dim" in config:
+        shapes["pooled"] = (prompts, config["pooled_projection_dim"])
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}

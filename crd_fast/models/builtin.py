@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import T5Config, T5EncoderModel
 
 from crd_fast.errors import UserError
-from crd_fast.models.base import JOINT_ATTENTION, FlowModel
+from crd_fast.models.base import JOINT_ATTENTION, FlowModel, states_and_pooled
 from crd_fast.worlds import WORLDS, World
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
@@ -164,6 +164,9 @@ class BuiltinModel(FlowModel):
             pooled_projections=embeddings["pooled"].to(dtype),
             return_dict=False,
         )[0]
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        return states_and_pooled(self.transformer.config, prompts, self.kind.max_tokens, torch.float32)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, height, width, 3), float32 in [0, 1]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import FluxPipeline
 
@@ -20,6 +22,10 @@ class FluxModel(PipelineModel):
     pipeline = FluxPipeline
     lora_targets = JOINT_ATTENTION
     text_length = 512
+    configs: ClassVar = {  # of one shape
+        "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+        "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
+    }
 
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, pooled, _ = pipe.encode_prompt(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -19,6 +21,10 @@ class Flux2KleinModel(PipelineModel):
     name = "FLUX.2-klein"
     pipeline = Flux2KleinPipeline
     text_length = 512
+    configs: ClassVar = {
+        "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
+        "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-4b",
+    }
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
-from crd_fast.models.base import FlowModel
+from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 from crd_fast.models.quantize import quantize
 
 
@@ -33,6 +33,7 @@ class PipelineModel(FlowModel):
 
     Attributes of a family: name; pipeline: its class; lora_targets: the attention projections; text_length:
     tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay.
+    device: by default the GPU, if there is one.
     """
 
     name: str
@@ -41,15 +42,15 @@ class PipelineModel(FlowModel):
     text_length: int
     unquantized: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    def __init__(self, folder: Path, recipe: Recipe, device: torch.device | None = None):
         self.folder, self.config = folder, recipe.model
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = recipe.train.precision == "bf16" and recipe.model.method == "lora"
         half = half or recipe.model.dtype == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         if recipe.model.text_length != "default":
             self.text_length = recipe.model.text_length
-        self._index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         self.scheduler = self._scheduler()
         self.pipe = self._skeleton()
         self.lora_loader = self.pipeline
@@ -101,6 +102,9 @@ class PipelineModel(FlowModel):
     def _steps(self, steps: int) -> dict:
         """What the pipeline gives to `set_timesteps` for its own schedule."""
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        return states_and_pooled(self.transformer.config, prompts, self.text_length, self.dtype)
 
     # -- what the trainer asks ------------------------------------------------------------------------
 
@@ -197,9 +201,7 @@ class PipelineModel(FlowModel):
 
     def load(self, checkpointing: bool) -> None:
         """Transformer and VAE, as the recipe wants them."""
-        transformer = self._class("transformer").from_pretrained(
-            self.folder, subfolder="transformer", dtype=self.dtype
-        )
+        transformer = self.pretrained("transformer", self.dtype)
         transformer.requires_grad_(False).eval()
         if self.config.quantization != "none":
             home = torch.device("cpu") if self.config.streaming else self.device
@@ -207,15 +209,26 @@ class PipelineModel(FlowModel):
                 transformer, self.config.quantization, self.dtype, self.device, self.unquantized, home=home
             )
         self.place(transformer, self.config, self.device, checkpointing)
-        vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        vae = self.pretrained("vae", torch.float32)
         vae.requires_grad_(False).eval()
         vae.enable_tiling()
         self.pipe.register_modules(transformer=transformer, vae=vae)
 
+    def pretrained(self, component: str, dtype: torch.dtype) -> torch.nn.Module:
+        """A component of diffusers with its weights. A plan puts one without them in its place."""
+        return self.component_class(component).from_pretrained(self.folder, subfolder=component, dtype=dtype)
+
+    def text_encoders(self) -> dict[str, tuple[str, int]]:
+        return {
+            name: (part[1], CLIP_TOKENS if "CLIP" in part[1] else self.text_length)
+            for name, part in self.index.items()
+            if isinstance(part, list) and part[0] == "transformers" and name.startswith("text_encoder")
+        }
+
     def encoder_identity(self) -> dict[str, str | int]:
         """What makes the same embeddings: text encoders and tokenizers, and how they are used."""
         parts = [
-            name for name, part in self._index.items() if isinstance(part, list) and part[0] == "transformers"
+            name for name, part in self.index.items() if isinstance(part, list) and part[0] == "transformers"
         ]
         return {
             "family": self.name,
@@ -224,11 +237,12 @@ class PipelineModel(FlowModel):
             "encoders": prompt_cache.fingerprint([self.folder / part for part in sorted(parts)]),
         }
 
-    def _class(self, component: str) -> type:
-        return getattr(diffusers, self._index[component][1])
+    def component_class(self, component: str) -> type:
+        """The class of diffusers that the pipeline's index names."""
+        return getattr(diffusers, self.index[component][1])
 
     def _empty(self, component: str) -> torch.nn.Module:
-        cls = self._class(component)
+        cls = self.component_class(component)
         with torch.device("meta"):
             return cls.from_config(cls.load_config(self.folder, subfolder=component))
 
@@ -236,7 +250,7 @@ class PipelineModel(FlowModel):
         """The pipeline without weights: its shapes, its packing, its image processor."""
         arguments = {
             key: None if isinstance(value, list) else value
-            for key, value in self._index.items()
+            for key, value in self.index.items()
             if not key.startswith("_")
         }
         arguments |= {
@@ -247,7 +261,7 @@ class PipelineModel(FlowModel):
         return self.pipeline(**arguments)
 
     def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        found = self._index["scheduler"][1]
+        found = self.index["scheduler"][1]
         if found != "FlowMatchEulerDiscreteScheduler":
             raise UserError(
                 f"{self.folder / 'scheduler'}: expected FlowMatchEulerDiscreteScheduler, got {found}"

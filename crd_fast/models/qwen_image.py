@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import QwenImagePipeline
 
@@ -20,6 +22,7 @@ class QwenImageModel(PipelineModel):
     pipeline = QwenImagePipeline
     lora_targets = JOINT_ATTENTION
     text_length = 512
+    configs: ClassVar = {"Qwen/Qwen-Image": "qwen-image"}
     unquantized = ("transformer_blocks.0.img_mod",)  # as published 4-bit checkpoints have it
 
     def _latent(self, size: int) -> tuple[int, int, int]:
@@ -29,6 +32,10 @@ class QwenImageModel(PipelineModel):
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, _ = pipe.encode_prompt([prompt], device=self.device, max_sequence_length=self.text_length)
         return {"states": padded(states[0], self.text_length), "length": torch.tensor(states.shape[1])}
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        length = torch.full((prompts,), self.text_length)
+        return super().longest_embeddings(prompts) | {"length": length}
 
     def velocity(self, x, sigma, embeddings):
         batch, _, height, width = x.shape

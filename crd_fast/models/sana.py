@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
@@ -27,12 +28,16 @@ class SanaModel(PipelineModel):
         for layer in ("to_q", "to_k", "to_v", "to_out.0")
     )
     text_length = 300
+    configs: ClassVar = {
+        "Efficient-Large-Model/Sana_1600M_512px_diffusers": "sana-1.6b",
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
+    }
 
     def _size_multiple(self) -> int:
         return self.pipe.vae_scale_factor
 
     def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        own = self._class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
+        own = self.component_class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
         if isinstance(own, FlowMatchEulerDiscreteScheduler):
             return own
         if not own.config.get("use_flow_sigmas"):
@@ -42,7 +47,7 @@ class SanaModel(PipelineModel):
         return FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
 
     def _steps(self, steps: int) -> dict:
-        if self._index["scheduler"][1] == "FlowMatchEulerDiscreteScheduler":
+        if self.index["scheduler"][1] == "FlowMatchEulerDiscreteScheduler":
             return {"num_inference_steps": steps}
         return super()._steps(steps)  # within 0.1 % those of the solver, which begins at 0.999
 
@@ -57,6 +62,10 @@ class SanaModel(PipelineModel):
             complex_human_instruction=instruction if prompt else None,
         )
         return {"states": states[0], "mask": mask[0]}
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        mask = torch.ones(prompts, self.text_length, dtype=torch.int64)
+        return super().longest_embeddings(prompts) | {"mask": mask}
 
     def velocity(self, x, sigma, embeddings):
         config = self.transformer.config

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from crd_fast.models.base import JOINT_ATTENTION
+from crd_fast.models.base import CLIP_TOKENS, JOINT_ATTENTION, states_and_pooled
 from crd_fast.models.pipeline import PipelineModel
 
 
@@ -16,6 +18,10 @@ class SD3Model(PipelineModel):
     pipeline = StableDiffusion3Pipeline
     lora_targets = JOINT_ATTENTION
     text_length = 256
+    configs: ClassVar = {
+        "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+        "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    }
 
     def _size_multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.patch_size
@@ -36,6 +42,10 @@ class SD3Model(PipelineModel):
             max_sequence_length=self.text_length,
         )
         return {"states": states[0], "pooled": pooled[0]}
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        tokens = CLIP_TOKENS + self.text_length  # CLIP's and T5's, one after the other
+        return states_and_pooled(self.transformer.config, prompts, tokens, self.dtype)
 
     def velocity(self, x, sigma, embeddings):
         return self.transformer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from diffusers import ZImagePipeline
 
@@ -19,6 +21,10 @@ class ZImageModel(PipelineModel):
     pipeline = ZImagePipeline
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
     text_length = 512
+    configs: ClassVar = {
+        "Tongyi-MAI/Z-Image": "z-image",
+        "Tongyi-MAI/Z-Image-Turbo": "z-image",
+    }  # of one shape
 
     def _max_size(self) -> int:
         return min(self.pipe.transformer.config.axes_lens[1:]) * self.size_multiple
@@ -31,6 +37,10 @@ class ZImageModel(PipelineModel):
             max_sequence_length=self.text_length,
         )
         return {"states": padded(states, self.text_length), "length": torch.tensor(len(states))}
+
+    def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
+        length = torch.full((prompts,), self.text_length)
+        return super().longest_embeddings(prompts) | {"length": length}
 
     def velocity(self, x, sigma, embeddings):
         states = embeddings["states"].to(self.dtype)

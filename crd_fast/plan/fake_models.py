@@ -17,25 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import _family, check_builtin, checks, prepare_builtin
+from crd_fast.models import FAMILIES, check_builtin, checks, family, family_of, prepare_builtin
 from crd_fast.models.base import FlowModel
 from crd_fast.worlds import WORLDS
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-HUB_IDS = {  # what ships as configs; FLUX.1-schnell and Z-Image-Turbo have the shapes of their siblings
-    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
-    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
-    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
-    "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
-    "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
-    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-4b",
-    "Qwen/Qwen-Image": "qwen-image",
-    "Tongyi-MAI/Z-Image": "z-image",
-    "Tongyi-MAI/Z-Image-Turbo": "z-image",
-    "Efficient-Large-Model/Sana_1600M_512px_diffusers": "sana-1.6b",
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
-}
-CLIP_TOKENS = 77
 
 
 class Unknown(TorchDispatchMode):
@@ -72,11 +58,13 @@ def _replace(module: nn.Module, function, recurse: bool = True) -> nn.Module:
 
 def config_folder(path: str) -> Path:
     """The folder with the configs of `model.path`: its own, or those that ship for a name or a hub id."""
-    name = HUB_IDS.get(path, path)
     if Path(path).is_dir():
         return Path(path)
-    if (CONFIGS / name).is_dir():
-        return CONFIGS / name
+    if (CONFIGS / path).is_dir():
+        return CONFIGS / path
+    for pipeline in FAMILIES:
+        if name := family(pipeline).configs.get(path):
+            return CONFIGS / name
     names = ", ".join([*WORLDS, *shipped()])
     raise UserError(
         f"model.path: no configs of {path!r} here; a plan knows {names}, their hub ids, and folders of "
@@ -96,24 +84,17 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     from crd_fast.models import pipeline
 
     folder = config_folder(recipe.model.path)
-    model = _family(str(folder), checks.read_index(folder))(folder, recipe)
-    model._device = torch.device("cpu")
-    find = model._class
+    cpu = torch.device("cpu")
+    model = family_of(str(folder), checks.read_index(folder))(folder, recipe, cpu)
 
-    class Empty:
-        """A diffusers class whose pretrained weights are fake."""
+    def without_weights(component: str, dtype: torch.dtype) -> nn.Module:
+        cls = model.component_class(component)
+        network = cls.from_config(cls.load_config(folder, subfolder=component))
+        return nn.Module.to(network, dtype)
 
-        def __init__(self, component: str):
-            self.cls = find(component)
-
-        def from_pretrained(self, folder, subfolder, dtype):
-            network = self.cls.from_config(self.cls.load_config(folder, subfolder=subfolder))
-            return nn.Module.to(network, dtype)
-
-    model._class = Empty
+    model.pretrained = without_weights
     with fakes(mode), mock.patch.object(pipeline, "quantize", _quantize):
         model.load(recipe.train.checkpointing)
-    model._class = find
     return model
 
 
@@ -135,24 +116,10 @@ def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dic
 
     Lengths and masks are real: the models read them.
     """
-    config = model.transformer.config
-    if model.name in WORLDS:
-        tokens, dtype = model.kind.max_tokens, torch.float32
-    else:
-        tokens, dtype = model.text_length, model.dtype
-        tokens += CLIP_TOKENS if model.name.startswith("Stable Diffusion 3") else 0
-    width = next(
-        config[key] for key in ("joint_attention_dim", "caption_channels", "cap_feat_dim") if key in config
-    )
+    embeddings = model.longest_embeddings(prompts)
     with mode:
-        embeddings = {"states": torch.empty(prompts, tokens, width, dtype=dtype)}
-        if "pooled_projection_dim" in config:
-            embeddings["pooled"] = torch.empty(prompts, config["pooled_projection_dim"], dtype=dtype)
-    if model.name in ("Qwen-Image", "Z-Image"):
-        embeddings["length"] = torch.full((prompts,), tokens)
-    if model.name == "Sana":
-        embeddings["mask"] = torch.ones(prompts, tokens, dtype=torch.int64)
-    return embeddings
+        fake = {key: torch.empty(v.shape, dtype=v.dtype) for key, v in embeddings.items() if v.is_meta}
+    return embeddings | fake
 
 
 def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.Module, int]]:
@@ -160,15 +127,13 @@ def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.
     import transformers
 
     encoders = {}
-    for name, part in model._index.items():
-        if isinstance(part, list) and part[0] == "transformers" and name.startswith("text_encoder"):
-            config = transformers.AutoConfig.from_pretrained(model.folder / name)
-            cls = getattr(transformers, part[1])
-            if hasattr(config, "projection_dim") and hasattr(config, "text_config"):
-                config = config.text_config
-            with fakes(mode):
-                encoder = cls(config).to(model.dtype).eval()
-            encoders[name] = encoder, CLIP_TOKENS if "CLIP" in part[1] else model.text_length
+    for name, (kind, tokens) in model.text_encoders().items():
+        config = transformers.AutoConfig.from_pretrained(model.folder / name)
+        if hasattr(config, "projection_dim") and hasattr(config, "text_config"):
+            config = config.text_config
+        with fakes(mode):
+            encoder = getattr(transformers, kind)(config).to(model.dtype).eval()
+        encoders[name] = encoder, tokens
     return encoders
 
 

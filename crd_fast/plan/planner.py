@@ -23,7 +23,6 @@ from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
-from crd_fast.worlds import WORLDS
 
 PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")
 PARTS = (
@@ -227,10 +226,10 @@ class Planner:
 
     def _encode(self) -> Peak | None:
         """All text encoders at once, and one prompt through each, before anything else is loaded."""
-        if self.model.name in WORLDS:  # its encoder stays on the host
+        encoders = fake_encoders(self.model, self.mode)
+        if not encoders:
             return None
         live = LiveBytes()
-        encoders = fake_encoders(self.model, self.mode)
         live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
         with Unknown(), live, live.in_phase("encode"), torch.no_grad():
             for encoder, tokens in encoders.values():

@@ -1,15 +1,18 @@
 """What is planned on fake tensors against what a real run has, and against published facts."""
 
+import dataclasses
 import json
 
 import diffusers
 import pytest
 import torch
 
-from crd_fast.models import streaming
+from crd_fast import models
+from crd_fast.models import builtin, load_model, streaming
 from crd_fast.plan.fake_models import CONFIGS, config_folder, shipped
 from crd_fast.plan.planner import Planner, count_parameters
-from tests.plan.conftest import GROUP, Real
+from tests.plan.conftest import GROUP, PROMPT, Real
+from tools.make_tiny_pipeline import FAMILIES
 
 FULL = ("model.method=full", "train.precision=fp32", "train.checkpointing=true", "train.optimizer=adamw8bit")
 NARROW = (
@@ -157,3 +160,40 @@ def test_configs_have_the_published_size(name):
 def test_every_shipped_config_is_tested():
     assert shipped() == sorted(PUBLISHED)
     assert config_folder("black-forest-labs/FLUX.1-dev").name == "flux.1-dev"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "builtin"])
+def test_a_plan_does_not_depend_on_a_models_name(tiny, recipe, family, monkeypatch):
+    """Names are for people to read."""
+    settings = recipe(family if family == "builtin" else tiny(family))
+    expected = Planner(settings)
+    for base in (type(expected.model), builtin.Kind):
+        monkeypatch.setattr(base, "name", "Another", raising=False)
+    kind = dataclasses.replace(builtin.KINDS["builtin"], name="Another")
+    monkeypatch.setitem(builtin.KINDS, "builtin", kind)
+    planner = Planner(settings)
+    assert planner.model.name == "Another"
+    assert planner.plan(2, 2).to_json() == expected.plan(2, 2).to_json()
+
+
+def test_hub_ids_have_configs_that_ship():
+    ids = {
+        hub_id: name
+        for pipeline in models.FAMILIES
+        for hub_id, name in models.family(pipeline).configs.items()
+    }
+    assert set(ids.values()) == set(shipped())
+    assert all(config_folder(hub_id).name == name for hub_id, name in ids.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_embeddings_are_those_of_a_prompt_that_fills_all_tokens(tiny, recipe, family):
+    settings = recipe(tiny(family), "model.text_length=8")
+    real = load_model(settings, [PROMPT])
+    expected = real.encode_prompts([PROMPT])
+    for found in (real.longest_embeddings(1), Planner(settings).model.longest_embeddings(1)):
+        assert {key: (v.shape, v.dtype) for key, v in found.items()} == {
+            key: (v.shape, v.dtype) for key, v in expected.items()
+        }
+        read = [key for key, value in found.items() if not value.is_meta]
+        assert all(torch.equal(found[key], expected[key]) for key in read)
