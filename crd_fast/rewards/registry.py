@@ -49,7 +49,7 @@ class Rewards:
     Raises UserError for a name that cannot be found or a setting that the reward does not have.
     """
 
-    def __init__(self, config: Mapping[str | object, float | Mapping], device: str | None = None):
+    def __init__(self, config: Mapping[Any, float | Mapping], device: str | None = None):
         self.weights = {name: _weight(value) for name, value in named(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
@@ -122,12 +122,12 @@ def name_of(reward: str | object) -> str:
     if isinstance(reward, str):
         return reward
     name = getattr(reward, "__name__", type(reward).__name__)
-    module = getattr(reward, "__module__", None)
+    module = getattr(reward, "__module__", None) or ""
     importable = getattr(sys.modules.get(module), name, None) is reward
     return f"{module}:{name}" if importable and module != "__main__" else name
 
 
-def named(config: Mapping[str | object, float | Mapping]) -> dict[str, float | Mapping]:
+def named(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
     """The same by name. Raises UserError where two have one name."""
     result = {name_of(reward): value for reward, value in config.items()}
     if len(result) < len(config):
@@ -144,6 +144,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
     what is no reward, an unknown setting, or one that is refused.
     """
     settings = {key: value for key, value in (settings or {}).items() if key != "weight"}
+    reward: Any
     if not isinstance(name, str):
         reward, name = name, name_of(name)
         if not callable(reward) and not hasattr(reward, "score"):
