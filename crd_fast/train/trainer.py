@@ -197,9 +197,10 @@ class Trainer:
                 )
         return embeddings, latents_N
 
-    @observed("decode")
     def _images(self, latents: torch.Tensor) -> np.ndarray:
-        return to_uint8(self.model.decode(latents))
+        with self.observer.phase("decode"):
+            images = self.model.decode(latents)
+        return to_uint8(images)
 
     def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
         """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
