@@ -99,7 +99,7 @@ class Planner:
             self.trained = self.weights.trained()
             if recipe.model.method == "lora":
                 self.live.move(self.trained, "adapters")
-            host = self.weights.host_tensors() if recipe.model.snapshots == "host" else []
+            host = self.weights.host_tensors()
             self.host_bytes += sum(tensor.nbytes for tensor in host)
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)

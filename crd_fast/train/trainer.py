@@ -63,11 +63,10 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.observer = Observers(profiling.start(recipe.train.profile), observer)
         self.ranks = Ranks()
-        self.sharded = recipe.model.sharding != "none"
         check_ranks(recipe, self.ranks.count)
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
         state = checkpoint.read_state(saved[-1]) if saved else None
-        if saved and self.sharded:
+        if saved and recipe.model.sharding != "none":
             sharded.check_resumes(state, self.ranks.count, saved[-1])
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
@@ -87,19 +86,18 @@ class Trainer:
             recipe.loss,
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
-            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.sharded),
+            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.in_step),
             one_pass=recipe.model.streaming,
-            in_step=self.sharded,
+            in_step=self.weights.in_step,
             observer=self.observer,
         )
-        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.sharded)
+        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
         self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         if saved:
-            optimizer = sharded.OptimizersOfRanks(self.optimizer) if self.sharded else self.optimizer
-            checkpoint.load(saved[-1], self.weights, optimizer)
+            checkpoint.load(saved[-1], self.weights, self.weights.resuming(self.optimizer))
             self.iteration, self.step = state["iteration"], state["step"]
         if self.ranks.main:
             # a run that was stopped before its first checkpoint starts over, in the same folder
@@ -226,7 +224,9 @@ class Trainer:
             for pairs in pairs_by_step:
                 metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty)
                 metrics = self.ranks.mean(metrics)
-                metrics["grad_norm"] = self._finish_gradients()
+                metrics["grad_norm"] = self.weights.finish_gradients(
+                    self.ranks, self.recipe.train.max_grad_norm
+                )
                 self._check_finite(metrics)
                 with self.observer.phase("optimizer"):
                     self.optimizer.step()
@@ -234,15 +234,6 @@ class Trainer:
                 self.step += 1
                 collected.append(metrics)
         return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
-
-    def _finish_gradients(self) -> float:
-        """Averages the gradients over the ranks and clips them. Returns their norm before."""
-        parameters = self.weights.trained()
-        if self.sharded:
-            self.weights.take_gradients()
-        else:
-            self.ranks.average_gradients(parameters)
-        return self.ranks.clip_gradients(parameters, self.recipe.train.max_grad_norm, parts=self.sharded)
 
     def _log_evaluation(self, record: dict) -> None:
         started = time.perf_counter()
@@ -262,9 +253,7 @@ class Trainer:
     @observed("checkpoint")
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
-        weights, optimizer = self.weights, self.optimizer
-        if self.sharded:
-            weights, optimizer = sharded.gather(weights, optimizer, self.ranks)
+        weights, optimizer = self.weights.gathered(self.optimizer, self.ranks)
         if self.ranks.main:
             checkpoint.save(
                 self.output / "checkpoints" / f"iteration-{self.iteration:06d}",

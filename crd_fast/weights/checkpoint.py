@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
+from crd_fast.weights.base import OptimizerState, Saved, Weights
 
 FORMAT = 1
 STATE, TENSORS = "state.json", "training.safetensors"
 
 
-def save(folder: Path, weights, optimizer, state: dict[str, Any], keep: int) -> None:
+def save(folder: Path, weights: Saved, optimizer: OptimizerState, state: dict[str, Any], keep: int) -> None:
     """Writes `folder` whole or not at all, then removes the oldest of its siblings beyond `keep`."""
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +66,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path, weights, optimizer=None) -> dict[str, Any]:
+def load(folder: Path, weights: Weights, optimizer: OptimizerState | None = None) -> dict[str, Any]:
     """Puts weights (and the optimizer, if given) back as they were. Returns the JSON state.
 
     Raises UserError for a damaged file or another model's checkpoint; nothing is changed then.

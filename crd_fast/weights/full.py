@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 
-class FullWeights:
+class FullWeights(Weights):
     """All weights of the network are trained; snapshots and reference are copies to be swapped in.
 
     policy: what is trained, by name, where it is not the network's parameters themselves.

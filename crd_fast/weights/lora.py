@@ -15,10 +15,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from crd_fast.models.targets import check_targets
+from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 
-class LoraWeights:
+class LoraWeights(Weights):
     """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
 
     loader: the pipeline's mixin of diffusers, which knows how its LoRA files are written; device: of the

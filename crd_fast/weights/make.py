@@ -9,14 +9,16 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.base import FlowModel
 from crd_fast.models.targets import lora_targets
+from crd_fast.weights.base import Weights
 from crd_fast.weights.bf16 import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
 from crd_fast.weights.full import FullWeights, HostWeights
 from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
 
 
-def make_weights(model, recipe: Recipe):
+def make_weights(model: FlowModel, recipe: Recipe) -> Weights:
     """The policy and its snapshots, as adapters or as whole copies."""
     config = recipe.model
     if config.sharding == "fsdp":

@@ -30,6 +30,8 @@ SPARE_BYTES = 1 << 24  # beside the weights, for exchanging them
 class _Parts:
     """What both kinds of weights below have in common: the policy is this rank's parts."""
 
+    in_step = True
+
     def __init__(self, network: torch.nn.Module):
         self.kind = type(network)  # fully_shard puts a class of its own in its place
         network.requires_grad_(True)
@@ -38,6 +40,11 @@ class _Parts:
         parts = {name: parameter.detach().to_local() for name, parameter in self._whole.items()}
         # a parameter of fewer rows than ranks has none on the last ones
         super().__init__(network, {n: torch.nn.Parameter(p) for n, p in parts.items() if p.numel()})
+
+    def finish_gradients(self, ranks: Ranks, largest: float) -> float:
+        """Takes the parts of the gradients, of which the backward pass left the mean over the ranks."""
+        self.take_gradients()
+        return ranks.clip_gradients(self.trained(), largest, parts=True)
 
     def take_gradients(self) -> None:
         """Moves the gradients, which the backward pass has averaged over the ranks, to the parts."""
@@ -59,6 +66,19 @@ class _Parts:
         rank, count = dist.get_rank(), dist.get_world_size()
         chunks = {key: value.chunk(count) for key, value in state.items()}
         super().load_state({key: parts[rank] for key, parts in chunks.items() if rank < len(parts)})
+
+    def gathered(self, optimizer: torch.optim.Optimizer, ranks: Ranks):
+        """The weights and the optimizers of all ranks, on the main one; elsewhere None twice."""
+        form, tensors = checkpoint.flatten(optimizer.state_dict())
+        forms, of_optimizers = ranks.all(form), ranks.collect(tensors)
+        of_weights = ranks.collect(self.state())
+        if not ranks.main:
+            return None, None
+        states = [checkpoint.unflatten(*of_rank) for of_rank in zip(forms, of_optimizers)]
+        return WholeWeights(self, of_weights), OptimizersOfRanks(optimizer, states)
+
+    def resuming(self, optimizer: torch.optim.Optimizer) -> OptimizersOfRanks:
+        return OptimizersOfRanks(optimizer)
 
 
 class ShardedWeights(_Parts, FullWeights):
@@ -133,17 +153,6 @@ class OptimizersOfRanks:
 
     def load_state_dict(self, states: list[Any]) -> None:
         self._optimizer.load_state_dict(states[dist.get_rank()])
-
-
-def gather(weights, optimizer: torch.optim.Optimizer, ranks: Ranks):
-    """What `checkpoint.save` takes, on the main rank; elsewhere None twice. All ranks call it."""
-    form, tensors = checkpoint.flatten(optimizer.state_dict())
-    forms, of_optimizers = ranks.all(form), ranks.collect(tensors)
-    of_weights = ranks.collect(weights.state())
-    if not ranks.main:
-        return None, None
-    states = [checkpoint.unflatten(*of_rank) for of_rank in zip(forms, of_optimizers)]
-    return WholeWeights(weights, of_weights), OptimizersOfRanks(optimizer, states)
 
 
 def check_resumes(state: dict, ranks: int, source: Path) -> None:

@@ -15,7 +15,6 @@ from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
-from crd_fast.weights.sharded import gather
 from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts
 
 
@@ -72,7 +71,7 @@ def sharded(rank, recipes, folder):
         weights = accumulate(settings, pairs[pairs.prompt == rank])
         weights.take_gradients()
         collected = ranks.collect(gradients(weights))
-        whole, _ = gather(weights, torch.optim.SGD(weights.trained()), ranks)
+        whole, _ = weights.gathered(torch.optim.SGD(weights.trained()), ranks)
         if ranks.main:
             whole.save_policy(folder / family)
             found = {key: torch.cat([g[key] for g in collected if key in g]) for key in collected[0]}

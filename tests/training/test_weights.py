@@ -7,7 +7,9 @@ from peft import PeftModel
 
 from crd_fast.errors import UserError
 from crd_fast.models import builtin
+from crd_fast.ranks import Ranks
 from crd_fast.weights import checkpoint
+from crd_fast.weights.base import Weights
 from crd_fast.weights.full import FullWeights, HostWeights
 from crd_fast.weights.lora import LoraWeights
 
@@ -116,6 +118,28 @@ def test_blend_is_the_moving_average(kind):
             torch.testing.assert_close(after[name], 0.75 * value + 0.25 * policy)
         elif name.startswith("old/"):
             assert torch.equal(after[name], value)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_gradients_are_finished_to_the_norm(kind):
+    weights = MAKE[kind]()
+    assert isinstance(weights, Weights) and not weights.in_step
+    first, *others = weights.trained()
+    first.grad = torch.full_like(first, 2.0)  # the others have none, as that of a block that leads nowhere
+    norm = weights.finish_gradients(Ranks(), 0.5)
+    assert norm == pytest.approx(2 * first.numel() ** 0.5)
+    assert float(first.grad.norm()) == pytest.approx(0.5, rel=1e-5)
+    assert all(parameter.grad is None for parameter in others)
+
+
+def test_weights_say_what_they_lack():
+    class Unfinished(FullWeights):
+        blend = Weights.blend
+
+    with pytest.raises(TypeError, match=r"Unfinished .*abstract method '?blend"):
+        Unfinished(network())
+    with pytest.raises(NotImplementedError, match="FullWeights: one set of weights for all rows"):
+        FullWeights(network()).use_rows(["policy", "old"])
 
 
 def test_only_the_policy_is_trained():
