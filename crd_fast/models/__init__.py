@@ -143,9 +143,13 @@ def family_of(path: str, index: dict) -> type:
 
 
 def family(pipeline: str) -> type:
-    """The class in the table's row of a pipeline's name."""
+    """The class in the row of a pipeline's name. Raises TypeError that lists all it lacks."""
+    from crd_fast.models.pipeline import check_family
+
     module, name, _ = FAMILIES[pipeline]
-    return getattr(import_module(f"crd_fast.models.{module}"), name)
+    found = getattr(import_module(f"crd_fast.models.{module}"), name)
+    check_family(found, pipeline)
+    return found
 
 
 def supported() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,12 +27,12 @@ JOINT_ATTENTION = (
 CLIP_TOKENS = 77  # that a CLIP text encoder reads of a prompt
 
 
-class FlowModel:
-    """A flow model as the trainer sees it. `BuiltinModel` and `PipelineModel` say what the rest is.
+class FlowModel(ABC):
+    """A flow model as the trainer sees it.
 
-    name, lora_targets; transformer: the network that is trained; device: where it runs.
-    `latent_shape(resolution)`, `encode_prompts(prompts)`, `sigmas(steps, resolution)`,
-    `velocity(x, sigma, embeddings)`, `decode(latents)`, and for what leaves as a LoRA `lora_loader`.
+    name: for people to read, and part of what a checkpoint must match; lora_targets: the layers that are
+    adapted by default; lora_loader: diffusers' mixin that writes their files; transformer: the network that
+    is trained; device: where it runs.
     streaming: where the transformer's blocks are kept on the host.
 
     And for a plan, which loads nothing: `longest_embeddings(prompts)`, `text_encoders()`, `configs`.
@@ -53,13 +54,35 @@ class FlowModel:
         if checkpointing:
             network.enable_gradient_checkpointing()
 
+    @abstractmethod
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of one sample for a side of `resolution` pixels. UserError where that does not fit."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of P prompts, each tensor with a first axis of P."""
+
+    @abstractmethod
+    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
+        """The noise levels of the model's own schedule: (steps + 1,) float32, from 1 to 0."""
+
+    @abstractmethod
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """d x / d sigma. x: (B, C, h, w) float32; sigma: (B,); embeddings with a first axis of B."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, height, width, 3), float32 in [0, 1], of latents (B, C, h, w)."""
+
+    @abstractmethod
     def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
         """As `encode_prompts` returns for prompts of the greatest length, for a plan.
 
         What `velocity` reads numbers of, lengths and masks, is real; of the rest only shape and dtype count,
         and it is on the meta device.
         """
-        raise NotImplementedError
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
         """Those that work on the device, by folder: class of transformers, how many tokens it reads."""

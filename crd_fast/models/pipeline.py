@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+from abc import abstractmethod
 from pathlib import Path
 
 import diffusers
@@ -73,15 +74,9 @@ class PipelineModel(FlowModel):
         side = size // self.pipe.vae_scale_factor
         return (self.pipe.vae.config.latent_channels, side, side)
 
+    @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
         """One prompt, tensors without a batch axis. pipe: with text encoders, on `self.device`."""
-        raise NotImplementedError
-
-    def velocity(
-        self, x: torch.Tensor, sigma: torch.Tensor, embeddings: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """d x / d sigma. x: (B, C, h, w) float32; sigma: (B,); embeddings with a first axis of B."""
-        raise NotImplementedError
 
     def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE decodes them."""
@@ -277,3 +272,15 @@ def encodes_on_gpu(weights: int, free: int) -> bool:
 def padded(states: torch.Tensor, length: int) -> torch.Tensor:
     """(L, D) with zeros up to (length, D)."""
     return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))
+
+
+def check_family(family: type, pipeline: str) -> None:
+    """Raises TypeError that lists everything which the class in the table's row of `pipeline` lacks."""
+    said = ("name", "pipeline", "lora_targets", "text_length")
+    lacks = [name for name in said if not hasattr(family, name)]
+    lacks += sorted(getattr(family, "__abstractmethods__", ()))
+    named = getattr(getattr(family, "pipeline", None), "__name__", pipeline)
+    if named != pipeline:
+        lacks.append(f"pipeline = {pipeline}, got {named}")
+    if lacks:
+        raise TypeError(f"{family.__module__}.{family.__name__} lacks: {', '.join(lacks)}")
