@@ -84,7 +84,7 @@ def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, pro
         table = table.contiguous()
         scalars = Scalars(*(None if t is None else t.contiguous() for t in scalars))
         look = passes.signature((table,), scalars)
-        run = _launch(kind, look)
+        run = _launch(kind, look) if look else _make(kind, table.device, table.dtype, table.shape)
         outcome = table.new_empty((OUTCOME, table.shape[1]))
         return run(table, outcome, run.work(), scalars, numbers), outcome
     if process_group is None and impl == "cpu":
@@ -97,7 +97,10 @@ def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str, pro
 @functools.lru_cache(maxsize=128)
 def _launch(kind, look):
     """The launch for tensors that look like this (`passes.signature`): compiled code serves only its like."""
+    return _make(kind, *look[:3])
+
+
+def _make(kind, device, dtype, shape):
     from .triton import Finish
 
-    device, dtype, shape, *_ = look
     return Finish(kind, shape[1], dtype, device)
