@@ -71,7 +71,8 @@ class Passes:
     def backward(self, latents: Latents, table, upstream, numbers: Numbers):
         if build.library() is None:
             c1, c2, c3 = table[ROWS : ROWS + 3]
-            return tiles.gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers)
+            c3 = c3 if self.kind.third else None
+            return tiles.gradient(latents, c1, c2, c3, upstream, numbers, self.dtype)
         c1, row = table.data_ptr() + self.statistics, self.statistics // ROWS
         if upstream.dtype != self.dtype:
             upstream = upstream.to(self.dtype)
@@ -81,7 +82,7 @@ class Passes:
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
         if build.library() is None:
             c1, c2, c3 = coefficients
-            return tiles.gradient(latents, c1, c2, c3, None, numbers)
+            return tiles.gradient(latents, c1, c2, c3, None, numbers, self.dtype)
         kept = [None if c is None else c.to(self.dtype).contiguous() for c in coefficients]
         return self._gradient(latents, [None if c is None else c.data_ptr() for c in kept], None, numbers)
 

@@ -77,13 +77,12 @@ def measure(latents: Latents, adaptive_weighting: bool, numbers: Numbers) -> tor
     )
 
 
-def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers) -> torch.Tensor:
+def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers, dtype) -> torch.Tensor:
     """upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), in policy's dtype.
 
-    c1, c2, c3: (B,), the last two or None. upstream: scalar or (B,), or None for 1.
+    c1, c2, c3: (B,), the last two or None. upstream: scalar or (B,), or None for 1. dtype: to compute in.
     """
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
-    dtype = compute_dtype(*latents[:6])
     if noise is None:
         assert seed is not None
         noise = normal(seed, x0.shape)
@@ -109,6 +108,7 @@ class Passes:
 
     def __init__(self, latents: Latents, scalars: Scalars, kind: Kind):
         self.kind = kind
+        self.dtype = compute_dtype(*latents[:6])
 
     @torch.no_grad()
     def measure(self, latents: Latents, numbers: Numbers):
@@ -120,8 +120,8 @@ class Passes:
 
     def backward(self, latents: Latents, table, upstream, numbers: Numbers):
         c1, c2, c3 = table[ROWS : ROWS + 3]
-        return gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers)
+        return gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers, self.dtype)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
         c1, c2, c3 = coefficients
-        return gradient(latents, c1, c2, c3, None, numbers)
+        return gradient(latents, c1, c2, c3, None, numbers, self.dtype)

@@ -58,10 +58,13 @@ def measure(latents: Latents, numbers: Numbers):
     return sums.T
 
 
-def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers):
-    """upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), policy's dtype."""
+def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers, dtype):
+    """upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), policy's dtype.
+
+    dtype: of the computation.
+    """
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
-    dtype, gradient = compute_dtype(*latents[:6]), torch.empty_like(policy)
+    gradient = torch.empty_like(policy)
     scale = 1 if upstream is None else upstream.to(dtype)
     c1, c2, c3 = (None if c is None else c.to(dtype) * scale for c in (c1, c2, c3))
     for at, begin in _tiles_of(policy):
