@@ -49,11 +49,11 @@ class Samples:
         if latents["old"] is not None and torch.equal(latents["old"], latents["policy"]):
             self.old = self.policy.clone()
         self.policy.requires_grad_()
-        self.target = self.noise - self.x0
+        self.target = self.rounded(self.noise - self.x0)
         scale = case.settings.get("guidance_scale", 1.0)
         self.anchor = self.ref_cond
         if self.ref_cond is not None and scale > 1:
-            self.anchor = self.ref_uncond + scale * (self.ref_cond - self.ref_uncond)
+            self.anchor = self.ref_uncond + self.rounded(scale * (self.ref_cond - self.ref_uncond))
 
     def rounded(self, value, times=1):
         if not self.case.eps:
@@ -178,7 +178,8 @@ def nft(case):
             return sigma * s.error(v) / torch.maximum(s.size(v), 1e-5 / sigma)
         return sigma.square() * s.error(v)
 
-    positive, negative = (1 - beta) * s.old + beta * s.policy, (1 + beta) * s.old - beta * s.policy
+    positive = s.rounded((1 - beta) * s.old) + beta * s.policy
+    negative = s.rounded((1 + beta) * s.old) - beta * s.policy
     kl = s.distance(s.policy, s.anchor)
     loss = clip / beta * mean_over_batch(case, a * d(positive) + (1 - a) * d(negative))
     loss = loss + x.get("kl_beta", 1e-4) * mean_over_batch(case, anchor_weights(case, s.batch) * kl)
