@@ -178,6 +178,17 @@ def test_noise_by_seed(impl, name):
     assert relative_error(fused(*tensors, seed=seed, impl=impl, **keywords).loss, given) < 1e-5
 
 
+def test_dpo_takes_errors_without_bound(impl):
+    """A pair that is certain costs nothing, one that is certainly wrong without end."""
+    x = make(batch=4)
+    finite = diffusion_dpo_loss(x["policy"][::2], x["old"][::2], x["x0"][::2], x["noise"][::2], impl=impl)
+    for sample, wanted in ((3, math.inf), (1, finite.loss.item() / 2)):
+        old = x["old"].clone()
+        old[sample, 0] = math.inf
+        loss = diffusion_dpo_loss(x["policy"], old, x["x0"], x["noise"], impl=impl).loss
+        assert loss.item() == pytest.approx(wanted, rel=1e-12)
+
+
 def test_nan_reaches_every_loss(impl):
     for name in ("flow_matching", "awm", "nft", "dpo"):
         fused, _, tensors, keywords = case(name)

@@ -104,7 +104,7 @@ def crd_direction(sums, found, there, reward, a, beta, BCE: tl.constexpr, batch)
     a_centered = a - tl.load(sums + 2 * batch + found, there, other=0.0) / weight
     if BCE:
         logit, label = beta * r_centered, sigmoid64(a_centered)
-        positive = tl.where(logit > 0, logit, logit * 0)
+        positive = tl.where(logit > 0, logit, 0.0)
         term = positive - logit * label + tl.log(1 + tl.exp(-tl.abs(logit)))
         return term, beta * (sigmoid64(logit) - label)
     else:

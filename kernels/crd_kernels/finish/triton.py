@@ -201,8 +201,9 @@ def conclude(
             gap = policy_error - wide(table + 4 * batch, sample, there)
             rival = wide(table + 3 * batch, other, there) - wide(table + 4 * batch, other, there)
             logit = -beta / 2 * tl.where(preferred, gap - rival, rival - gap)
-            per_pair = tl.where(logit < 0, -logit, logit * 0) + tl.log(1 + tl.exp(-tl.abs(logit)))
-            term = tl.where(preferred, per_pair, per_pair * 0) / samples
+            # infinite errors have a loss too; NaN comes through the logarithm
+            per_pair = tl.where(logit < 0, -logit, 0.0) + tl.log(1 + tl.exp(-tl.abs(logit)))
+            term = tl.where(preferred, per_pair, 0.0) / samples
             slope = beta / 2 / samples * sigmoid64(-logit)
             c1 = 2 / elements * tl.where(preferred, slope, -slope)
         else:

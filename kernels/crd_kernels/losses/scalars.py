@@ -36,7 +36,8 @@ def flow_matching(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) 
     error = stats.policy_error.double()
     weight = torch.ones_like(error) if scalars.advantage is None else scalars.advantage.double()
     c1 = 2 / stats.elements.double() / samples * weight
-    return (weight * error).sum() / samples, error.sum() * 0, c1, torch.zeros_like(c1), None
+    loss = (weight * error).sum() / samples
+    return loss, torch.zeros_like(loss), c1, torch.zeros_like(c1), None
 
 
 def matching(error, sigma, weighting):
@@ -112,7 +113,7 @@ def dpo(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
     loss = -F.logsigmoid(logits).sum() / pairs
     slope = numbers.beta / 2 / pairs * (-logits).sigmoid()  # d loss / d e(policy) of the preferred
     c1 = 2 / stats.elements.double() * torch.cat([slope, -slope])
-    return loss, loss * 0, c1, torch.zeros_like(c1), None
+    return loss, torch.zeros_like(loss), c1, torch.zeros_like(c1), None
 
 
 def error_of_policy(stats, beta: float):
