@@ -369,7 +369,8 @@ def main():
         small=interpreting,
         threads=not interpreting,
     )
-    print(f"{options.cases} cases with --seed {options.seed} --impl {options.impl}: {len(failures)} wrong")
+    ran = options.cases if options.only is None else 1
+    print(f"{ran} cases with --seed {options.seed} --impl {options.impl}: {len(failures)} wrong")
     return 1 if failures else 0
 
 
