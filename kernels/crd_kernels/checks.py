@@ -103,6 +103,14 @@ def number(
         raise ValueError(f"{name}: expected a number <= {at_most}, got {value}")
 
 
+def denominator(value: float | None) -> float:
+    """What sums over samples are divided by: a number > 0; 0 stands for their number, where None is given."""
+    if value is None:
+        return 0.0
+    number("denominator", value, above=0)
+    return float(value)
+
+
 def guidance(
     policy: Tensor, ref_cond: Tensor | None, ref_uncond: Tensor | None, guidance_scale: float
 ) -> Tensor | None:

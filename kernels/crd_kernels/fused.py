@@ -5,13 +5,20 @@ autograd function hands out the gradient. Under torch.compile, torch.export and 
 (FakeTensor, wrappers) the registered operators stand in their place.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.autograd import forward_ad
 
 from . import dispatch, passes
+from .centering.coefficients import Coefficients
 from .finish import ops as finish_ops
 from .problem import Kind, Latents, Numbers, Scalars, compute_dtype
 from .velocity import ops
+from .velocity.stats import Stats
+
+if TYPE_CHECKING:  # absent from a torch without torch.distributed
+    from torch.distributed import ProcessGroup
 
 NOTHING = Scalars()
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -24,20 +31,11 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
     name: of the public function, for errors.
     """
     policy = latents.policy
-    key = None
-    if not traced(policy):
-        refuse_transforms(name, policy)
-        key = impl, kind, passes.signature(latents, scalars)
-    if key is None or key[-1] is None:
-        check()
-        impl = dispatch.choose(impl, policy.device)
+    run, impl = _find(check, latents, scalars, kind, impl, name)
+    if run is None:
         tensors = map(_detached, (*latents, *scalars))
         table, value = finish_ops.loss_op(*tensors, pack(numbers), str(kind), impl)
         return attach(value, table, latents, kind, numbers, impl), table
-    run = passes.known(key)
-    if run is None:
-        check()
-        run = passes.of(dispatch.choose(impl, policy.device), latents, scalars, kind, key)
     if not (policy.requires_grad and torch.is_grad_enabled()):
         table, value = run.forward(latents, scalars, numbers)
         return value, table
@@ -56,37 +54,65 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
 
 def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
     """The table of statistics."""
-    key = None
-    if not traced(latents.policy):
-        refuse_transforms("measure", latents.policy)
-        key = impl, kind, passes.signature(latents, NOTHING)
-    if key is None or key[-1] is None:
-        check()
-        impl = dispatch.choose(impl, latents.policy.device)
-        return ops.measure_op(*map(_detached, latents), pack(numbers), str(kind), impl)
-    run = passes.known(key)
+    run, impl = _find(check, latents, NOTHING, kind, impl, "measure")
     if run is None:
-        check()
-        run = passes.of(dispatch.choose(impl, latents.policy.device), latents, NOTHING, kind, key)
+        return ops.measure_op(*map(_detached, latents), pack(numbers), str(kind), impl)
     return run.measure(latents, numbers)
 
 
 def gradient(check, latents: Latents, coefficients, numbers: Numbers, impl: str):
     """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), times the mask."""
     kind = Kind("measure", third=coefficients[2] is not None)
-    key = None
-    if not traced(latents.policy):
-        refuse_transforms("velocity_grad", latents.policy)
-        key = impl, kind, passes.signature(latents, coefficients)
-    if key is None or key[-1] is None:
-        check()
-        impl = dispatch.choose(impl, latents.policy.device)
-        return ops.velocity_grad_op(*map(_detached, (*latents, *coefficients)), pack(numbers), impl)
-    run = passes.known(key)
+    run, impl = _find(check, latents, coefficients, kind, impl, "velocity_grad")
     if run is None:
-        check()
-        run = passes.of(dispatch.choose(impl, latents.policy.device), latents, coefficients, kind, key)
+        return ops.velocity_grad_op(*map(_detached, (*latents, *coefficients)), pack(numbers), impl)
     return run.gradient(latents, coefficients, numbers)
+
+
+def coefficients(
+    stats: Stats,
+    scalars: Scalars,
+    kind: Kind,
+    numbers: Numbers,
+    impl: str,
+    process_group: "ProcessGroup | None" = None,
+) -> Coefficients:
+    """What a loss of `kind` makes of measured statistics. Raises TypeError or ValueError."""
+    if stats.table.dtype not in (torch.float32, torch.float64):
+        stats = stats.to(torch.float32)
+    table, device = stats.table, stats.table.device
+    if len(stats) == 0 and process_group is None:  # over ranks everybody is to fail, after the exchange
+        raise ValueError("stats: expected at least one sample, got none")
+    scalars.check(len(stats), device)
+    impl = dispatch.choose(impl, device)
+    with torch.no_grad():
+        if kind.method == "nft":
+            table = table.clone()  # what finishes NFT leaves the policy's own error in it
+        if process_group is None and traced(table):
+            loss, outcome = finish_ops.finish_op(table, *scalars, pack(numbers), str(kind), impl)
+        else:
+            loss, outcome = finish_ops.finish(table, scalars, kind, numbers, impl, process_group)
+    c1, c2, c3, policy_loss, kl_loss = outcome.unbind(0)
+    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2, c3 if kind.third else None)
+
+
+def _find(check, latents: Latents, scalars, kind: Kind, impl: str, name: str):
+    """(passes, impl) for these tensors; no passes where the registered operators stand in for them.
+
+    The impl is resolved wherever the tensors were checked: where they are new, and for the operators.
+    """
+    policy, key = latents.policy, None
+    if not traced(policy):
+        refuse_transforms(name, policy)
+        look = passes.signature(latents, scalars)
+        if look is not None:
+            key = impl, kind, look
+            run = passes.known(key)
+            if run is not None:
+                return run, impl
+    check()
+    impl = dispatch.choose(impl, policy.device)
+    return (None if key is None else passes.of(impl, latents, scalars, kind, key)), impl
 
 
 def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: str):

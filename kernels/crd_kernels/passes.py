@@ -15,6 +15,8 @@ import importlib
 
 import torch
 
+from .problem import Scalars
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 LIMIT = 512  # layouts kept; a training run has a handful
 _PASSES: dict = {}
@@ -58,5 +60,5 @@ def again(impl, latents, kind):
     `old` may be there because it decides what the loss was computed in: it goes where the gradient has no use
     for it.
     """
-    passes = of(impl, latents, (None,) * 5, kind)
+    passes = of(impl, latents, Scalars(), kind)
     return passes, latents if kind.third else latents._replace(old=None)

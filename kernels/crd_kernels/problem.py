@@ -40,12 +40,12 @@ class Scalars(NamedTuple):
     kl_weight: torch.Tensor | None = None  # float
     old_error: torch.Tensor | None = None  # float, in place of the measured one
 
-    def check(self, policy: torch.Tensor) -> None:
-        """Raises TypeError or ValueError naming the vector that is not one entry per sample of policy."""
+    def check(self, batch: int, device: torch.device) -> None:
+        """Raises TypeError or ValueError naming the vector that is not one entry per sample on `device`."""
         for name, value in self._asdict().items():
             if value is not None:
                 dtypes = checks.INTEGERS if name == "group" else checks.FLOATS
-                checks.per_sample(name, value, policy.shape[0], policy.device, dtypes)
+                checks.per_sample(name, value, batch, device, dtypes)
 
 
 class Numbers(NamedTuple):

@@ -29,6 +29,8 @@ BAD = [
     ({"advantage": torch.zeros(7, 1)}, ValueError, "advantage: expected shape (7,), got (7, 1)"),
     ({"advantage": torch.zeros(7, dtype=torch.int64)}, TypeError, "advantage: expected dtype"),
     ({"advantage": [0.0] * 7}, TypeError, "advantage: expected a tensor, got list"),
+    ({"advantage": None}, TypeError, "advantage: expected a tensor, got NoneType"),
+    ({"group": None}, TypeError, "group: expected a tensor, got NoneType"),
     ({"group": torch.zeros(5, dtype=torch.int64)}, ValueError, "group: expected shape (7,), got (5,)"),
     ({"group": torch.zeros(7)}, TypeError, "group: expected dtype"),
     ({"guidance_scale": 4.5, "ref_uncond": None}, ValueError, "ref_uncond: expected a tensor because"),

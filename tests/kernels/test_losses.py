@@ -318,3 +318,19 @@ def test_what_the_steps_refuse(impl):
         nft_coefficients(stats, x["advantage"], x["advantage"][:3], impl=impl)
     with pytest.raises(TypeError, match="sigma"):
         awm_coefficients(stats, x["advantage"], weighting="t", impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_take_statistics_of_any_dtype(impl, dtype):
+    """As `center` does: what comes of them is in float32."""
+    x = make(batch=64, dtype=torch.float32)
+    stats = measure(*(x[k] for k in ("policy", "old", "ref_cond", "x0", "noise")), mix=0.5, impl=impl)
+    a, sigma = x["advantage"], x["advantage"].sigmoid()
+    given = stats.to(dtype), stats.to(dtype).to(torch.float64)
+    for found, wide in (
+        [nft_coefficients(s, a, sigma, beta=0.5, impl=impl) for s in given],
+        [awm_coefficients(s, a, kl_beta=0.1, impl=impl) for s in given],
+    ):
+        assert found.c1.dtype == torch.float32
+        for name in ("loss", "policy_loss", "kl_loss", "c1", "c2"):
+            assert relative_error(getattr(found, name), getattr(wide, name)) < 1e-6

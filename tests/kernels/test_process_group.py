@@ -81,3 +81,15 @@ def test_a_rank_without_samples_ends_the_step_on_every_rank(tmp_path):
     for found in ranks:
         assert found[0] == "stats: expected at least one sample on every rank, got none on [1]"
     assert (ranks[0][1] + ranks[1][1]) / 2 == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_scalars_are_checked_in_every_call_over_ranks(tmp_path):
+    """Latents that look like those before do not spare the scalars their check."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        inputs, group = make(batch=4, groups=(0, 0, 3)), dist.group.WORLD
+        loss_of(inputs, slice(None), process_group=group)
+        with pytest.raises(ValueError, match=r"advantage: expected shape \(4,\), got \(3,\)"):
+            loss_of(inputs | {"advantage": inputs["advantage"][:3]}, slice(None), process_group=group)
+    finally:
+        dist.destroy_process_group()

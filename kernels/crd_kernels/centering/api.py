@@ -6,11 +6,9 @@ C++ on the CPU (finish/), by the definition of reference.py.
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .. import checks, dispatch, fused
-from ..finish import ops
+from .. import checks, fused
 from ..problem import Kind, Numbers, Scalars, settings
 from ..velocity.stats import Stats
 from .coefficients import Coefficients
@@ -68,15 +66,7 @@ def center(
     Raises TypeError or ValueError naming the argument. NaN in a sample reaches the losses.
     Source: arXiv 2603.14128.
     """
-    if stats.table.dtype not in (torch.float32, torch.float64):
-        stats = stats.to(torch.float32)
-    batch, device = len(stats), stats.table.device
-    if batch == 0 and process_group is None:  # over ranks everybody is to fail, after the exchange
-        raise ValueError("stats: expected at least one sample, got none")
-    checks.per_sample("advantage", advantage, batch, device)
-    checks.per_sample("group", group, batch, device, checks.INTEGERS)
-    if kl_weight is not None:
-        checks.per_sample("kl_weight", kl_weight, batch, device)
+    checks.given(advantage=advantage, group=group)
     kind, numbers = crd_settings(
         1.0,
         beta,
@@ -91,14 +81,7 @@ def center(
         denominator,
     )
     scalars = Scalars(advantage, group, None, kl_weight)
-    with torch.no_grad():
-        impl = dispatch.choose(impl, device)
-        if process_group is None and fused.traced(stats.table):
-            loss, outcome = ops.finish_op(stats.table, *scalars, fused.pack(numbers), str(kind), impl)
-        else:
-            loss, outcome = ops.finish(stats.table, scalars, kind, numbers, impl, process_group)
-    c1, c2, _, policy_loss, kl_loss = outcome.unbind(0)
-    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2)
+    return fused.coefficients(stats, scalars, kind, numbers, impl, process_group)
 
 
 @settings
@@ -128,8 +111,6 @@ def crd_settings(
     checks.number("advantage_clip", advantage_clip, above=0)
     checks.choice("loss_type", loss_type, ("mse", "bce"))
     checks.choice("centering", centering, ("prompt", "batch"))
-    if denominator is not None:
-        checks.number("denominator", denominator, above=0)
     kind = Kind(
         "crd",
         adaptive_weighting=bool(adaptive_weighting),
@@ -145,6 +126,6 @@ def crd_settings(
         kl_min=float(kl_min),
         advantage_clip=float(advantage_clip),
         temperature=float(temperature) if kind.tempered else 1.0,
-        denominator=0.0 if denominator is None else float(denominator),
+        denominator=checks.denominator(denominator),
     )
     return kind, numbers

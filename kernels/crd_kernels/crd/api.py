@@ -98,29 +98,24 @@ def crd_loss(
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
     scalars = Scalars(advantage, group, None, kl_weight)
-    if process_group is not None:
-        return _over_ranks(latents, scalars, kind, numbers, process_group, impl)
 
     def check():
         latents.check()
-        checks.given(old=old)
-        scalars.check(policy)
+        checks.given(old=old, advantage=advantage, group=group)
+        scalars.check(policy.shape[0], policy.device)
 
+    if process_group is not None:
+        return _over_ranks(check, latents, scalars, kind, numbers, process_group, impl)
     return CRDOutput(*fused.loss(check, latents, scalars, kind, numbers, impl, "crd_loss"))
 
 
-def _over_ranks(latents, scalars, kind, numbers, process_group, impl):
+def _over_ranks(check, latents, scalars, kind, numbers, process_group, impl):
     """The three steps, with an exchange of scalars between the ranks in the middle."""
     policy = latents.policy
     if policy.shape[0] == 0:
         everyone_has_samples(process_group, 0, policy.device)
     impl = dispatch.choose(impl, policy.device)
-
-    def check():
-        latents.check()
-        checks.given(old=latents.old)
-        scalars.check(policy)
-
+    check()  # each time: what `measure` remembers of a call says nothing of the scalars
     with torch.no_grad():
         measuring = Kind("measure", adaptive_weighting=kind.adaptive_weighting)
         table = fused.measure(check, latents, measuring, numbers, impl)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from .. import checks
+from .. import checks, fused
 from ..centering.coefficients import Coefficients
 from ..problem import WEIGHTINGS, Kind, Latents, Numbers, Scalars, settings
 from ..velocity.stats import Stats
-from .common import LossOutput, coefficients_of, loss_of
+from .common import LossOutput, loss_of
 
 
 def awm_loss(
@@ -126,7 +126,7 @@ def awm_coefficients(
         bool(off_policy),
         ema_kl_beta > 0,
     )
-    return coefficients_of(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
+    return fused.coefficients(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
 
 
 @settings
@@ -146,8 +146,6 @@ def _settings(
     checks.number("ema_kl_beta", ema_kl_beta, at_least=0)
     checks.number("advantage_clip", advantage_clip, above=0)
     checks.choice("weighting", weighting, WEIGHTINGS)
-    if denominator is not None:
-        checks.number("denominator", denominator, above=0)
     below, above = _sides(clip_range)
     numbers = Numbers(
         guidance_scale=float(guidance_scale),
@@ -156,7 +154,7 @@ def _settings(
         ratio_low=1 - below,
         ratio_high=1 + above,
         old_kl_beta=float(ema_kl_beta),
-        denominator=0.0 if denominator is None else float(denominator),
+        denominator=checks.denominator(denominator),
     )
     clipped = clip_range is not None
     return Kind("awm", off_policy=off_policy, clipped=clipped, third=third, weighting=weighting), numbers

@@ -4,9 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import checks, dispatch, fused
-from ..centering.coefficients import Coefficients
-from ..finish import ops
+from .. import fused
 from ..problem import Kind, Latents, Numbers, Scalars
 from ..velocity.stats import Stats
 
@@ -42,26 +40,6 @@ def loss_of(
     def check():
         first()
         latents.check()
-        scalars.check(latents.policy)
+        scalars.check(latents.policy.shape[0], latents.policy.device)
 
     return LossOutput(*fused.loss(check, latents, scalars, kind, numbers, impl, name))
-
-
-def coefficients_of(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers, impl: str) -> Coefficients:
-    """What a loss of `kind` makes of measured statistics. Raises TypeError or ValueError."""
-    batch, device = len(stats), stats.table.device
-    if batch == 0:
-        raise ValueError("stats: expected at least one sample, got none")
-    for name, value in scalars._asdict().items():
-        if value is not None:
-            checks.per_sample(name, value, batch, device)
-    with torch.no_grad():
-        impl, table = dispatch.choose(impl, device), stats.table
-        if kind.method == "nft":
-            table = table.clone()  # what finishes NFT leaves the policy's own error in it
-        if fused.traced(table):
-            loss, outcome = ops.finish_op(table, *scalars, fused.pack(numbers), str(kind), impl)
-        else:
-            loss, outcome = ops.finish(table, scalars, kind, numbers, impl)
-    c1, c2, c3, policy_loss, kl_loss = outcome.unbind(0)
-    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2, c3 if kind.third else None)

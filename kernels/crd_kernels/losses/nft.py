@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from .. import checks
+from .. import checks, fused
 from ..centering.coefficients import Coefficients
 from ..problem import Kind, Latents, Numbers, Scalars, settings
 from ..velocity.stats import Stats
-from .common import LossOutput, coefficients_of, loss_of
+from .common import LossOutput, loss_of
 
 
 def nft_loss(
@@ -73,7 +73,7 @@ def nft_coefficients(
     """
     checks.given(advantage=advantage, sigma=sigma)
     kind, numbers = _settings(1.0, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
-    return coefficients_of(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
+    return fused.coefficients(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
 
 
 @settings
@@ -82,14 +82,12 @@ def _settings(guidance_scale, beta, kl_beta, advantage_clip, adaptive_weighting,
     checks.number("beta", beta, above=0)
     checks.number("kl_beta", kl_beta, at_least=0)
     checks.number("advantage_clip", advantage_clip, above=0)
-    if denominator is not None:
-        checks.number("denominator", denominator, above=0)
     numbers = Numbers(
         guidance_scale=float(guidance_scale),
         mix=float(beta),
         beta=float(beta),
         kl_beta=float(kl_beta),
         advantage_clip=float(advantage_clip),
-        denominator=0.0 if denominator is None else float(denominator),
+        denominator=checks.denominator(denominator),
     )
     return Kind("nft", adaptive_weighting=bool(adaptive_weighting), third=True), numbers
