@@ -67,6 +67,7 @@ class RolloutConfig(Section):
     prompts_per_iteration: int = Field(48, ge=1)
     samples_per_prompt: int = Field(24, ge=2)
     steps: int = Field(10, ge=1)
+    solver: Literal["euler", "ab2"] = "euler"  # ab2: of second order, by the step before
     guidance_scale: float = Field(1.0, ge=0)
     resolution: int = Field(512, ge=8)
     micro_batch: Literal["auto"] | int = "auto"
@@ -163,6 +164,10 @@ class TrainConfig(Section):
     steps_per_iteration: int = Field(2, ge=1)
     timesteps: Literal["all"] | int = "all"
     timestep_range: float = Field(0.99, gt=0, le=1)
+    timestep_sampling: Literal["uniform", "high-noise"] = "uniform"  # of the range, or of half
+    backward_fraction: float = Field(1.0, gt=0, le=1)  # of each group's pairs; the others are only measured
+    skip_equal_groups: bool = False  # no policy term where all rewards of a group are equal
+    kept_graphs: Literal["none", "device", "host"] = "none"  # of a group's micro-batches; none: run again
     micro_batch: Literal["auto"] | int = "auto"
     checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks that repeat
@@ -230,6 +235,18 @@ class Recipe(Section):
         if self.model.streaming and self.train.compile and self.model.quantization == "nf4":
             # the compiled code of some networks keeps the copies of 4-bit weights alive: all blocks at once
             raise ValueError("train.compile: expected false with nf4 weights that are streamed, got true")
+        if self.train.backward_fraction * self.rollout.samples_per_prompt < 1:
+            raise ValueError(
+                f"train.backward_fraction: expected at least one of rollout.samples_per_prompt "
+                f"({self.rollout.samples_per_prompt}), got {self.train.backward_fraction:g} of them"
+            )
+        if self.model.sharding == "fsdp" and (
+            self.train.backward_fraction < 1 or self.train.skip_equal_groups
+        ):
+            raise ValueError(
+                "train.backward_fraction, train.skip_equal_groups: expected 1.0 and false with "
+                "model.sharding fsdp (all processes take part in each forward)"
+            )
         count = self.train.timesteps
         if count != "all" and not 1 <= count <= len(self.training_steps()):
             raise ValueError(
@@ -244,8 +261,12 @@ class Recipe(Section):
         return self
 
     def training_steps(self) -> list[int]:
-        """Indices of the rollout's steps that lie in the first `timestep_range` of the denoising."""
-        return [i for i in range(self.rollout.steps) if i < self.train.timestep_range * self.rollout.steps]
+        """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the
+        denoising, or of these the noisier half.
+        """
+        last = self.train.timestep_range * self.rollout.steps
+        steps = [i for i in range(self.rollout.steps) if i < last]
+        return steps[: (len(steps) + 1) // 2] if self.train.timestep_sampling == "high-noise" else steps
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110)

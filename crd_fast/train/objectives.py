@@ -7,6 +7,7 @@ a name in `OBJECTIVES` and in `loss.method`.
 from __future__ import annotations
 
 import crd_kernels
+import numpy as np
 import torch
 
 from crd_fast.config import LossConfig
@@ -34,6 +35,10 @@ class Objective:
     ) -> crd_kernels.Coefficients:
         """c1, c2 and where needed c3, (B,), and the losses: sums over these pairs, through `denominator`."""
         raise NotImplementedError
+
+    def anchor_strength(self, advantage: np.ndarray) -> np.ndarray:
+        """What multiplies the distance to the reference for each advantage A_i, in float64."""
+        return np.full(advantage.shape, self.loss.kl_beta)
 
     def metrics(self, stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
         """Of each pair, (B,) float64, beside the losses and the distances to the reference."""
@@ -66,6 +71,12 @@ class CRD(Objective):
             denominator=denominator,
             impl=self.loss.impl,
         )
+
+    def anchor_strength(self, advantage):
+        if not self.loss.reward_adaptive_kl:
+            return super().anchor_strength(advantage)
+        least = min(self.loss.kl_min, self.loss.kl_beta)
+        return least + to_unit(advantage, self.advantage_clip) * (self.loss.kl_beta - least)
 
     def metrics(self, stats):
         return log_ratio(stats) | super().metrics(stats)
@@ -128,8 +139,7 @@ class FlowMatching(AWM):
     """Flow matching on the samples, weighed by their rewards: by a_i, the advantage mapped to [0, 1]."""
 
     def coefficients(self, stats, pairs, denominator):
-        clip = self.advantage_clip
-        weight = (pairs.advantage.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
+        weight = to_unit(pairs.advantage, self.advantage_clip)
         return self.matched(stats, pairs, denominator, weight, 1.0)
 
 
@@ -139,6 +149,11 @@ OBJECTIVES = {"crd": CRD, "nft": NFT, "awm": AWM, "flow_matching": FlowMatching}
 def make_objective(loss: LossConfig, advantage_clip: float) -> Objective:
     """The method that the recipe names."""
     return OBJECTIVES[loss.method](loss, advantage_clip)
+
+
+def to_unit(advantage, clip: float):
+    """a_i, the advantage mapped to [0, 1]: 1/2 where it is 0. Of a tensor or an array, of its shape."""
+    return (advantage.clip(-clip, clip) / (2 * clip) + 0.5).clip(0, 1)
 
 
 def log_ratio(stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from crd_fast.config import Recipe
-from crd_fast.seeds import ANCHOR, NOISE, TIMESTEPS, generator, seed_table
+from crd_fast.seeds import ANCHOR, BACKWARD, NOISE, TIMESTEPS, generator, seed_table
+from crd_fast.train.draws import drawn_weights, inclusion, systematic
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,27 @@ class Pairs:
     seed: torch.Tensor  # (B,) int64, of the noise
     group: torch.Tensor  # (B,) int64
     advantage: torch.Tensor  # (B,) float32, raw A_i
-    anchor: torch.Tensor  # (B,) float32, weight of the KL anchor: 0, or 1 / anchor_fraction
+    anchor: torch.Tensor  # (B,) float32, weight of the KL anchor: 0 where it is not evaluated
+    # (B,) float32, weight of the policy's term, by default 1
+    policy: torch.Tensor = None  # type: ignore[assignment]
+    # (B,) float64 in [0, 1), of the group: which of its pairs go backward
+    offset: torch.Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.policy is None:
+            object.__setattr__(self, "policy", torch.ones_like(self.anchor))
+        if self.offset is None:
+            object.__setattr__(self, "offset", torch.zeros_like(self.anchor, dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.sample)
 
     def __getitem__(self, index) -> Pairs:
         return Pairs(**{name: value[index] for name, value in vars(self).items()})
+
+    @staticmethod
+    def cat(parts: list[Pairs]) -> Pairs:
+        return Pairs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     def to(self, device) -> Pairs:
         return Pairs(**{name: value.to(device) for name, value in vars(self).items()})
@@ -40,6 +55,7 @@ def draw_pairs(
     prompts: np.ndarray,  # (p,) those of the step, of the iteration's P
     own: np.ndarray,  # this rank's
     advantage_PK: np.ndarray,
+    strength_PK: np.ndarray,  # of the KL anchor, up to a factor
 ) -> Pairs:
     """The pairs of those of the step's prompts that are this rank's own.
 
@@ -50,33 +66,43 @@ def draw_pairs(
     candidates = recipe.training_steps()
     wanted = recipe.train.timesteps
     count = len(candidates) if wanted == "all" else wanted
-    offsets = generator(seed, iteration, TIMESTEPS).random(len(advantage_PK))
-    chosen = [candidates[i] for p in prompts for i in draw_timesteps(len(candidates), count, offsets[p])]
+    offset_P = generator(seed, iteration, TIMESTEPS).random(len(advantage_PK))
+    probability = np.broadcast_to(inclusion(np.ones(len(candidates)), count), (len(prompts), len(candidates)))
+    row_G, candidate_G = systematic(probability, offset_P[prompts]).nonzero()  # G groups
 
-    group = torch.arange(len(chosen)).repeat_interleave(samples)
-    prompt = torch.from_numpy(prompts).repeat_interleave(count * samples)
-    sample = prompt * samples + torch.arange(samples).repeat(len(chosen))
-    seeds = seed_table(seed, iteration, NOISE, count=advantage_PK.size * steps)
-    timestep = torch.tensor(chosen).repeat_interleave(samples)
-    fraction = recipe.loss.anchor_fraction
-    anchored = generator(seed, iteration, ANCHOR, int(prompts[0])).random(len(sample)) < fraction
+    prompt_G = prompts[row_G]
+    timestep_G = np.array(candidates)[candidate_G]
+    sample_GK = prompt_G[:, None] * samples + np.arange(samples)
+    fraction, first = recipe.loss.anchor_fraction, int(prompts[0])
+    anchor_GK = drawn_weights(
+        strength_PK[prompt_G],
+        fraction * sample_GK.size,
+        generator(seed, iteration, ANCHOR, first).random(len(prompt_G)),
+    )
+    policy_G = np.ones(len(prompt_G))
+    if recipe.train.skip_equal_groups:
+        policy_G[equal_groups(advantage_PK)[prompt_G]] = 0.0
+
+    def of_pairs(values_G) -> torch.Tensor:
+        return torch.as_tensor(values_G).repeat_interleave(samples)
+
+    sample, prompt, timestep = torch.from_numpy(sample_GK.flatten()), of_pairs(prompt_G), of_pairs(timestep_G)
     row = torch.full((len(advantage_PK),), -1)  # of a prompt among the own
     row[torch.from_numpy(own)] = torch.arange(len(own))
     pairs = Pairs(
         sample=row[prompt] * samples + sample % samples,
         prompt=row[prompt],
         sigma=sigmas[timestep],
-        seed=seeds[sample * steps + timestep],
-        group=group,
+        seed=seed_table(seed, iteration, NOISE, count=advantage_PK.size * steps)[sample * steps + timestep],
+        group=of_pairs(np.arange(len(prompt_G))),
         advantage=torch.from_numpy(advantage_PK).float().flatten()[sample],
-        anchor=torch.from_numpy(anchored).float() / fraction,
+        anchor=torch.from_numpy(anchor_GK).float().flatten(),
+        policy=of_pairs(policy_G).float(),
+        offset=of_pairs(generator(seed, iteration, BACKWARD, first).random(len(prompt_G))),
     )
     return pairs[row[prompt] >= 0]
 
 
-def draw_timesteps(candidates: int, count: int, offset: float) -> list[int]:
-    """`count` of `candidates` indices: one from each of `count` equal strata, no repeats.
-
-    Systematic sampling: with `offset` uniform in [0, 1) every index is drawn with the same probability.
-    """
-    return [int((i + offset) * candidates / count) for i in range(count)]
+def equal_groups(advantage_PK: np.ndarray) -> np.ndarray:
+    """Whether all samples of a prompt have the same reward, (P,)."""
+    return (advantage_PK == advantage_PK[:, :1]).all(axis=1)

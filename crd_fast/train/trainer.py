@@ -89,6 +89,8 @@ class Trainer:
             micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.in_step),
             one_pass=recipe.model.streaming,
             in_step=self.weights.in_step,
+            backward_fraction=recipe.train.backward_fraction,
+            kept_graphs=recipe.train.kept_graphs,
             observer=self.observer,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
@@ -216,8 +218,10 @@ class Trainer:
     def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
+        strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         pairs_by_step = [
-            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK) for prompts in shares
+            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK, strength_PK)
+            for prompts in shares
         ]
         collected = []
         with self.observer.phase("update", sum(map(len, pairs_by_step))):

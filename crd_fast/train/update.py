@@ -2,14 +2,15 @@
 
 The gradient of a sample depends on the rest of its group through scalars alone. So a group that does not
 fit is measured without gradient in micro-batches, centered as B scalars, and then run again with gradient in
-micro-batches. Where it fits, measuring and updating share one policy forward.
+micro-batches. Where it fits, or where the graphs of its micro-batches are kept, measuring and updating share
+one policy forward. Once all is measured, a part of the pairs can be drawn that goes backward for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import crd_kernels
@@ -18,6 +19,8 @@ import torch
 from crd_fast.config import LossConfig
 from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.seeds import seeded_noise
+from crd_fast.train.chunk import Chunk
+from crd_fast.train.draws import drawn_in_groups
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.objectives import make_objective
@@ -26,29 +29,13 @@ from crd_fast.train.pairs import Pairs
 ROWS_IN_ONE = "forwards in one batch"  # the phase in which one forward's rows differ in their weights
 
 
-@dataclass
-class _Chunk:
-    """One micro-batch: what its forwards need and, once they have run, the frozen predictions.
-
-    Not the embeddings of its prompts, which are larger than its latents: they are chosen at each forward.
-    """
-
-    pairs: Pairs
-    x0: torch.Tensor
-    noise: torch.Tensor
-    x: torch.Tensor
-    old: torch.Tensor | None = None
-    ref_cond: torch.Tensor | None = None
-    ref_uncond: torch.Tensor | None = None
-
-
 class Updater:
     """Accumulates the gradient of one optimizer step over all its pairs, by the method of `loss`.
 
     model: predicts velocities with whatever weights are active; weights: switches between them. one_pass:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
     differ in their weights, so that weights that are streamed are fetched once. in_step: all ranks take part
-    in every forward, so that none may be left out.
+    in every forward, so that none may be left out. backward_fraction, kept_graphs: as the recipe has them.
 
     While old is equal to the policy it is not run: what the policy predicted is taken for it. An implicit
     reward of exactly 0 follows from that alone. It does not follow from equal weights: which rounding a row
@@ -67,11 +54,14 @@ class Updater:
         micro_batch: MicroBatch | int,
         one_pass: bool = False,
         in_step: bool = False,
+        backward_fraction: float = 1.0,
+        kept_graphs: str = "none",
         observer: Observer = NOBODY,
     ):
         self.model, self.weights, self.loss = model, weights, loss
         self.objective, self.precision = make_objective(loss, advantage_clip), precision
         self.one_pass, self.in_step, self.observer = one_pass, in_step, observer
+        self.backward_fraction, self.kept_graphs = backward_fraction, kept_graphs
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
@@ -89,23 +79,32 @@ class Updater:
         self._latents, self._embeddings, self._empty = latents, embeddings, empty
         # found from the weights each time, never remembered: a resumed run decides as the one before did
         self._old_is_policy = not self.objective.needs_old or self.weights.is_policy("old")
+        self._weighted = bool((pairs.policy != 1).any())
+        denominator = len(pairs)
+        if self._weighted:  # one stays at least, so that there are a gradient and statistics, if of zeros
+            without_term = (pairs.policy == 0) & (pairs.anchor == 0)
+            without_term[0] &= not without_term.all()
+            pairs = pairs[~without_term]
         pairs = pairs.to(latents.device)
         while True:
             try:
-                return self._accumulate(pairs)
+                return self._accumulate(pairs, denominator)
             except torch.OutOfMemoryError as error:
                 self.micro_batch.halve(error)
             for parameter in self.weights.trained():
                 parameter.grad = None
 
-    def _accumulate(self, pairs: Pairs) -> dict[str, float]:
+    def _accumulate(self, pairs: Pairs, denominator: int) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         size = self.micro_batch.size
         for unit in self._units(pairs):
             chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
-            measured = self._update(unit, chunks, len(pairs))
+            measured = self._update(unit, chunks, denominator)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
+        for parameter in self.weights.trained():
+            if parameter.grad is None:  # no pair was drawn, because none has a gradient
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         return {name: float(value) for name, value in totals.items()}
 
     def _units(self, pairs: Pairs) -> Iterator[Pairs]:
@@ -122,39 +121,21 @@ class Updater:
             stop += size
         yield pairs[start:stop]
 
-    def _update(self, unit: Pairs, chunks: list[_Chunk], denominator: int) -> dict[str, torch.Tensor]:
+    def _update(self, unit: Pairs, chunks: list[Chunk], denominator: int) -> dict[str, torch.Tensor]:
         """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
         if not self.one_pass:
             if not self._old_is_policy:
                 self._old(chunks)
             self._reference(chunks)
-        parts, found = [], []
-        if len(chunks) == 1 or not self.objective.coupled:
-            for chunk in chunks:
-                if self.one_pass:
-                    self._rows(chunk, policy=False)
-                policy = self._velocity(chunk)
-                parts.append(self._measure(chunk, policy.detach()))
-                found.append(self._coefficients(parts[-1], chunk.pairs, denominator))
-                self._backward(chunk, policy, found[-1])
-                chunk.old = chunk.ref_cond = chunk.ref_uncond = policy = None
-                self.observer.advance(len(chunk.pairs))
-            stats = crd_kernels.Stats.cat(parts)
+        if self.backward_fraction < 1 or (
+            self.objective.coupled and len(chunks) > 1 and self.kept_graphs == "none"
+        ):
+            measured = [self._measured_first(unit, chunks, denominator)]
+        elif self.objective.coupled:
+            measured = [self._at_once(unit, chunks, denominator)]
         else:
-            for chunk in chunks:
-                with torch.no_grad():
-                    policy = self._rows(chunk, policy=True) if self.one_pass else self._velocity(chunk)
-                    parts.append(self._measure(chunk, policy))
-                chunk.old = None  # a coupled method's gradient does not need it
-            stats = crd_kernels.Stats.cat(parts)
-            coefficients = self._coefficients(stats, unit, denominator)
-            found.append(coefficients)
-            start = 0
-            for chunk in chunks:
-                stop = start + len(chunk.pairs)
-                self._backward(chunk, self._velocity(chunk), coefficients[start:stop])
-                self.observer.advance(stop - start)
-                start = stop
+            measured = [self._at_once(chunk.pairs, [chunk], denominator) for chunk in chunks]
+        stats, found = crd_kernels.Stats.cat(part for part, _ in measured), [losses for _, losses in measured]
         anchor = unit.anchor.double()
         means = self.objective.metrics(stats) | {"kl": stats.kl.double() * anchor}
         if self.objective.needs_old:
@@ -164,22 +145,110 @@ class Updater:
             "kl_loss": sum(of_part.kl_loss.double() for of_part in found),
         }
 
-    def _prepare(self, pairs: Pairs) -> _Chunk:
+    def _at_once(
+        self, pairs: Pairs, chunks: list[Chunk], denominator: int
+    ) -> tuple[crd_kernels.Stats, crd_kernels.Coefficients]:
+        """Forwards with gradient; their graphs are held until all are measured."""
+        policies, parts = [], []
+        for chunk in chunks:
+            if self.one_pass:
+                self._rows(chunk, policy=False)
+            policies.append(self._velocity(chunk))
+            parts.append(self._measure(chunk, policies[-1].detach()))
+            if self.objective.coupled:  # its gradient does not need old
+                chunk.old = None
+        stats = crd_kernels.Stats.cat(parts)
+        coefficients = self._coefficients(stats, pairs, denominator)
+        start = 0
+        for chunk in chunks:
+            stop = start + len(chunk)
+            self._backward(chunk, policies.pop(0), coefficients[start:stop])
+            chunk.forget()
+            self.observer.advance(len(chunk))
+            start = stop
+        return stats, coefficients
+
+    def _measured_first(
+        self, unit: Pairs, chunks: list[Chunk], denominator: int
+    ) -> tuple[crd_kernels.Stats, crd_kernels.Coefficients]:
+        """Forwards without gradient, and then with gradient for all pairs or for those that are drawn."""
+        parts = []
+        for chunk in chunks:
+            with torch.no_grad():
+                policy = self._rows(chunk, policy=True) if self.one_pass else self._velocity(chunk)
+                parts.append(self._measure(chunk, policy))
+            if self.objective.coupled:
+                chunk.old = None
+        stats = crd_kernels.Stats.cat(parts)
+        coefficients = losses = self._coefficients(stats, unit, denominator)
+        if self.backward_fraction < 1:
+            chunks, coefficients = self._drawn(stats, coefficients, unit, chunks)
+        start = 0
+        for chunk in chunks:
+            stop = start + len(chunk)
+            self._backward(chunk, self._velocity(chunk), coefficients[start:stop])
+            chunk.forget()
+            start = stop
+        self.observer.advance(len(unit))
+        return stats, losses
+
+    def _drawn(
+        self,
+        stats: crd_kernels.Stats,
+        coefficients: crd_kernels.Coefficients,
+        unit: Pairs,
+        chunks: list[Chunk],
+    ) -> tuple[list[Chunk], crd_kernels.Coefficients]:
+        """A part of each group, drawn by what its gradients are at most, weighted by 1 / probability."""
+        size = coefficients.c1.abs() * stats.policy_error.sqrt() + coefficients.c2.abs() * stats.kl.sqrt()
+        if coefficients.c3 is not None:
+            size = size + coefficients.c3.abs() * stats.old_deviation.sqrt()
+        weight = torch.from_numpy(
+            drawn_in_groups(
+                size.double().cpu().numpy(),
+                unit.group.cpu().numpy(),
+                unit.offset.cpu().numpy(),
+                self.backward_fraction,
+            )
+        )
+        drawn = weight.nonzero().flatten()
+        chosen = coefficients[drawn.to(size.device)]
+        factor = weight[drawn].to(chosen.c1)
+        chosen = replace(chosen, c1=chosen.c1 * factor, c2=chosen.c2 * factor)
+        if chosen.c3 is not None:
+            chosen = replace(chosen, c3=chosen.c3 * factor)
+        parts, start = [], 0
+        for chunk in chunks:
+            of_chunk = drawn[(drawn >= start) & (drawn < start + len(chunk))] - start
+            parts.append(chunk[of_chunk.to(chunk.x.device)])
+            start += len(chunk)
+            chunk.forget()
+        return Chunk.joined(parts).split(self.micro_batch.size), chosen
+
+    def _prepare(self, pairs: Pairs) -> Chunk:
         x0 = self._latents[pairs.sample]
         noise = seeded_noise(pairs.seed, x0.shape[1:], x0.device)
         x = torch.lerp(x0, noise, pairs.sigma.view(-1, *[1] * (x0.ndim - 1)))
-        return _Chunk(pairs, x0, noise, x)
+        return Chunk(pairs, x0, noise, x)
 
     @observed("old")
     @torch.no_grad()
-    def _old(self, chunks: list[_Chunk]) -> None:
+    def _old(self, chunks: list[Chunk]) -> None:
+        """Predictions of old, only for the pairs with a policy's term."""
         with self.weights.use("old"):
             for chunk in chunks:
-                chunk.old = self._velocity(chunk, "old")
+                if not self._weighted:
+                    chunk.old = self._velocity(chunk, "old")
+                    continue
+                rows = chunk.pairs.policy.nonzero().flatten()
+                chunk.old = chunk.x  # where the term has no weight any finite prediction will do
+                if len(rows):
+                    old = self._velocity(chunk[rows], "old")
+                    chunk.old = chunk.x.to(old.dtype).index_put((rows,), old)
 
     @observed("reference")
     @torch.no_grad()
-    def _reference(self, chunks: list[_Chunk]) -> None:
+    def _reference(self, chunks: list[Chunk]) -> None:
         """Predictions of the reference, only for the pairs that are anchored."""
         anchored = [chunk.pairs.anchor.nonzero().flatten() for chunk in chunks]
         if self.in_step:  # at least one pair, whose anchor may have no weight
@@ -191,7 +260,7 @@ class Updater:
                 if len(rows):
                     self._reference_of(chunk, rows)
 
-    def _reference_of(self, chunk: _Chunk, rows: torch.Tensor) -> None:
+    def _reference_of(self, chunk: Chunk, rows: torch.Tensor) -> None:
         x, sigma = chunk.x[rows], chunk.pairs.sigma[rows]
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], x.device)
         watched = partial(self.observer.branch, "reference")
@@ -207,7 +276,7 @@ class Updater:
 
     @observed(ROWS_IN_ONE)
     @torch.no_grad()
-    def _rows(self, chunk: _Chunk, policy: bool) -> torch.Tensor | None:
+    def _rows(self, chunk: Chunk, policy: bool) -> torch.Tensor | None:
         """The predictions of old and of the reference, and those that it returns if asked, in one batch."""
         names = ["policy"] * policy + ["old"] * (not self._old_is_policy)
         count = len(chunk.pairs)
@@ -239,7 +308,7 @@ class Updater:
             self._set_reference(chunk, anchored, ref_cond, ref_uncond)
         return found.get("policy")
 
-    def _set_reference(self, chunk: _Chunk, rows: torch.Tensor, ref_cond, ref_uncond) -> None:
+    def _set_reference(self, chunk: Chunk, rows: torch.Tensor, ref_cond, ref_uncond) -> None:
         if len(rows) == len(chunk.pairs):
             chunk.ref_cond, chunk.ref_uncond = ref_cond, ref_uncond
             return
@@ -249,14 +318,14 @@ class Updater:
         if ref_uncond is not None:
             chunk.ref_uncond = some.index_put((rows,), ref_uncond)
 
-    def _velocity(self, chunk: _Chunk, branch: str = "policy") -> torch.Tensor:
+    def _velocity(self, chunk: Chunk, branch: str = "policy") -> torch.Tensor:
         """By the weights that are active, which are those of `branch`."""
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt, chunk.x.device)
         with self._autocast(chunk), self.observer.branch(branch, len(chunk.pairs)):
             return self.model.velocity(chunk.x, chunk.pairs.sigma, embeddings)
 
     @observed("measure")
-    def _measure(self, chunk: _Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
+    def _measure(self, chunk: Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         return crd_kernels.measure(
             policy,
             policy if self._old_is_policy else chunk.old,
@@ -274,10 +343,15 @@ class Updater:
     def _coefficients(
         self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
     ) -> crd_kernels.Coefficients:
-        return self.objective.coefficients(stats, pairs, denominator)
+        found = self.objective.coefficients(stats, pairs, denominator)
+        if self._weighted:
+            weight = pairs.policy.to(found.c1.dtype)
+            c3 = None if found.c3 is None else found.c3 * weight
+            found = replace(found, c1=found.c1 * weight, c3=c3)
+        return found
 
     @observed("backward")
-    def _backward(self, chunk: _Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
+    def _backward(self, chunk: Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:
         fixed = policy.detach()
         gradient = crd_kernels.velocity_grad(
             fixed,
@@ -292,5 +366,5 @@ class Updater:
         )
         policy.backward(gradient)
 
-    def _autocast(self, chunk: _Chunk):
+    def _autocast(self, chunk: Chunk):
         return autocast(chunk.x.device.type, self.precision)

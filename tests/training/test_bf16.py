@@ -10,7 +10,7 @@ from crd_fast.errors import UserError
 from crd_fast.weights.bf16 import RoundedAdamW, RoundedAdamW8bit, rounded, widen_gradients
 from crd_fast.weights.full import HostWeights
 from crd_fast.weights.make import make_optimizer
-from tests.training.test_update import gradients, setting  # noqa: F401
+from tests.training.conftest import gradients
 
 
 def test_rounding_is_right_on_average_and_keeps_what_bfloat16_holds():
@@ -60,7 +60,7 @@ def test_gradients_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 24])
-def test_groups_are_exact(setting, micro_batch):  # noqa: F811
+def test_groups_are_exact(setting, micro_batch):
     model = setting[0]
     model.transformer.bfloat16()
     weights = HostWeights(model.transformer)

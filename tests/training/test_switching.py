@@ -9,7 +9,7 @@ from crd_fast.errors import UserError
 from crd_fast.weights import sharded
 from crd_fast.weights.full import FullWeights, HostWeights
 from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
-from tests.training.test_update import gradients, setting  # noqa: F401
+from tests.training.conftest import gradients
 from tests.training.test_weights import lora, network, train_a_little
 
 MAKE = {
@@ -117,7 +117,7 @@ def test_exchanged_in_pieces(monkeypatch):
         dist.destroy_process_group()
 
 
-def test_a_step_whose_switch_found_no_memory_is_that_of_half_the_micro_batch(setting, monkeypatch):  # noqa: F811
+def test_a_step_whose_switch_found_no_memory_is_that_of_half_the_micro_batch(setting, monkeypatch):
     def of_host():
         weights = HostWeights(setting[0].transformer)
         weights.load_state(state)

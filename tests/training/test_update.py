@@ -9,79 +9,10 @@ import torch
 
 from crd_fast.config import LossConfig
 from crd_fast.errors import UserError
-from crd_fast.run.observer import NOBODY, Observer, Observers
+from crd_fast.run.observer import Observer, Observers
 from crd_fast.seeds import seed_table, seeded_noise
-from crd_fast.train.pairs import Pairs, draw_timesteps
-from crd_fast.train.update import Updater
-from crd_fast.weights.full import FullWeights
-
-PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
-SHAPE = (3, 4, 4)
-
-
-class TinyModel:
-    """A velocity model of a few hundred parameters that counts the samples it is run on."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.transformer = torch.nn.Sequential(
-            torch.nn.Linear(48 + 1 + 5, 32), torch.nn.Tanh(), torch.nn.Linear(32, 48)
-        )
-        self.transformer.double()
-        self.samples_run = {True: 0, False: 0}  # with and without gradient
-
-    def velocity(self, x, sigma, embeddings):
-        self.samples_run[torch.is_grad_enabled()] += len(x)
-        inputs = torch.cat(
-            [x.flatten(1).double(), sigma[:, None].double(), embeddings["states"].double()], dim=1
-        )
-        return self.transformer(inputs).view_as(x)
-
-
-@pytest.fixture
-def setting():
-    model = TinyModel()
-    weights = FullWeights(model.transformer)
-    with torch.no_grad():  # four different sets of weights
-        for parameter in weights.trained():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        weights.blend("old", 0.4)
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(PROMPTS * SAMPLES, *SHAPE, generator=generator)
-    embeddings = {"states": torch.randn(PROMPTS, 5, generator=generator)}
-    empty = {"states": torch.zeros(1, 5)}
-    groups = PROMPTS * TIMESTEPS
-    sample = torch.cat(
-        [torch.arange(SAMPLES) + p * SAMPLES for p in range(PROMPTS) for _ in range(TIMESTEPS)]
-    )
-    pairs = Pairs(
-        sample=sample,
-        prompt=sample // SAMPLES,
-        sigma=torch.tensor([0.9, 0.4]).repeat(PROMPTS).repeat_interleave(SAMPLES),
-        seed=seed_table(3, count=groups * SAMPLES),
-        group=torch.arange(groups).repeat_interleave(SAMPLES),
-        advantage=3 * torch.randn(PROMPTS * SAMPLES, generator=generator)[sample],
-        anchor=torch.ones(groups * SAMPLES),
-    )
-    return model, weights, pairs, latents, embeddings, empty
-
-
-def gradients(setting, micro_batch, pairs=None, observer=NOBODY, **loss):
-    model, weights, all_pairs, latents, embeddings, empty = setting
-    config = LossConfig(**{"beta": 5.0, "kl_beta": 0.1, "guidance_scale": 4.5, "impl": "reference"} | loss)
-    updater = Updater(
-        model,
-        weights,
-        config,
-        advantage_clip=5.0,
-        precision="fp32",
-        micro_batch=micro_batch,
-        observer=observer,
-    )
-    model.transformer.zero_grad(set_to_none=True)
-    model.samples_run = {True: 0, False: 0}
-    metrics = updater.accumulate(all_pairs if pairs is None else pairs, latents, embeddings, empty)
-    return metrics, torch.cat([p.grad.flatten() for p in weights.trained()])
+from crd_fast.train.pairs import Pairs
+from tests.training.conftest import METHODS, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
 
 
 def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0):
@@ -134,16 +65,6 @@ def test_gradient_is_that_of_the_whole_loss_at_any_micro_batch(setting, micro_ba
 def test_policy_gradient_at_micro_batch_one_is_not_zero(setting):
     _, gradient = gradients(setting, 1, kl_beta=0.0, kl_min=0.0)
     assert gradient.norm() > 1e-3
-
-
-METHODS = {
-    "nft": {"method": "nft", "beta": 0.5},
-    "nft plain": {"method": "nft", "adaptive_weighting": False, "guidance_scale": 1.0},
-    "awm": {"method": "awm", "weighting": "t"},
-    "awm clipped": {"method": "awm", "weighting": "huber", "clip_range": 0.02, "old_kl_beta": 0.3},
-    "awm held": {"method": "awm", "old_kl_beta": 0.3, "kl_beta": 0.0},
-    "flow matching": {"method": "flow_matching"},
-}
 
 
 def by_the_kernels_loss(setting, method, weights, **settings):
@@ -316,16 +237,6 @@ def test_equal_policy_and_old_have_no_implicit_reward(setting, micro_batch):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
     measured = 0 if micro_batch == SAMPLES else len(pairs)
     assert model.samples_run == {True: len(pairs), False: 2 * len(pairs) + measured}
-
-
-def test_timesteps_are_stratified_without_repeats_and_equally_often():
-    counts = torch.zeros(10)
-    for offset in torch.linspace(0, 1, 1001)[:-1].tolist():
-        drawn = draw_timesteps(10, 3, offset)
-        assert len(set(drawn)) == 3
-        counts[drawn] += 1
-    assert counts.min() >= 290 and counts.max() <= 310
-    assert draw_timesteps(10, 10, 0.7) == list(range(10))
 
 
 def test_noise_depends_on_its_own_seed_alone():

@@ -1,0 +1,198 @@
+"""What computes less: drawn without bias, or the same numbers by fewer forwards."""
+
+import numpy as np
+import pytest
+import torch
+
+from crd_fast.config import load_recipe
+from crd_fast.errors import UserError
+from crd_fast.seeds import seed_table, seeded_noise
+from crd_fast.train.draws import drawn_weights, inclusion, systematic
+from crd_fast.train.objectives import make_objective
+from crd_fast.train.pairs import Pairs, draw_pairs
+from crd_fast.train.rollout import Sampling, generate
+from tests.training.conftest import METHODS, SAMPLES, gradients
+
+OFFSETS = (np.arange(500) + 0.5) / 500  # the mean over them is that over uniform ones
+
+
+def test_probabilities_are_proportional_and_at_most_one():
+    size = np.array([0.0, 1.0, 2.0, 3.0, 30.0])
+    np.testing.assert_allclose(inclusion(size, 1), size / 36)
+    np.testing.assert_allclose(inclusion(size, 2), [0, 1 / 6, 2 / 6, 3 / 6, 1])
+    np.testing.assert_allclose(inclusion(size, 3), [0, 1 / 3, 2 / 3, 1, 1])
+    np.testing.assert_allclose(inclusion(size, 5), [0, 1, 1, 1, 1])
+    np.testing.assert_allclose(inclusion(np.zeros(3), 2), 0)
+
+
+def test_each_is_drawn_as_often_as_its_probability_says():
+    probability = inclusion(np.random.default_rng(0).random((4, 7)), 9)
+    drawn = np.stack([systematic(probability, np.full(4, offset)) for offset in OFFSETS])
+    np.testing.assert_allclose(drawn.mean(0), probability, atol=2 / len(OFFSETS))
+    count = drawn.sum(2)
+    assert (np.abs(count - probability.sum(1)) < 1).all()  # never further from it than by rounding
+
+
+def test_equal_probabilities_give_one_of_each_stratum():
+    for offset in OFFSETS:
+        (drawn,) = systematic(np.full((1, 10), 0.3), np.array([offset])).nonzero()[1:]
+        assert [3 * i // 10 for i in drawn] == [0, 1, 2] or (np.diff(drawn) >= 3).all()
+    assert systematic(np.ones((1, 10)), np.array([0.7])).all()
+
+
+def test_weighted_sums_have_the_expectation_of_the_whole():
+    rng = np.random.default_rng(1)
+    size, value = rng.random((3, 8)), rng.normal(size=(3, 8))
+    sums = [(drawn_weights(size, 6, np.full(3, offset)) * value).sum() for offset in OFFSETS]
+    assert np.mean(sums) == pytest.approx(value.sum(), abs=0.05)
+    assert np.std(sums) > 0.1
+
+
+@pytest.mark.parametrize("fraction", [1 / 2, 1 / 3])
+@pytest.mark.parametrize("name", [{}, *METHODS.values()], ids=["crd", *METHODS])
+def test_backward_for_a_part_has_the_gradient_of_all_on_average(setting, name, fraction):
+    model, _, pairs, *_ = setting
+    metrics, full = gradients(setting, 4, **name)
+    mean, spread = torch.zeros_like(full), []
+    for offset in OFFSETS[::5]:
+        drawn = Pairs(**vars(pairs) | {"offset": torch.full((len(pairs),), offset, dtype=torch.float64)})
+        of_drawn, gradient = gradients(setting, 4, drawn, updater={"backward_fraction": fraction}, **name)
+        assert model.samples_run[True] == fraction * len(pairs)
+        assert of_drawn == pytest.approx(metrics)  # what is measured is of all pairs
+        mean += gradient / len(OFFSETS[::5])
+        spread.append((gradient - full).norm())
+    assert (mean - full).norm() < 0.02 * full.norm()
+    assert min(spread) > 0.02 * full.norm()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, SAMPLES, 100])
+def test_backward_for_a_part_does_not_depend_on_the_micro_batch(setting, micro_batch):
+    pairs = setting[2]
+    drawn = Pairs(**vars(pairs) | {"offset": torch.full((len(pairs),), 0.3, dtype=torch.float64)})
+    expected = gradients(setting, 5, drawn, updater={"backward_fraction": 0.5})
+    metrics, gradient = gradients(setting, micro_batch, drawn, updater={"backward_fraction": 0.5})
+    assert metrics == pytest.approx(expected[0])
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-6, atol=1e-10)
+
+
+def test_backward_for_a_part_takes_pairs_without_an_anchor(setting):
+    """Some micro-batches have a reference then and others none."""
+    pairs = setting[2]
+    anchor = torch.zeros(len(pairs))
+    anchor[3:5] = 4.0
+    offset = torch.full((len(pairs),), 0.3, dtype=torch.float64)
+    drawn = Pairs(**vars(pairs) | {"anchor": anchor, "offset": offset})
+    expected = gradients(setting, SAMPLES, drawn, updater={"backward_fraction": 0.5})[1]
+    torch.testing.assert_close(
+        gradients(setting, 2, drawn, updater={"backward_fraction": 0.5})[1], expected, rtol=1e-6, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("centering", ["prompt", "batch"])
+def test_kept_graphs_save_a_forward_and_change_no_bit(setting, micro_batch, centering):
+    model, _, pairs, *_ = setting
+    metrics, gradient = gradients(setting, micro_batch, centering=centering)
+    run = dict(model.samples_run)
+    kept = gradients(setting, micro_batch, centering=centering, updater={"kept_graphs": "device"})
+    assert kept[0] == metrics and torch.equal(kept[1], gradient)
+    assert model.samples_run == {True: run[True], False: run[False] - len(pairs)}
+
+
+def test_groups_with_equal_rewards_have_an_anchor_alone(setting):
+    """The first group of two: no policy's term, its anchored pairs as before, its others not run at all."""
+    model, _, pairs, *_ = setting
+    policy, anchor = torch.ones(len(pairs)), torch.ones(len(pairs))
+    policy[:SAMPLES], anchor[1:SAMPLES] = 0.0, 0.0
+    skipped = Pairs(**vars(pairs) | {"policy": policy, "anchor": anchor})
+    _, gradient = gradients(setting, 4, skipped)
+    assert model.samples_run[True] == len(pairs) - SAMPLES + 1
+    rest = Pairs(**vars(pairs[SAMPLES:]))
+    _, of_rest = gradients(setting, 4, rest)
+    first = Pairs(**vars(pairs[:1]) | {"policy": torch.zeros(1)})
+    _, of_first = gradients(setting, 4, first)
+    expected = (of_rest * len(rest) + of_first) / len(pairs)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_a_step_without_any_term_has_a_gradient_of_zero(setting):
+    pairs = setting[2]
+    none = Pairs(**vars(pairs) | {"policy": torch.zeros(len(pairs)), "anchor": torch.zeros(len(pairs))})
+    metrics, gradient = gradients(setting, 4, none)
+    assert (gradient == 0).all() and all(np.isfinite(list(metrics.values())))
+
+
+def drawn_pairs(*overrides, advantage=None):
+    recipe = load_recipe("builtin", ["rollout.prompts_per_iteration=6", *overrides])
+    if advantage is None:
+        advantage = np.random.default_rng(0).normal(size=(6, 8))
+    strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(advantage)
+    prompts = np.arange(6)
+    return draw_pairs(recipe, 3, torch.linspace(1, 0, 11), prompts, prompts, advantage, strength)
+
+
+def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
+    whole = drawn_pairs("train.timesteps=all")
+    part = drawn_pairs("train.timesteps=all", "loss.anchor_fraction=0.25")
+    recipe = load_recipe("builtin")
+    strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(whole.advantage.numpy())
+    assert (whole.anchor == 1).all()
+    drawn = part.anchor.numpy() > 0
+    assert drawn.sum() == pytest.approx(0.25 * len(part), abs=6)
+    weighted = strength[drawn] * part.anchor.numpy()[drawn]
+    assert np.ptp(weighted) < 1e-5 * weighted.mean()  # strength / probability
+    assert weighted.sum() == pytest.approx(strength.sum(), rel=0.05)
+
+
+def test_high_noise_trains_the_noisier_half():
+    assert load_recipe("builtin", ["train.timestep_sampling=high-noise"]).training_steps() == [0, 1, 2, 3, 4]
+    pairs = drawn_pairs("train.timestep_sampling=high-noise")
+    assert pairs.sigma.min() > 0.5 and len(pairs) == 6 * 3 * 8
+
+
+def test_equal_groups_are_found_and_skipped():
+    advantage = np.random.default_rng(0).normal(size=(6, 8))
+    advantage[2] = 0.0
+    pairs = drawn_pairs("train.skip_equal_groups=true", advantage=advantage)
+    assert torch.equal(pairs.policy == 0, pairs.prompt == 2)
+    assert (drawn_pairs(advantage=advantage).policy == 1).all()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (["train.backward_fraction=0.1"], "train.backward_fraction: expected at least one of"),
+        (["train.skip_equal_groups=true", "model.sharding=fsdp"], "expected 1.0 and false"),
+    ],
+)
+def test_what_cannot_be_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("builtin", override)
+
+
+class Bent:
+    """A field whose solution is known: dx / dsigma = x - 2 sigma, so x = c e^sigma + 2 sigma + 2."""
+
+    device = torch.device("cpu")
+
+    def latent_shape(self, resolution):
+        return (1, 2, 2)
+
+    def sigmas(self, steps, resolution):
+        return torch.linspace(1, 0, steps + 1) ** 1.3  # uneven steps
+
+    def velocity(self, x, sigma, embeddings):
+        return x - 2 * sigma.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("ab2", 2)])
+def test_order_of_the_solvers(solver, order):
+    seeds = seed_table(1, count=2)
+    x1 = seeded_noise(seeds, (1, 2, 2))
+    expected = (x1 - 4) / np.e + 2
+
+    def error(steps):
+        sampling = Sampling(8, steps, 1.0, "fp32", {}, 2, solver)
+        return float((generate(Bent(), {}, torch.zeros(2).long(), seeds, sampling) - expected).abs().max())
+
+    assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
