@@ -1,4 +1,4 @@
-"""The command line: crd-fast train, plan, eval, sample, score, report, serve-reward, doctor."""
+"""The command line: crd-fast train, plan, study, eval, sample, score, report, serve-reward, doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from crd_fast import __version__
 from crd_fast.commands.checkpoints import evaluate, report, sample
 from crd_fast.commands.plan import plan
 from crd_fast.commands.rewards import score, serve_reward
+from crd_fast.commands.study import study
 from crd_fast.commands.terminal import console, errors
 from crd_fast.commands.train import train
 from crd_fast.errors import UserError
@@ -53,6 +54,7 @@ def doctor() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
+    "study": study,
     "eval": evaluate,
     "sample": sample,
     "score": score,

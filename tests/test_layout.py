@@ -17,6 +17,7 @@ ROWS = (
     ("weights", "run"),
     ("train",),
     ("plan", "doctor"),
+    ("study",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,177 @@
+"""What a study found: its raw metrics as one file, a table, a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from crd_fast.run.log import ENVIRONMENT
+from crd_fast.run.metrics import read_metrics
+from crd_fast.study.run import FLOPS, is_whole
+from crd_fast.study.study import Study, cells
+
+RAW, TABLE, PLOT = "results.jsonl", "table.md", "plot.svg"
+SECONDS = ("seconds_rollout", "seconds_reward", "seconds_update")
+
+
+def collect(study: Study, output: Path) -> list[dict]:
+    """A record of each evaluation of the runs that are whole, with what was spent before it.
+
+    pflop: 1e15 floating point operations; samples: pictures that were rewarded; seconds: of rollout, rewards
+    and updates. The machine and commit are the run's.
+    """
+    found = []
+    for cell in cells(study):
+        folder = output / cell.folder
+        if not is_whole(folder, cell):
+            continue
+        environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        flops = {line["iteration"]: line["flops"] for line in _lines(folder / FLOPS)}
+        rollout = cell.recipe.rollout
+        spent = {"pflop": 0.0, "samples": 0, "seconds": 0.0}
+        for record in read_metrics(folder):
+            if record["iteration"]:
+                spent["pflop"] += flops[record["iteration"]] / 1e15
+                spent["samples"] += rollout.prompts_per_iteration * rollout.samples_per_prompt
+                spent["seconds"] += sum(record[name] for name in SECONDS)
+            if "eval/images" in record:
+                run = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, **spent}
+                where = {name: environment[name] for name in ("cpu", "threads", "gpu", "commit")}
+                found.append(run | record | where)
+    return found
+
+
+def _lines(path: Path) -> Iterable[dict]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # cut off by a kill; the iteration ran again
+            continue
+
+
+def write_results(study: Study, output: Path) -> list[Path]:
+    """Raw metrics, table and plot of what is whole. Returns the files; none where nothing is."""
+    records = collect(study, output)
+    if not records:
+        return []
+    files = [output / name for name in (RAW, TABLE, PLOT)]
+    files[0].write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    files[1].write_text(table(study, records), encoding="utf-8")
+    _save_svg(plot(study, records), files[2])
+    return files
+
+
+Runs = dict[int, list[dict]]  # by seed, the evaluations of a run in their order
+
+
+def by_arm(study: Study, records: list[dict], task: str) -> dict[str, Runs]:
+    """The arms that have a whole run, in the study's order."""
+    found: dict[str, Runs] = {arm: defaultdict(list) for arm in study.arms}
+    for record in records:
+        if record["task"] == task and record["arm"] in found:
+            found[record["arm"]][record["seed"]].append(record)
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def table(study: Study, records: list[dict]) -> str:
+    """Markdown: what each arm spent, where it ended, and what it needed to reach the first arm's end."""
+    lines = [study.question, ""]
+    for name, task in study.tasks.items():
+        arms = by_arm(study, records, name)
+        if not arms:
+            continue
+        wanted = None
+        measures = [task.measure, *task.judges]
+        head = ["arm", "seeds", "PFLOP", "samples", "CPU s", *measures, f"PFLOP to {study.baseline}'s end"]
+        lines += [
+            f"{name}, held out:",
+            "",
+            "| " + " | ".join(head) + " |",
+            "| --- |" + " ---: |" * (len(head) - 1),
+        ]
+        for arm, runs in arms.items():
+            ends = [run[-1] for run in runs.values()]
+            cells_ = [arm, str(len(runs))]
+            cells_ += [
+                format(statistics.fmean(end[key] for end in ends), form) for key, form in SPENT.items()
+            ]
+            for measure in measures:
+                cells_.append(with_error([end[f"eval/{measure}"] for end in ends]))
+            end = statistics.fmean(end[f"eval/{task.measure}"] for end in ends)
+            wanted = end if arm == study.baseline else wanted
+            cells_.append("" if wanted is None else _reached(runs, task.measure, wanted))
+            lines.append("| " + " | ".join(cells_) + " |")
+        lines.append("")
+    where = {(r["cpu"], r["threads"], r["commit"]) for r in records}
+    lines += [
+        f"{cpu}, {threads} thread(s), commit {commit}" for cpu, threads, commit in sorted(where, key=str)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+SPENT = {"pflop": ".3g", "samples": ".0f", "seconds": ".0f"}  # and how they are written
+
+
+def with_error(values: list[float]) -> str:
+    """The mean and, of several seeds, its standard error."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def _reached(runs: Runs, measure: str, wanted: float) -> str:
+    """The first PFLOP where the seeds' mean, straight between evaluations, has the wanted value."""
+    spent, value = mean_curve(runs, measure)
+    for i in np.flatnonzero(value >= wanted):
+        if i == 0:
+            return f"{spent[0]:.3g}"
+        part = (wanted - value[i - 1]) / (value[i] - value[i - 1])
+        return f"{spent[i - 1] + part * (spent[i] - spent[i - 1]):.3g}"
+    return "not reached"
+
+
+def mean_curve(runs: Runs, measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """PFLOP and measure of each evaluation, means over the seeds."""
+    points = list(zip(*runs.values(), strict=False))
+    spent = [statistics.fmean(record["pflop"] for record in point) for point in points]
+    value = [statistics.fmean(record[f"eval/{measure}"] for record in point) for point in points]
+    return np.array(spent), np.array(value)
+
+
+def plot(study: Study, records: list[dict]) -> Figure:
+    """The measure against PFLOP, samples and seconds, a row for each task; thin lines are the seeds."""
+    tasks = [task for task in study.tasks if by_arm(study, records, task)]
+    figure = Figure(figsize=(13, 3.9 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(SPENT), squeeze=False, sharey="row")
+    for row, task in zip(panels, tasks):
+        measure = study.tasks[task].measure
+        for axes, spent in zip(row, SPENT):
+            for number, (arm, runs) in enumerate(by_arm(study, records, task).items()):
+                color, style = f"C{number % 10}", "-" if number < 10 else "--"
+                curves = [
+                    ([r[spent] for r in run], [r[f"eval/{measure}"] for r in run]) for run in runs.values()
+                ]
+                if len(curves) > 1:
+                    for curve in curves:
+                        axes.plot(*curve, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
+                mean = [np.mean([c[axis] for c in curves], axis=0) for axis in (0, 1)]
+                axes.plot(*mean, color=color, linestyle=style, linewidth=2, label=f"{arm} ({len(runs)})")
+            axes.set_xlabel({"pflop": "PFLOP", "samples": "samples", "seconds": "CPU seconds"}[spent])
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{task}: {measure}, held out")
+        row[-1].legend(fontsize="small", title="arm (seeds)", loc="lower right")
+    return figure
+
+
+def _save_svg(figure: Figure, path: Path) -> None:
+    FigureCanvasSVG(figure)
+    figure.savefig(path, metadata={"Date": None})

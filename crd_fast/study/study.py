@@ -1,0 +1,95 @@
+"""What a study is: a question, its tasks, its arms. Read from YAML, those that ship from `studies/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crd_fast.config import Recipe, load_recipe, read_yaml
+from crd_fast.errors import UserError, did_you_mean
+
+STUDIES = Path(__file__).parent / "studies"
+Overrides = dict[str, Any]  # section.key: value
+Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # of a folder
+
+
+class Task(BaseModel):
+    """One recipe that the arms change, and what is asked of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    measure: str  # the held-out metric, without eval/
+    judges: list[str] = []  # other metrics of the table, without eval/
+    overrides: Overrides = {}
+
+
+class Study(BaseModel):
+    """The first arm is what the others are compared with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    tasks: dict[Name, Task] = Field(min_length=1)
+    arms: dict[Name, Overrides] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    overrides: Overrides = {}  # of every arm
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    task: str
+    arm: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Of its run, within that of the study."""
+        return Path(self.task) / self.arm / f"seed-{self.seed}"
+
+
+def study_names() -> list[str]:
+    """The studies that ship with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load_study(source: str) -> Study:
+    """From a file, or by the name of one that ships. Raises UserError, one line."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        path = STUDIES / f"{source}.yaml"
+        if not path.exists():
+            near = did_you_mean(source, study_names()) or f"; known: {', '.join(study_names())}"
+            raise UserError(f"study: no file or study called {source!r}{near}")
+    try:
+        study = Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        where = ".".join(map(str, mistake["loc"]))
+        raise UserError(f"{path}: {where}: {mistake['msg']}, got {mistake['input']!r}") from None
+    for cell in cells(study):  # every arm's settings are checked before the first one runs
+        if cell.seed != study.seeds[0]:
+            break
+    return study
+
+
+def cells(study: Study) -> Iterator[Cell]:
+    """All runs, seed by seed, so that what was interrupted compares arms with one another."""
+    for seed in study.seeds:
+        for name, task in study.tasks.items():
+            for arm, changes in study.arms.items():
+                values = {**task.overrides, **study.overrides, **changes, "train.seed": seed}
+                overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+                yield Cell(name, arm, seed, load_recipe(task.recipe, overrides))
