@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from crd_fast.plan.forwards import Flops
 from crd_fast.run.metrics import read_metrics
-from crd_fast.run.observer import Observer
 from crd_fast.run.rows import RowCounts
 from crd_fast.seeds import seeded_noise
 from crd_fast.study.study import Cell, Study, cells
@@ -42,26 +42,30 @@ def is_whole(folder: Path, cell: Cell) -> bool:
 def run_cell(cell: Cell, folder: Path) -> bool:
     """One run, from its newest checkpoint if it has one. Its checkpoints are removed once it is whole."""
     trainer = Trainer(cell.recipe, folder, resume=folder.exists())
-    count = RowCounts()
-    trainer.observer.add(count)
-    trainer.observer.add(Ledger(folder / FLOPS, count, row_flops(trainer)))
+    trainer.observer.add(Ledger(folder / FLOPS, trainer.iteration, row_flops(trainer)))
     if not trainer.run():
         return False
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return True
 
 
-class Ledger(Observer):
-    """Writes down what each iteration computed."""
+class Ledger(RowCounts):
+    """Writes down what each iteration computed, before a checkpoint may be made of it."""
 
-    def __init__(self, path: Path, count: RowCounts, of_row: dict[bool, int]):
-        self.path, self.count, self.of_row = path, count, of_row
+    def __init__(self, path: Path, iteration: int, of_row: dict[bool, int]):
+        super().__init__()
+        self.path, self.iteration, self.of_row = path, iteration, of_row
 
-    def iteration_done(self, record: dict) -> None:
-        flops = sum(rows * self.of_row[gradient] for (_, gradient), rows in self.count.rows.items())
-        self.count.rows.clear()
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": record["iteration"], "flops": flops}) + "\n")
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        with super().phase(name, total):
+            yield
+        if name == "iteration":
+            self.iteration += 1
+            flops = sum(rows * self.of_row[gradient] for (_, gradient), rows in self.rows.items())
+            self.rows.clear()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": self.iteration, "flops": flops}) + "\n")
 
 
 def row_flops(trainer: Trainer) -> dict[bool, int]:

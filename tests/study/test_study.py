@@ -1,0 +1,132 @@
+"""`crd-fast study`: runs over arms and seeds, gone on with, summed up."""
+
+import json
+
+import pytest
+import yaml
+
+from crd_fast.errors import UserError
+from crd_fast.run.observer import Observer
+from crd_fast.study.results import _reached, with_error
+from crd_fast.study.run import FLOPS, Ledger, row_flops
+from crd_fast.study.study import cells, load_study, study_names
+from crd_fast.train.trainer import Trainer
+
+PROMPTS, SAMPLES, STEPS = 2, 4, 2
+STUDY = {
+    "question": "Does half do?",
+    "tasks": {
+        "shapes": {
+            "recipe": "builtin",
+            "measure": "overall",
+            "judges": ["clean"],
+            "overrides": {
+                "rollout.prompts_per_iteration": PROMPTS,
+                "rollout.samples_per_prompt": SAMPLES,
+                "rollout.steps": STEPS,
+                "train.timesteps": 1,
+                "evaluate.max_prompts": 2,
+                "evaluate.steps": 2,
+            },
+        }
+    },
+    "seeds": [1, 2],
+    "overrides": {"train.iterations": 2, "evaluate.every": 1, "checkpoint.every": 1},
+    "arms": {"whole": {}, "half": {"train.backward_fraction": 0.5}},
+}
+
+
+class Stop(Observer):
+    def iteration_done(self, record):
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "half.yaml"
+    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    return path
+
+
+def test_studies_that_ship_have_arms_that_can_run():
+    for name in study_names():
+        found = list(cells(load_study(name)))
+        assert {cell.seed for cell in found} == set(load_study(name).seeds) and len(
+            load_study(name).seeds
+        ) >= 3
+
+
+def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
+    output = tmp_path / "out"
+    code, text, err = inside("study", study, "--output", output, "--arm", "whole", "--seed", "1")
+    assert code == 0, err
+    run = output / "shapes" / "whole" / "seed-1"
+    assert not (run / "checkpoints").exists()
+    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    # one that ends after its first checkpoint
+    recipe = next(
+        cell for cell in cells(load_study(str(study))) if (cell.arm, cell.seed) == ("half", 1)
+    ).recipe
+    folder = output / "shapes" / "half" / "seed-1"
+    stopped = Trainer(recipe, folder)
+    stopped.observer.add(Ledger(folder / FLOPS, 0, {False: 1, True: 2}))
+    stopped.observer.add(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+
+    code, text, err = inside("study", study, "--output", output)
+    assert code == 0, err
+    assert "whole/seed-1" not in text and text.count("run ") == 3
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+    records = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert {(r["arm"], r["seed"]) for r in records} == {(a, s) for a in STUDY["arms"] for s in STUDY["seeds"]}
+    ends = {(r["arm"], r["seed"]): r for r in records if r["iteration"] == 2}
+    assert all(r["samples"] == 2 * PROMPTS * SAMPLES and r["seconds"] > 0 for r in ends.values())
+    table = (output / "table.md").read_text()
+    assert "Does half do?" in table and "| whole | 2 |" in table and "| half | 2 |" in table
+    assert (output / "plot.svg").read_text().count("<svg") == 1
+
+
+def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):
+    output = tmp_path / "out"
+    assert inside("study", study, "--output", output, "--seed", "2")[0] == 0
+    found = [cell for cell in cells(load_study(str(study))) if cell.seed == 2]
+    of_row = row_flops(Trainer(found[0].recipe, tmp_path / "one"))
+    # a backward pass is two products for each of the forward's; attention's recomputes one more
+    assert 2.5 * of_row[False] < of_row[True] <= 3.1 * of_row[False]
+    pairs = PROMPTS * SAMPLES
+    rollout = pairs * STEPS * of_row[False]
+    for cell, update in zip(
+        found,
+        (
+            # the second iteration runs old; the first does not, because old is the policy
+            (3 * of_row[False] + of_row[True]) * pairs,
+            (4 * of_row[False] + of_row[True] / 2) * pairs,
+        ),
+    ):
+        lines = (output / cell.folder / "flops.jsonl").read_text().splitlines()
+        assert json.loads(lines[1])["flops"] == rollout + update
+
+
+def test_mistakes_are_one_line(study, inside, tmp_path):
+    for arguments, message in (
+        (["cots"], "did you mean 'cost'"),
+        ([study, "--arm", "hole"], "did you mean 'whole'"),
+        ([study, "--seed", "3"], "got 3"),
+    ):
+        code, _, err = inside("study", *arguments, "--output", tmp_path / "no")
+        assert code == 2 and message in err and not (tmp_path / "no").exists()
+    for change, message in (
+        ({"arms": {"a/b": {}}}, "a/b"),
+        ({"arms": {"odd": {"train.timestep": 1}}}, "unknown key"),
+        ({"seed": [1]}, "seed"),
+    ):
+        study.write_text(yaml.safe_dump(STUDY | change, sort_keys=False))
+        with pytest.raises(UserError, match=message):
+            load_study(str(study))
+
+
+def test_a_value_is_reached_where_the_line_crosses_it():
+    runs = {1: [{"pflop": 0.0, "eval/x": 0.2}, {"pflop": 4.0, "eval/x": 0.4}]}
+    assert _reached(runs, "x", 0.3) == "2" and _reached(runs, "x", 0.5) == "not reached"
+    assert with_error([0.2, 0.4]) == "0.300 ± 0.100" and with_error([0.2]) == "0.200"
