@@ -190,7 +190,8 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(20, ge=1)
+    every: int = Field(20, ge=1)  # iterations
+    minutes: float = Field(20.0, gt=0)  # and after an iteration that ends this long after the last one
     keep: int = Field(3, ge=1)
 
 

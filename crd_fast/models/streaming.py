@@ -127,14 +127,15 @@ class Pinned:
     def __init__(self):
         self._slab, self._taken = torch.empty(0, dtype=torch.uint8), 0
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy(self, tensor: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         size = tensor.nbytes
         start = -(-self._taken // 256) * 256
         if start + size > len(self._slab):
             self._slab = torch.empty(max(SLAB, size), dtype=torch.uint8, pin_memory=True)
             start = 0
         self._taken = start + size
-        return self._slab[start : self._taken].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        place = self._slab[start : self._taken].view(tensor.dtype).view(tensor.shape)
+        return place.copy_(tensor, non_blocking=non_blocking)
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

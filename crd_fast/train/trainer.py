@@ -98,6 +98,7 @@ class Trainer:
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
+        self._saved_at = time.monotonic()
         if saved:
             checkpoint.load(saved[-1], self.weights, self.weights.resuming(self.optimizer))
             self.iteration, self.step = state["iteration"], state["step"]
@@ -125,7 +126,7 @@ class Trainer:
             else:
                 self._log(record)
             stopped = self.ranks.any(stop_requested())
-            if self._due(self.recipe.checkpoint.every) or stopped:
+            if self._due(self.recipe.checkpoint.every) or stopped or self._long_ago():
                 self.save()
             self.observer.iteration_done(record)
         if self.ranks.main:
@@ -134,6 +135,11 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
+
+    def _long_ago(self) -> bool:
+        """Whether the last checkpoint, or the start, was longer ago than the recipe wants."""
+        seconds = time.monotonic() - self._saved_at
+        return self.ranks.any(seconds >= 60 * self.recipe.checkpoint.minutes)
 
     @observed("iteration")
     def iterate(self) -> dict:
@@ -273,6 +279,7 @@ class Trainer:
                 keep=self.recipe.checkpoint.keep,
             )
         self.ranks.wait()
+        self._saved_at = time.monotonic()
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

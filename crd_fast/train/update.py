@@ -9,7 +9,7 @@ one policy forward. Once all is measured, a part of the pairs can be drawn that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from crd_fast.seeds import seeded_noise
 from crd_fast.train.chunk import Chunk
 from crd_fast.train.draws import drawn_in_groups
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
+from crd_fast.train.kept import OnHost
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
@@ -150,10 +151,12 @@ class Updater:
     ) -> tuple[crd_kernels.Stats, crd_kernels.Coefficients]:
         """Forwards with gradient; their graphs are held until all are measured."""
         policies, parts = [], []
+        on_host = self.kept_graphs == "host" and len(chunks) > 1
         for chunk in chunks:
             if self.one_pass:
                 self._rows(chunk, policy=False)
-            policies.append(self._velocity(chunk))
+            with OnHost(self.model.transformer) if on_host else nullcontext():
+                policies.append(self._velocity(chunk))
             parts.append(self._measure(chunk, policies[-1].detach()))
             if self.objective.coupled:  # its gradient does not need old
                 chunk.old = None

@@ -195,3 +195,13 @@ def test_other_methods_train_and_report_what_they_measure(inside, small, tmp_pat
     assert ("old_deviation" in record) == (method == "nft")
     drawn = "Signal of the implicit reward" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert drawn == (method == "nft")
+
+
+@pytest.mark.parametrize("minutes, saved", [(1e-6, [1, 2]), (1000, [2])])
+def test_checkpoints_by_time(inside, small, tmp_path, minutes, saved):
+    settings = ["checkpoint.every=100", f"checkpoint.minutes={minutes}", "evaluate.every=0"]
+    options = [i for s in settings for i in ("--set", s)]
+    code, _, err = inside("train", small, "--output", tmp_path / "run", *options, "--max-iterations", "2")
+    assert code == 0, err
+    found = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in found] == [f"iteration-{i:06d}" for i in saved]

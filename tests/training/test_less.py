@@ -1,13 +1,17 @@
 """What computes less: drawn without bias, or the same numbers by fewer forwards."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
+from crd_fast.models.builtin import PATCH, WORLD, BuiltinModel
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.draws import drawn_weights, inclusion, systematic
+from crd_fast.train.kept import OnHost
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -90,13 +94,39 @@ def test_backward_for_a_part_takes_pairs_without_an_anchor(setting):
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
 @pytest.mark.parametrize("centering", ["prompt", "batch"])
-def test_kept_graphs_save_a_forward_and_change_no_bit(setting, micro_batch, centering):
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_kept_graphs_save_a_forward_and_change_no_bit(setting, micro_batch, centering, where):
     model, _, pairs, *_ = setting
     metrics, gradient = gradients(setting, micro_batch, centering=centering)
     run = dict(model.samples_run)
-    kept = gradients(setting, micro_batch, centering=centering, updater={"kept_graphs": "device"})
+    kept = gradients(setting, micro_batch, centering=centering, updater={"kept_graphs": where})
     assert kept[0] == metrics and torch.equal(kept[1], gradient)
     assert model.samples_run == {True: run[True], False: run[False] - len(pairs)}
+
+
+def test_inputs_of_checkpointed_blocks_go_to_the_host_and_nothing_else():
+    """Their gradients are the same to the bit, and what is inside a block is recomputed there."""
+    model = BuiltinModel.load(WORLD)
+    network = model.transformer.requires_grad_(True)
+    network.enable_gradient_checkpointing()
+    count = 48  # so that one input of a block is more than is worth sending
+    embeddings = model.encode_prompts(["a photo of a red circle"] * count)
+    x, sigma = torch.randn(count, *model.latent_shape(32)), torch.full((count,), 0.5)
+
+    def gradient(context):
+        network.zero_grad()
+        with context:
+            velocity = model.velocity(x, sigma, embeddings)
+        velocity.square().sum().backward()
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    expected, on_host = gradient(nullcontext()), OnHost(network)
+    found = gradient(on_host)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    tokens = count * (model.kind.height // PATCH) * (model.kind.width // PATCH)
+    states = count * model.kind.max_tokens
+    of_blocks = network.config.num_layers * (tokens + states) * network.inner_dim * 4
+    assert of_blocks <= on_host.bytes < 2 * of_blocks
 
 
 def test_groups_with_equal_rewards_have_an_anchor_alone(setting):
