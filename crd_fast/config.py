@@ -164,7 +164,7 @@ class TrainConfig(Section):
     steps_per_iteration: int = Field(2, ge=1)
     timesteps: Literal["all"] | int = "all"
     timestep_range: float = Field(0.99, gt=0, le=1)
-    timestep_sampling: Literal["uniform", "high-noise"] = "uniform"  # of the range, or of half
+    timestep_sampling: Literal["uniform", "high-noise", "by-signal"] = "uniform"  # by-signal: large gradients
     backward_fraction: float = Field(1.0, gt=0, le=1)  # of each group's pairs; the others are only measured
     skip_equal_groups: bool = False  # no policy term where all rewards of a group are equal
     kept_graphs: Literal["none", "device", "host"] = "none"  # of a group's micro-batches; none: run again

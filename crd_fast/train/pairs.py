@@ -27,12 +27,16 @@ class Pairs:
     policy: torch.Tensor = None  # type: ignore[assignment]
     # (B,) float64 in [0, 1), of the group: which of its pairs go backward
     offset: torch.Tensor = None  # type: ignore[assignment]
+    # (B,) int64, of the rollout's steps that which has this sigma
+    step: torch.Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.policy is None:
             object.__setattr__(self, "policy", torch.ones_like(self.anchor))
         if self.offset is None:
             object.__setattr__(self, "offset", torch.zeros_like(self.anchor, dtype=torch.float64))
+        if self.step is None:
+            object.__setattr__(self, "step", torch.zeros_like(self.sample))
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -56,6 +60,7 @@ def draw_pairs(
     own: np.ndarray,  # this rank's
     advantage_PK: np.ndarray,
     strength_PK: np.ndarray,  # of the KL anchor, up to a factor
+    signal: np.ndarray | None = None,  # (steps,) by which timesteps are drawn; none: equally often
 ) -> Pairs:
     """The pairs of those of the step's prompts that are this rank's own.
 
@@ -67,19 +72,24 @@ def draw_pairs(
     wanted = recipe.train.timesteps
     count = len(candidates) if wanted == "all" else wanted
     offset_P = generator(seed, iteration, TIMESTEPS).random(len(advantage_PK))
-    probability = np.broadcast_to(inclusion(np.ones(len(candidates)), count), (len(prompts), len(candidates)))
-    row_G, candidate_G = systematic(probability, offset_P[prompts]).nonzero()  # G groups
+    size = np.ones(steps) if signal is None else signal
+    probability = inclusion(size[candidates], count)  # of each candidate
+    drawn = systematic(np.broadcast_to(probability, (len(prompts), len(candidates))), offset_P[prompts])
+    row_G, candidate_G = drawn.nonzero()  # G groups
+    weight_G = np.ones(len(row_G))
+    if signal is not None:
+        weight_G = count / len(candidates) / probability[candidate_G]
 
     prompt_G = prompts[row_G]
     timestep_G = np.array(candidates)[candidate_G]
     sample_GK = prompt_G[:, None] * samples + np.arange(samples)
     fraction, first = recipe.loss.anchor_fraction, int(prompts[0])
-    anchor_GK = drawn_weights(
-        strength_PK[prompt_G],
+    anchor_GK = weight_G[:, None] * drawn_weights(
+        weight_G[:, None] * strength_PK[prompt_G],
         fraction * sample_GK.size,
         generator(seed, iteration, ANCHOR, first).random(len(prompt_G)),
     )
-    policy_G = np.ones(len(prompt_G))
+    policy_G = weight_G.copy()
     if recipe.train.skip_equal_groups:
         policy_G[equal_groups(advantage_PK)[prompt_G]] = 0.0
 
@@ -99,6 +109,7 @@ def draw_pairs(
         anchor=torch.from_numpy(anchor_GK).float().flatten(),
         policy=of_pairs(policy_G).float(),
         offset=of_pairs(generator(seed, iteration, BACKWARD, first).random(len(prompt_G))),
+        step=timestep,
     )
     return pairs[row[prompt] >= 0]
 

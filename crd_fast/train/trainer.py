@@ -35,6 +35,7 @@ from crd_fast.train.evaluate import Evaluation, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import Sampling, generate
+from crd_fast.train.signal import Signal
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint, sharded
 from crd_fast.weights.make import make_optimizer, make_weights
@@ -80,6 +81,9 @@ class Trainer:
         if recipe.train.compile:
             compile_blocks(self.model.transformer)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
+        self.signal = None
+        if recipe.train.timestep_sampling == "by-signal":
+            self.signal = Signal(recipe.rollout.steps, state["signal"] if state else None)
         self.updater = Updater(
             self.model,
             self.weights,
@@ -91,6 +95,7 @@ class Trainer:
             in_step=self.weights.in_step,
             backward_fraction=recipe.train.backward_fraction,
             kept_graphs=recipe.train.kept_graphs,
+            signal=self.signal,
             observer=self.observer,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
@@ -225,8 +230,9 @@ class Trainer:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
+        signal = self.signal.sizes() if self.signal else None
         pairs_by_step = [
-            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK, strength_PK)
+            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK, strength_PK, signal)
             for prompts in shares
         ]
         collected = []
@@ -243,6 +249,8 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 collected.append(metrics)
+        if self.signal:
+            self.signal.end_iteration(self.ranks)
         return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
 
     def _log_evaluation(self, record: dict) -> None:
@@ -274,6 +282,7 @@ class Trainer:
                     "step": self.step,
                     "model": self.description,
                     "processes": self.ranks.count,
+                    "signal": self.signal.state if self.signal else None,
                     "recipe": self.recipe.model_dump(),
                 },
                 keep=self.recipe.checkpoint.keep,

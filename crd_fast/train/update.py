@@ -26,6 +26,7 @@ from crd_fast.train.kept import OnHost
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
+from crd_fast.train.signal import Signal
 
 ROWS_IN_ONE = "forwards in one batch"  # the phase in which one forward's rows differ in their weights
 
@@ -37,6 +38,7 @@ class Updater:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
     differ in their weights, so that weights that are streamed are fetched once. in_step: all ranks take part
     in every forward, so that none may be left out. backward_fraction, kept_graphs: as the recipe has them.
+    signal: is shown the size of every pair's gradient.
 
     While old is equal to the policy it is not run: what the policy predicted is taken for it. An implicit
     reward of exactly 0 follows from that alone. It does not follow from equal weights: which rounding a row
@@ -57,12 +59,13 @@ class Updater:
         in_step: bool = False,
         backward_fraction: float = 1.0,
         kept_graphs: str = "none",
+        signal: Signal | None = None,
         observer: Observer = NOBODY,
     ):
         self.model, self.weights, self.loss = model, weights, loss
         self.objective, self.precision = make_objective(loss, advantage_clip), precision
         self.one_pass, self.in_step, self.observer = one_pass, in_step, observer
-        self.backward_fraction, self.kept_graphs = backward_fraction, kept_graphs
+        self.backward_fraction, self.kept_graphs, self.signal = backward_fraction, kept_graphs, signal
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
     def accumulate(
@@ -103,9 +106,6 @@ class Updater:
             measured = self._update(unit, chunks, denominator)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
-        for parameter in self.weights.trained():
-            if parameter.grad is None:  # no pair was drawn, because none has a gradient
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         return {name: float(value) for name, value in totals.items()}
 
     def _units(self, pairs: Pairs) -> Iterator[Pairs]:
@@ -215,6 +215,8 @@ class Updater:
             )
         )
         drawn = weight.nonzero().flatten()
+        if not len(drawn):  # none has a gradient; one goes backward, so that there is one, of zeros
+            drawn = torch.zeros(1, dtype=torch.int64)
         chosen = coefficients[drawn.to(size.device)]
         factor = weight[drawn].to(chosen.c1)
         chosen = replace(chosen, c1=chosen.c1 * factor, c2=chosen.c2 * factor)
@@ -347,6 +349,8 @@ class Updater:
         self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
     ) -> crd_kernels.Coefficients:
         found = self.objective.coefficients(stats, pairs, denominator)
+        if self.signal is not None:
+            self.signal.see(pairs.step, found.c1.abs() * stats.policy_error.sqrt())
         if self._weighted:
             weight = pairs.policy.to(found.c1.dtype)
             c3 = None if found.c3 is None else found.c3 * weight

@@ -9,12 +9,15 @@ import torch
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.builtin import PATCH, WORLD, BuiltinModel
+from crd_fast.ranks import Ranks
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.draws import drawn_weights, inclusion, systematic
 from crd_fast.train.kept import OnHost
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.rollout import Sampling, generate
+from crd_fast.train.signal import Signal
+from crd_fast.train.trainer import Trainer
 from tests.training.conftest import METHODS, SAMPLES, gradients
 
 OFFSETS = (np.arange(500) + 0.5) / 500  # the mean over them is that over uniform ones
@@ -152,13 +155,21 @@ def test_a_step_without_any_term_has_a_gradient_of_zero(setting):
     assert (gradient == 0).all() and all(np.isfinite(list(metrics.values())))
 
 
-def drawn_pairs(*overrides, advantage=None):
+def test_a_part_of_pairs_without_a_gradient_has_one_of_zeros(setting):
+    pairs = setting[2]
+    none = Pairs(**vars(pairs) | {"policy": torch.zeros(len(pairs)), "anchor": torch.ones(len(pairs))})
+    _, gradient = gradients(setting, 4, none, updater={"backward_fraction": 0.5}, kl_beta=0.0)
+    assert (gradient == 0).all()
+
+
+def drawn_pairs(*overrides, advantage=None, signal=None, iteration=3):
     recipe = load_recipe("builtin", ["rollout.prompts_per_iteration=6", *overrides])
     if advantage is None:
         advantage = np.random.default_rng(0).normal(size=(6, 8))
     strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(advantage)
     prompts = np.arange(6)
-    return draw_pairs(recipe, 3, torch.linspace(1, 0, 11), prompts, prompts, advantage, strength)
+    sigmas = torch.linspace(1, 0, recipe.rollout.steps + 1)
+    return draw_pairs(recipe, iteration, sigmas, prompts, prompts, advantage, strength, signal)
 
 
 def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
@@ -178,6 +189,57 @@ def test_high_noise_trains_the_noisier_half():
     assert load_recipe("builtin", ["train.timestep_sampling=high-noise"]).training_steps() == [0, 1, 2, 3, 4]
     pairs = drawn_pairs("train.timestep_sampling=high-noise")
     assert pairs.sigma.min() > 0.5 and len(pairs) == 6 * 3 * 8
+
+
+def test_timesteps_are_drawn_by_their_signal_without_bias():
+    signal = np.array([1.0, 0.9, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25])
+    value, sums, times = np.random.default_rng(2).normal(size=10), [], np.zeros(10)
+    for iteration in range(400):
+        pairs = drawn_pairs("train.timesteps=2", signal=signal, iteration=iteration)
+        assert len(pairs) == 6 * 2 * 8
+        sums.append((pairs.policy.numpy() * value[pairs.step.numpy()]).mean())
+        assert torch.equal(pairs.policy, pairs.anchor)  # every pair is anchored here
+        times += np.bincount(pairs.step.numpy(), minlength=10)
+    np.testing.assert_allclose(times / times.max(), signal, atol=0.06)
+    assert np.mean(sums) == pytest.approx(value.mean(), abs=3 * np.std(sums) / 20)
+    whole = drawn_pairs("train.timesteps=all", signal=signal)
+    assert (whole.policy == 1).all()
+
+
+def test_signal_is_a_running_size_that_is_kept():
+    signal, ranks = Signal(4), Ranks()
+    assert (signal.sizes() == 1).all()
+    signal.see(torch.tensor([0, 0, 1]), torch.tensor([3.0, 4.0, 0.0]))
+    signal.end_iteration(ranks)
+    assert signal.state == [12.5, 0.0, None, None]
+    np.testing.assert_allclose(signal.sizes(), [1, 0.25, 1, 1])
+    signal.see(torch.tensor([0, 2]), torch.tensor([0.0, np.sqrt(2.0)]))
+    signal.end_iteration(ranks)
+    np.testing.assert_allclose(signal.state[:3], [0.9 * 12.5, 0.0, 2.0])
+    assert Signal(4, signal.state).state == signal.state
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_by_the_same_signal(tmp_path):
+    overrides = [
+        "train.timestep_sampling=by-signal",
+        "rollout.prompts_per_iteration=2",
+        "rollout.steps=4",
+        "train.timesteps=1",
+        "evaluate.every=0",
+        "checkpoint.every=1",
+        "train.iterations=3",
+    ]
+    whole = Trainer(load_recipe("builtin", overrides), tmp_path / "whole")
+    whole.run()
+    assert len(set(whole.signal.sizes())) > 1
+    first = Trainer(load_recipe("builtin", [*overrides, "train.iterations=2"]), tmp_path / "two")
+    first.run()
+    second = Trainer(load_recipe("builtin", overrides), tmp_path / "two", resume=True)
+    second.run()
+    assert second.signal.state == whole.signal.state
+    for mine, other in zip(second.weights.trained(), whole.weights.trained()):
+        assert torch.equal(mine, other)
 
 
 def test_equal_groups_are_found_and_skipped():
