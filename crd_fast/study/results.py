@@ -89,7 +89,7 @@ def table(study: Study, records: list[dict]) -> str:
         if not arms:
             continue
         wanted = None
-        measures = [task.measure, *task.judges]
+        measures = [f"eval/{name}" for name in (task.measure, *task.judges)] + task.watched
         head = ["arm", "seeds", "PFLOP", "samples", "CPU s", *measures, f"PFLOP to {study.baseline}'s end"]
         lines += [
             f"{name}, held out:",
@@ -104,7 +104,7 @@ def table(study: Study, records: list[dict]) -> str:
                 format(statistics.fmean(end[key] for end in ends), form) for key, form in SPENT.items()
             ]
             for measure in measures:
-                cells_.append(with_error([end[f"eval/{measure}"] for end in ends]))
+                cells_.append(with_error([end[measure] for end in ends]))
             end = statistics.fmean(end[f"eval/{task.measure}"] for end in ends)
             wanted = end if arm == study.baseline else wanted
             cells_.append("" if wanted is None else _reached(runs, task.measure, wanted))
@@ -124,8 +124,8 @@ def with_error(values: list[float]) -> str:
     """The mean and, of several seeds, its standard error."""
     mean = statistics.fmean(values)
     if len(values) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
 
 
 def _reached(runs: Runs, measure: str, wanted: float) -> str:

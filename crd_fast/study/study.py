@@ -25,7 +25,8 @@ class Task(BaseModel):
 
     recipe: str
     measure: str  # the held-out metric, without eval/
-    judges: list[str] = []  # other metrics of the table, without eval/
+    judges: list[str] = []  # other held-out metrics of the table, without eval/
+    watched: list[str] = []  # metrics of training in the table, of the last iteration
     overrides: Overrides = {}
 
 

@@ -40,7 +40,7 @@ class Objective:
         """What multiplies the distance to the reference for each advantage A_i, in float64."""
         return np.full(advantage.shape, self.loss.kl_beta)
 
-    def metrics(self, stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
+    def metrics(self, stats: crd_kernels.Stats, pairs: Pairs) -> dict[str, torch.Tensor]:
         """Of each pair, (B,) float64, beside the losses and the distances to the reference."""
         return {"old_deviation": stats.old_deviation.double()} if self.needs_old else {}
 
@@ -78,8 +78,15 @@ class CRD(Objective):
         least = min(self.loss.kl_min, self.loss.kl_beta)
         return least + to_unit(advantage, self.advantage_clip) * (self.loss.kl_beta - least)
 
-    def metrics(self, stats):
-        return log_ratio(stats) | super().metrics(stats)
+    def metrics(self, stats, pairs):
+        implicit = self.loss.beta * stats.implicit_reward.double()
+        external = to_unit(pairs.advantage.double(), self.advantage_clip)
+        return {
+            **log_ratio(stats),
+            "implicit_variance": deviation(implicit, pairs.group).square(),
+            "external_variance": deviation(external, pairs.group).square(),
+            **super().metrics(stats, pairs),
+        }
 
 
 class NFT(Objective):
@@ -131,8 +138,8 @@ class AWM(Objective):
             impl=self.loss.impl,
         )
 
-    def metrics(self, stats):
-        return (log_ratio(stats) if self.off_policy else {}) | super().metrics(stats)
+    def metrics(self, stats, pairs):
+        return (log_ratio(stats) if self.off_policy else {}) | super().metrics(stats, pairs)
 
 
 class FlowMatching(AWM):
@@ -159,3 +166,12 @@ def to_unit(advantage, clip: float):
 def log_ratio(stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
     reward = stats.implicit_reward.double()
     return {"implicit_reward_mean": reward, "implicit_reward_abs": reward.abs()}
+
+
+def deviation(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Of each pair from the mean of its run of equal `group` ids. (B,); the host does not wait for it."""
+    run = torch.zeros_like(group)
+    run[1:] = (group[1:] != group[:-1]).cumsum(0)
+    total = torch.zeros_like(value).index_add_(0, run, value)
+    count = torch.zeros_like(value).index_add_(0, run, torch.ones_like(value))
+    return value - (total / count)[run]

@@ -138,7 +138,7 @@ class Updater:
             measured = [self._at_once(chunk.pairs, [chunk], denominator) for chunk in chunks]
         stats, found = crd_kernels.Stats.cat(part for part, _ in measured), [losses for _, losses in measured]
         anchor = unit.anchor.double()
-        means = self.objective.metrics(stats) | {"kl": stats.kl.double() * anchor}
+        means = self.objective.metrics(stats, unit) | {"kl": stats.kl.double() * anchor}
         if self.objective.needs_old:
             means["old_kl"] = stats.old_kl.double() * anchor
         return {name: value.sum() / denominator for name, value in means.items()} | {

@@ -129,4 +129,4 @@ def test_mistakes_are_one_line(study, inside, tmp_path):
 def test_a_value_is_reached_where_the_line_crosses_it():
     runs = {1: [{"pflop": 0.0, "eval/x": 0.2}, {"pflop": 4.0, "eval/x": 0.4}]}
     assert _reached(runs, "x", 0.3) == "2" and _reached(runs, "x", 0.5) == "not reached"
-    assert with_error([0.2, 0.4]) == "0.300 ± 0.100" and with_error([0.2]) == "0.200"
+    assert with_error([0.2, 0.4]) == "0.3 ± 0.1" and with_error([0.21234]) == "0.212"

@@ -11,6 +11,7 @@ from crd_fast.config import LossConfig
 from crd_fast.errors import UserError
 from crd_fast.run.observer import Observer, Observers
 from crd_fast.seeds import seed_table, seeded_noise
+from crd_fast.train.objectives import deviation
 from crd_fast.train.pairs import Pairs
 from tests.training.conftest import METHODS, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
 
@@ -237,6 +238,20 @@ def test_equal_policy_and_old_have_no_implicit_reward(setting, micro_batch):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
     measured = 0 if micro_batch == SAMPLES else len(pairs)
     assert model.samples_run == {True: len(pairs), False: 2 * len(pairs) + measured}
+
+
+@pytest.mark.parametrize("micro_batch", [1, SAMPLES, 100])
+def test_spread_of_both_rewards_within_groups_is_reported(setting, micro_batch):
+    pairs = setting[2]
+    metrics, _ = gradients(setting, micro_batch)
+    assert metrics["implicit_variance"] > 0
+    a = (pairs.advantage.double().clamp(-5, 5) / 10 + 0.5).view(-1, SAMPLES)
+    expected = (a - a.mean(1, keepdim=True)).square().mean()
+    assert metrics["external_variance"] == pytest.approx(float(expected))
+    torch.testing.assert_close(
+        deviation(torch.tensor([1.0, 3.0, 5.0, 9.0]), torch.tensor([7, 7, 2, 9])),
+        torch.tensor([-1.0, 1.0, 0.0, 0.0]),
+    )
 
 
 def test_noise_depends_on_its_own_seed_alone():
