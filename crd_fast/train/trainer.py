@@ -84,6 +84,7 @@ class Trainer:
         self.signal = None
         if recipe.train.timestep_sampling == "by-signal":
             self.signal = Signal(recipe.rollout.steps, state["signal"] if state else None)
+        self.optimizer.register_step_post_hook(lambda *_: self.weights.stepped())
         self.updater = Updater(
             self.model,
             self.weights,

@@ -56,6 +56,9 @@ class Weights(ABC):
         """Within this context each row of a batch has the weights of its name. Without gradient."""
         raise NotImplementedError(f"{type(self).__name__}: one set of weights for all rows of a batch")
 
+    def stepped(self) -> None:  # noqa: B027
+        """To be called after each optimizer step, of which torch may count no write."""
+
     @abstractmethod
     def is_policy(self, name: str) -> bool:
         """Whether a snapshot, as the network would have it, is equal to the policy, in every tensor."""

@@ -12,6 +12,8 @@ from crd_fast.errors import UserError
 from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
 
 class FullWeights(Weights):
     """All weights of the network are trained; snapshots and reference are copies to be swapped in.
@@ -87,7 +89,15 @@ class HostWeights(FullWeights):
     To use a set is to copy it over the policy, and the policy back. Snapshots are float32 whatever the
     network is: a blend with decay 0.999 would be lost in bfloat16, and a float32 copy of bfloat16 rounds back
     exactly.
+
+    The policy is copied to the host once after each change, not at each switch. That it changed is known from
+    `stepped`, from torch's count of writes, and for those who write past torch (through `.data`, or as
+    bitsandbytes does) from a sum of each tensor's bits, which the device finds out in a fraction of the time
+    that a copy takes.
     """
+
+    _written: int | None = None  # what `_writes` and `_sums` were of the policy that is on the host
+    _summed: torch.Tensor | None = None
 
     def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
         for name in SNAPSHOTS:
@@ -98,17 +108,42 @@ class HostWeights(FullWeights):
     def host_tensors(self) -> list[torch.Tensor]:
         return [value for name, s in self._sets.items() if name != "policy" for value in s.values()]
 
+    def stepped(self) -> None:
+        self._written = None
+
     def _put(self, name: str, back: ExitStack) -> None:
         self._fetch_policy()
-        back.callback(surely, self._copy_from, "policy on the host")  # also after a part of what follows
+        back.callback(surely, self._put_back)  # also after a part of what follows
         self._copy_from(name)
+
+    def _put_back(self) -> None:
+        self._copy_from("policy on the host")
+        self._written = self._writes()
 
     @torch.no_grad()
     def _fetch_policy(self) -> list[torch.Tensor]:
+        """The policy on the host, copied where it has changed.
+
+        Waits for the device either way: what was sent from the host's tensors has arrived, and they may be
+        written.
+        """
         host = list(self._sets["policy on the host"].values())
-        for value, parameter in zip(host, self.trained()):
-            value.copy_(parameter)
+        sums = self._sums()
+        if self._written != self._writes() or not bool((self._summed == sums).all()):
+            self._written = None  # until all are copied
+            for value, parameter in zip(host, self.trained()):
+                value.copy_(parameter)
+            self._written, self._summed = self._writes(), sums
         return host
+
+    def _writes(self) -> int:
+        """How often the policy's tensors were written to, through torch."""
+        return sum(parameter._version for parameter in self.trained())
+
+    def _sums(self) -> torch.Tensor:
+        """Of each tensor of the policy, the sum of its numbers' bits, as int64 on the device."""
+        bits = (value.detach().view(INTEGERS[value.element_size()]) for value in self.trained())
+        return torch.stack([value.sum(dtype=torch.int64) for value in bits])
 
     @torch.no_grad()
     def _copy_from(self, name: str) -> None:

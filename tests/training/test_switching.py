@@ -1,5 +1,7 @@
 """Memory that runs out while weights are switched leaves the policy as it was, at whichever tensor."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ MAKE = {
     "sharded-host": lambda: ShardedHostWeights(network()),
 }
 # tensor operations of a switch and back, for each tensor of the policy: where nothing is copied there is
-# nothing that memory could run out for
+# nothing that memory could run out for. On the host: the policy, which has changed, before the two
 OPERATIONS = {"lora": 0, "full": 0, "host": 3, "host-bf16": 3, "sharded": 6, "sharded-host": 3}
 BACK = {"lora": 0, "full": 0, "host": 1, "host-bf16": 1, "sharded": 3, "sharded-host": 1}  # of these
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
@@ -69,6 +71,7 @@ def test_memory_may_run_out_at_any_tensor_of_a_switch(alone, kind, monkeypatch):
     assert counted.count == OPERATIONS[kind] * len(weights.trained())
     failures = 0
     for place in range(counted.count):
+        weights.stepped()  # so that the policy is copied to the host again
         try:
             with OutOfMemory(place), weights.use("old"):
                 pass
@@ -76,8 +79,12 @@ def test_memory_may_run_out_at_any_tensor_of_a_switch(alone, kind, monkeypatch):
             failures += 1
         assert not changed(weights, before), place
     assert failures == counted.count - BACK[kind] * len(weights.trained())  # which is tried again
-    with weights.use("old"):
+    with OutOfMemory() as counted, weights.use("old"):
         pass
+    for place in range(counted.count):  # of a switch whose policy is on the host already
+        with suppress(torch.OutOfMemoryError), OutOfMemory(place), weights.use("old"):
+            pass
+        assert not changed(weights, before), place
     assert not changed(weights, before)
 
 
