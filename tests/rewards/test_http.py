@@ -1,0 +1,116 @@
+"""The reward that calls a server, and servers that are slow, answer nonsense or are not there."""
+
+import http.server
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import http as client
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+
+
+def pictures(count, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@contextmanager
+def impostor(respond):
+    """A server that answers in its own way: `respond(handler)`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            respond(self)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):
+            pass  # the client hung up, as it should
+
+    with Server(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def says(body, status=200, **headers):
+    def respond(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return respond
+
+
+def drips(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(40):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "respond, words",
+    [
+        (says(b"<html>hello</html>"), "expected JSON, got '<html>hello</html>'"),
+        (says(b"[1.0, 2.0]"), 'expected {"scores": [2 finite numbers]}, got [1.0, 2.0]'),
+        (says(b'{"scores": [1.0]}'), 'expected {"scores": [2 finite numbers]}'),
+        (says(b'{"scores": [1.0, NaN]}'), "got {\"scores\": [1.0, NaN]}"),
+        (says(b'{"scores": [1.0, "2"]}'), "2 finite numbers"),
+        (says(b'{"scores": [1.0, true]}'), "2 finite numbers"),
+        (says(b'{"scores": null}'), "2 finite numbers"),
+        (says(b"", 302, Location="http://127.0.0.1:1/"), "refused with 302"),
+        (says(b"[" * 200_000), "expected JSON"),
+        (says(b"x" * 2_000_000), "bytes, got more"),
+        (says(b"", 503, Retry_After="0"), "answered 503 (tried 3 times)"),
+        (says(b"", 503, Retry_After="soon"), "answered 503 (tried 3 times)"),
+        (lambda handler: time.sleep(3), "expected an answer within 0.5 s, got none (tried 3 times)"),
+        (lambda handler: handler.connection.close(), "cannot be reached"),
+        (drips, "expected an answer within 0.5 s, got none (tried 3 times)"),
+    ],
+)  # fmt: skip
+def test_a_server_that_is_slow_or_answers_nonsense(respond, words):
+    timeout = 0.5 if "within" in words else 60
+    with impostor(respond) as address:
+        reward = client.HttpReward(address, timeout=timeout, retries=2)
+        with pytest.raises(UserError) as refused:
+            reward.score(pictures(2), ["a", "b"], [{}, {}])
+    message = str(refused.value)
+    assert message.startswith(f"reward http: {address}: ") and words in message
+    assert "\n" not in message and len(message) < 450
+
+
+def test_a_server_that_comes_back():
+    answers = iter([(b"", 503), (b"", 502), (b'{"scores": [4.0, 2.0]}', 200)])
+    with impostor(lambda handler: says(*next(answers))(handler)) as address:
+        assert client.HttpReward(address).score(pictures(2), ["", ""], [{}, {}]) == [4.0, 2.0]
+
+
+def test_a_server_that_is_down():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"cannot be reached \(Connection refused\) \(tried 3 times\)"):
+        client.HttpReward(address, retries=2).setup("cpu")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8701", "ftp://a", "http://", "http://a?b=c", 5])
+def test_addresses_are_checked(url):
+    with pytest.raises(UserError, match="url: expected http://HOST:PORT"):
+        client.HttpReward(url)

@@ -1,0 +1,115 @@
+"""Rewards in a run: beside the rollout, when they fail, as judges."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crd_fast.config import load_recipe
+from tests.cli.conftest import metrics
+from tests.rewards.conftest import assert_refused, recipe_file
+
+SETTINGS = ("rollout.micro_batch=3", "evaluate.every=0", "train.iterations=2")
+
+
+def train(recipe, output, overrides=SETTINGS):
+    from crd_fast.train.trainer import Trainer
+
+    trainer = Trainer(load_recipe(recipe, overrides), output)
+    trainer.run()
+    return metrics(output), load_file(sorted((output / "checkpoints").iterdir())[-1] / "training.safetensors")
+
+
+class Afterwards:
+    """Scores one call after another when asked for results: no thread, nothing at the same time."""
+
+    def __init__(self, rewards):
+        self.rewards, self.calls = rewards, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def put(self, images, metadata):
+        self.calls.append((images, [entry["prompt"] for entry in metadata], metadata))
+
+    def results(self):
+        return {
+            reward.name: np.concatenate([np.array(reward.score(*call)) for call in self.calls])
+            for reward in self.rewards
+        }
+
+
+def test_results_do_not_depend_on_the_overlap(mine, tmp_path, monkeypatch):
+    recipe = recipe_file(
+        tmp_path, "rewards: {geneval: 1.0, 'mine:redness': 0.5}\nadvantage: {aggregate: gdpo}\n"
+    )
+    found, found_weights = train(recipe, tmp_path / "beside")
+    calls = mine().calls
+    assert {thread for thread, _ in calls} == {"reward mine:redness"}
+    assert [len(prompts) for _, prompts in calls] == [4] * 4  # two iterations of two prompts by four samples
+    assert all(len(set(prompts)) == 1 for _, prompts in calls)
+    monkeypatch.setattr("crd_fast.rewards.registry.Scoring", Afterwards)
+    expected, expected_weights = train(recipe, tmp_path / "after")
+    assert found == expected
+    assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())
+    record = found[-1]
+    assert record["reward_mean"] == pytest.approx(
+        record["reward/geneval"] + 0.5 * record["reward/mine:redness"]
+    )
+    assert "groups_equal" in record and "reward_std/geneval" in record
+
+
+def test_a_reward_that_fails_ends_the_run_and_keeps_its_checkpoints(inside, mine, tmp_path):
+    recipe = recipe_file(tmp_path, "rewards: {'mine:third_time': 1.0}\n")
+    overrides = [
+        item for setting in ("evaluate.every=0", "train.iterations=9") for item in ("--set", setting)
+    ]
+    result = inside("train", recipe, "--output", tmp_path / "run", *overrides)
+    assert_refused(
+        result,
+        "iteration 3: reward mine:third_time: RuntimeError: no more",
+        "checkpoints up to the last one are intact",
+    )
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "iteration-000001",
+        "iteration-000002",
+    ]
+    assert [record["iteration"] for record in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_reward_that_hangs_ends_the_run(inside, mine, tmp_path):
+    recipe = recipe_file(tmp_path, "rewards: {'mine:slow': {timeout: 0.2}}\n")
+    result = inside("train", recipe, "--output", tmp_path / "run", "--set", "evaluate.every=0")
+    assert_refused(result, "iteration 1: reward mine:slow: expected values within 0.2 s, got none")
+
+
+def test_judges_are_scored_at_evaluations_and_never_trained_on(inside, mine, tmp_path):
+    judged = recipe_file(
+        tmp_path, "rewards: {'mine:redness': 1.0}\neval_rewards: {diversity: {}, colorfulness: 5.0}\n"
+    )
+    alone = recipe_file(tmp_path, "rewards: {'mine:redness': 1.0}\n", "alone.yaml")
+    found, found_weights = train(judged, tmp_path / "judged", ["evaluate.samples_per_prompt=2"])
+    expected, expected_weights = train(alone, tmp_path / "alone", ["evaluate.samples_per_prompt=2"])
+    extra = {"eval/judge/diversity", "eval/judge/colorfulness"}
+    errors = {"standard_error/reward", "standard_error/judge/diversity", "standard_error/judge/colorfulness"}
+    assert [set(a) - set(b) for a, b in zip(found, expected)] == [extra | errors, set(), extra | errors]
+    assert [{k: v for k, v in r.items() if k not in extra | errors} for r in found] == expected
+    assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())
+    assert found[0]["eval/judge/diversity"] > 0
+    refused = recipe_file(tmp_path, "eval_rewards: {ocr: 1.0}\n", "refused.yaml")
+    pytest.importorskip("rapidocr", reason="needs rapidocr and onnxruntime")
+    assert_refused(
+        inside("train", refused, "--output", tmp_path / "refused"),
+        "reward ocr: expected a text in double quotes",
+    )
+
+
+def test_a_reward_that_is_constant_is_warned_of_once(mine, tmp_path, caplog):
+    recipe = recipe_file(tmp_path, "rewards: {'mine:Thing': {sharpness: 7.0}}\n")
+    train(recipe, tmp_path / "run", ["evaluate.every=0", "train.iterations=5"])
+    warning = "iteration 4: reward mine:Thing was 7 for each of the last 32 images: it may be broken"
+    assert (tmp_path / "run" / "warnings.txt").read_text() == f"{warning}\n"
+    assert [r.getMessage() for r in caplog.records if r.name == "crd_fast"] == [f"warning: {warning}"]
