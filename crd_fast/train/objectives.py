@@ -6,6 +6,9 @@ a name in `OBJECTIVES` and in `loss.method`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
 import crd_kernels
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from crd_fast.config import LossConfig
 from crd_fast.train.pairs import Pairs
 
 
-class Objective:
+class Objective(ABC):
     """One method with its settings.
 
     coupled: a pair's coefficients depend on the others that are measured with it, so all of them must be
@@ -30,11 +33,11 @@ class Objective:
     def __init__(self, loss: LossConfig, advantage_clip: float):
         self.loss, self.advantage_clip = loss, advantage_clip
 
+    @abstractmethod
     def coefficients(
         self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
     ) -> crd_kernels.Coefficients:
         """c1, c2 and where needed c3, (B,), and the losses: sums over these pairs, through `denominator`."""
-        raise NotImplementedError
 
     def anchor_strength(self, advantage: np.ndarray) -> np.ndarray:
         """What multiplies the distance to the reference for each advantage A_i, in float64."""
@@ -150,7 +153,12 @@ class FlowMatching(AWM):
         return self.matched(stats, pairs, denominator, weight, 1.0)
 
 
-OBJECTIVES = {"crd": CRD, "nft": NFT, "awm": AWM, "flow_matching": FlowMatching}
+OBJECTIVES: dict[str, Callable[[LossConfig, float], Objective]] = {
+    "crd": CRD,
+    "nft": NFT,
+    "awm": AWM,
+    "flow_matching": FlowMatching,
+}
 
 
 def make_objective(loss: LossConfig, advantage_clip: float) -> Objective:
