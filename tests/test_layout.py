@@ -75,8 +75,6 @@ FOREIGN = {
     *("_parameters", "_buffers", "_local_scalar_dense", "_scaled_dot_product_flash_attention_for_cpu"),
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 }
-# a plan puts fakes in the place of what a pipeline would load
-FAKED = {"fake_models.py": {"_device", "_class", "_index"}}
 WATCHERS = sorted(
     path
     for folder in (PACKAGE / "plan", PACKAGE.parent / "tools", PACKAGE.parent / "benchmarks")
@@ -95,8 +93,7 @@ def private_names(source):
 
 @pytest.mark.parametrize("path", WATCHERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_what_watches_a_run_is_told_and_touches_nothing_private(path):
-    allowed = FOREIGN | FAKED.get(path.name, set())
-    assert not set(private_names(path.read_text(encoding="utf-8"))) - allowed
+    assert not set(private_names(path.read_text(encoding="utf-8"))) - FOREIGN
 
 
 def test_private_names_are_seen():

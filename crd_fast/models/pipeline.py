@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -22,7 +24,6 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
-from crd_fast.models.quantize import quantize
 
 
 class PipelineModel(FlowModel):
@@ -37,9 +38,7 @@ class PipelineModel(FlowModel):
     device: by default the GPU, if there is one.
     """
 
-    name: str
     pipeline: type[DiffusionPipeline]
-    lora_targets: tuple[str, ...]
     text_length: int
     unquantized: tuple[str, ...] = ()
 
@@ -108,7 +107,7 @@ class PipelineModel(FlowModel):
         return self._device
 
     @property
-    def transformer(self) -> torch.nn.Module:
+    def transformer(self) -> Any:  # type: ignore[override]
         return self.pipe.transformer
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -141,6 +140,7 @@ class PipelineModel(FlowModel):
         encodes its empty negative prompt.
         """
         self.encode(prompts)
+        assert self._cache is not None  # `encode` opened it
         found = [self._cache.get(prompt) for prompt in prompts]
         return {key: torch.stack([embeddings[key] for embeddings in found]) for key in found[0]}
 
@@ -194,17 +194,24 @@ class PipelineModel(FlowModel):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def load(self, checkpointing: bool) -> None:
-        """Transformer and VAE, as the recipe wants them."""
+    def load(self, checkpointing: bool, quantize: Callable[..., None] | None = None) -> None:
+        """Transformer and VAE, as the recipe wants them.
+
+        quantize: in place of `crd_fast.models.quantize.quantize`, and called like it.
+        """
         transformer = self.pretrained("transformer", self.dtype)
         transformer.requires_grad_(False).eval()
         if self.config.quantization != "none":
             home = torch.device("cpu") if self.config.streaming else self.device
+            if quantize is None:
+                from crd_fast.models import quantize as module
+
+                quantize = module.quantize
             quantize(
                 transformer, self.config.quantization, self.dtype, self.device, self.unquantized, home=home
             )
         self.place(transformer, self.config, self.device, checkpointing)
-        vae = self.pretrained("vae", torch.float32)
+        vae: Any = self.pretrained("vae", torch.float32)
         vae.requires_grad_(False).eval()
         vae.enable_tiling()
         self.pipe.register_modules(transformer=transformer, vae=vae)
@@ -232,7 +239,7 @@ class PipelineModel(FlowModel):
             "encoders": prompt_cache.fingerprint([self.folder / part for part in sorted(parts)]),
         }
 
-    def component_class(self, component: str) -> type:
+    def component_class(self, component: str) -> Any:
         """The class of diffusers that the pipeline's index names."""
         return getattr(diffusers, self.index[component][1])
 

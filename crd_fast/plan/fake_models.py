@@ -81,8 +81,6 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     """The recipe's model on fake tensors, as `load_model` makes it on real ones."""
     if recipe.model.path in WORLDS:
         return _fake_builtin(recipe, mode)
-    from crd_fast.models import pipeline
-
     folder = config_folder(recipe.model.path)
     cpu = torch.device("cpu")
     model = family_of(str(folder), checks.read_index(folder))(folder, recipe, cpu)
@@ -93,8 +91,8 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
         return nn.Module.to(network, dtype)
 
     model.pretrained = without_weights
-    with fakes(mode), mock.patch.object(pipeline, "quantize", _quantize):
-        model.load(recipe.train.checkpointing)
+    with fakes(mode):
+        model.load(recipe.train.checkpointing, quantize=_quantize)
     return model
 
 
