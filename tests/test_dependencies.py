@@ -63,10 +63,46 @@ def test_tests_and_tools_import_what_a_developer_installs():
     assert not undeclared(outside("tests", "tools", "benchmarks") - written, known)
 
 
-@pytest.mark.parametrize("module", ["crd_fast.train.update", "crd_fast.prompts.source", "crd_fast.rewards"])
+LIGHT = ["crd_fast.train.update", "crd_fast.train.trainer", "crd_fast.prompts.source", "crd_fast.rewards"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_nothing_heavy(module):
     script = f"import sys, {module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(run.stdout.split())
     assert module in loaded
     assert not loaded & HEAVY
+
+
+# diffusers itself imports peft where it finds it, and peft bitsandbytes: here it finds neither
+FULL = """
+import sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = None
+from pathlib import Path
+from crd_fast.config import build_recipe
+from crd_fast.train.trainer import Trainer
+recipe = build_recipe({
+    "model": {"method": METHOD},
+    "rewards": {"colorfulness": 1.0},
+    "rollout": {"prompts_per_iteration": 1, "samples_per_prompt": 2, "steps": 2},
+    "train": {"steps_per_iteration": 1, "timesteps": 1, "optimizer": OPTIMIZER},
+})
+record = Trainer(recipe, Path(sys.argv[1])).iterate()
+assert record["step"] == 1 and record["grad_norm"] > 0
+assert not {name for name in sys.modules if name.startswith(("peft.", "bitsandbytes."))}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "missing"),
+    [("full", "adamw", None), ("full", "adamw8bit", "bitsandbytes"), ("lora", "adamw", "peft")],
+)
+def test_only_what_a_recipe_asks_for_is_imported(tmp_path, method, optimizer, missing):
+    script = FULL.replace("METHOD", repr(method)).replace("OPTIMIZER", repr(optimizer))
+    command = [sys.executable, "-c", script, tmp_path / "run"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if missing is None:
+        assert run.returncode == 0, run.stderr
+    else:
+        assert run.stderr.splitlines()[-1].startswith(f"ModuleNotFoundError: import of {missing}")

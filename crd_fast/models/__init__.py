@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from crd_fast.models.base import FlowModel
 from crd_fast.models.streaming import repeated_blocks
 from crd_fast.models.targets import check_targets, lora_targets
 from crd_fast.worlds import WORLDS
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -55,7 +59,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     return model
 
 
-def choose_attention(network: torch.nn.Module, backend: str) -> None:
+def choose_attention(network: ModelMixin, backend: str) -> None:
     """Sets diffusers' attention backend. Raises UserError where it cannot be used."""
     if backend == "default":
         return

@@ -38,6 +38,10 @@ class FlowModel(ABC):
     And for a plan, which loads nothing: `longest_embeddings(prompts)`, `text_encoders()`, `configs`.
     """
 
+    name: str
+    lora_targets: tuple[str, ...]
+    lora_loader: Any
+    transformer: Any
     streaming: Streaming | None = None
     configs: ClassVar[dict[str, str]] = {}  # hub ids: folder in models/configs that a plan finds there
 
@@ -103,7 +107,7 @@ def states_and_pooled(
     width = next(
         config[key] for key in ("joint_attention_dim", "caption_channels", "cap_feat_dim") if key in config
     )
-    shapes = {"states": (prompts, tokens, width)}
+    shapes: dict[str, tuple[int, ...]] = {"states": (prompts, tokens, width)}
     if "pooled_projection_dim" in config:
         shapes["pooled"] = (prompts, config["pooled_projection_dim"])
     return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}

@@ -144,6 +144,7 @@ class BuiltinModel(FlowModel):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Embeddings of P prompts, each tensor with a first axis of P, on the transformer's device."""
+        assert self.tokenizer is not None and self.text_encoder is not None
         embeddings = encode(self.kind, self.tokenizer, self.text_encoder, prompts)
         return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
@@ -174,6 +175,7 @@ class BuiltinModel(FlowModel):
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Writes transformer, text encoder and tokenizer as safetensors and JSON."""
+        assert self.tokenizer is not None
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("transformer", "text_encoder"):
             state = getattr(self, name).state_dict()
@@ -205,13 +207,14 @@ class BuiltinModel(FlowModel):
             }
         except Exception as error:  # safetensors and tokenizers raise types of their own
             raise UserError(f"{folder}: the built-in model cannot be read: {error}") from error
-        model = cls(kind, make_transformer(kind), make_text_encoder(tokenizer.get_vocab_size()), tokenizer)
-        model.transformer.load_state_dict(_float(states["transformer"]))
-        model.text_encoder.load_state_dict(_float(states["text_encoder"]), strict=False)
-        model.text_encoder.encoder.embed_tokens = model.text_encoder.shared
-        for module in (model.transformer, model.text_encoder):
+        transformer = make_transformer(kind)
+        transformer.load_state_dict(_float(states["transformer"]))
+        text_encoder = make_text_encoder(tokenizer.get_vocab_size())
+        text_encoder.load_state_dict(_float(states["text_encoder"]), strict=False)
+        text_encoder.encoder.embed_tokens = text_encoder.shared
+        for module in (transformer, text_encoder):
             module.requires_grad_(False).eval()
-        return model
+        return cls(kind, transformer, text_encoder, tokenizer)
 
 
 def _float(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def _check_length(file: Path) -> None:
         length = int.from_bytes(opened.read(8), "little")
         size = file.stat().st_size
         try:
-            header = json.loads(opened.read(length)) if length < size else None
+            header = json.loads(opened.read(length) if length < size else b"")
             end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
         except (ValueError, TypeError, AttributeError):
             raise UserError(f"model.path: {file} is damaged, it has no safetensors header") from None

@@ -27,7 +27,7 @@ class Flux2KleinModel(PipelineModel):
     }
 
     @property
-    def lora_targets(self) -> tuple[str, ...]:
+    def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         # a block with one stream has its projections in one layer with those of the MLP
         singles = range(self.transformer.config.num_single_layers)
         outputs = (f"single_transformer_blocks.{i}.attn.to_out" for i in singles)

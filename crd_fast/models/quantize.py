@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -40,15 +41,15 @@ def quantize(
     """
     make = {"int8": _int8, "nf4": _nf4}[kind]
     for name in quantized_layers(network, keep):
-        parent, _, child = name.rpartition(".")
-        parent = network.get_submodule(parent)
+        above, _, child = name.rpartition(".")
+        parent = network.get_submodule(above)
         layer = make(getattr(parent, child), dtype, device)
         if home is not None and home != device:
             layer.to(home)
         setattr(parent, child, layer)
 
 
-def empty_nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def empty_nf4(layer: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
     """A 4-bit layer in the place of `layer`, still without weight and bias."""
     return Nf4Linear(
         layer.in_features,
@@ -63,9 +64,10 @@ def empty_nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 def _nf4(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
     new = empty_nf4(layer, dtype)
-    new.weight = bnb.nn.Params4bit(
+    weight: Any = bnb.nn.Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
-    ).to(device)
+    )
+    new.weight = weight.to(device)
     return _with_bias(new, layer, device)
 
 
@@ -98,9 +100,11 @@ class Nf4Linear(bnb.nn.Linear4bit):
     repacks its weights for a product without gradient, and uses that one where there should be a gradient.
     """
 
+    weight: Any  # a parameter with `quant_state`
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state, bias = self.weight.quant_state, self.bias
-        bias = bias if bias is None else bias.to(self.compute_dtype)
+        state = self.weight.quant_state
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         scales = state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code
         product = _Nf4Product.apply(x.to(self.compute_dtype), self.weight, bias, state, *scales)
         return product.to(x.dtype)
@@ -131,6 +135,8 @@ class Int8Linear(bnb.nn.Linear8bitLt):
     Its own product quantizes the inputs, where outliers couple the samples of a batch, and keeps them for the
     backward pass out of reach of activation checkpointing. A group must be the same at any micro-batch.
     """
+
+    compute_dtype: torch.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Int8Product.apply(x, self.weight, self.scale, self.bias, self.compute_dtype)

@@ -179,7 +179,7 @@ def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value
     parameter = nn.Parameter(value, requires_grad=False)
     if hasattr(tensor, "quant_state"):
-        parameter.quant_state = tensor.quant_state
+        parameter.quant_state = tensor.quant_state  # type: ignore[attr-defined]
     return parameter
 
 

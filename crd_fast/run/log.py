@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
@@ -32,6 +31,8 @@ class RunLog:
             self._replace_metrics(kept)
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
+        from torch.utils.tensorboard import SummaryWriter
+
         self._events = SummaryWriter(
             str(output / "tensorboard"), purge_step=None if after is None else after + 1
         )

@@ -37,7 +37,7 @@ from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.signal import Signal
 from crd_fast.train.update import Updater
-from crd_fast.weights import checkpoint, sharded
+from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
@@ -68,6 +68,8 @@ class Trainer:
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
         state = checkpoint.read_state(saved[-1]) if saved else None
         if saved and recipe.model.sharding != "none":
+            from crd_fast.weights import sharded
+
             sharded.check_resumes(state, self.ranks.count, saved[-1])
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from crd_fast.ranks import Ranks
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class Saved(Protocol):
@@ -38,7 +41,7 @@ class Weights(ABC):
     out.
     """
 
-    network: torch.nn.Module
+    network: ModelMixin
     in_step = False
 
     @abstractmethod

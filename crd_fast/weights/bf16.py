@@ -36,7 +36,7 @@ def rounded(wide: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
-class _Rounding:
+class _Rounding(bnb.optim.optimizer.Optimizer2State):
     """One parameter after the other as float32, updated by bitsandbytes, and back.
 
     What is drawn is a function of seed, step and parameter, so that a resumed run draws the same.
@@ -64,3 +64,10 @@ class RoundedAdamW8bit(_Rounding, bnb.optim.AdamW8bit):
 
 class RoundedPagedAdamW8bit(_Rounding, bnb.optim.PagedAdamW8bit):
     pass
+
+
+ROUNDED: dict[str, type[_Rounding]] = {  # by the names of `train.optimizer`
+    "adamw": RoundedAdamW,
+    "adamw8bit": RoundedAdamW8bit,
+    "paged_adamw8bit": RoundedPagedAdamW8bit,
+}

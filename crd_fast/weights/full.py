@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from crd_fast.errors import UserError
 from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
@@ -21,18 +25,19 @@ class FullWeights(Weights):
     policy: what is trained, by name, where it is not the network's parameters themselves.
     """
 
-    def __init__(self, network: torch.nn.Module, policy: dict[str, torch.nn.Parameter] | None = None):
+    def __init__(self, network: ModelMixin, policy: dict[str, torch.nn.Parameter] | None = None):
         self.network = network
         network.requires_grad_(True)
-        self._sets = {"policy": policy or dict(network.named_parameters())}
-        self._add_copies(self._sets["policy"])
+        self._policy = policy or dict(network.named_parameters())
+        self._sets: dict[str, Mapping[str, torch.Tensor]] = {"policy": self._policy}
+        self._add_copies(self._policy)
 
     def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
         for name in (*SNAPSHOTS, "reference"):
             self._sets[name] = {key: parameter.detach().clone() for key, parameter in policy.items()}
 
     def trained(self) -> list[torch.nn.Parameter]:
-        return list(self._sets["policy"].values())
+        return list(self._policy.values())
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -97,7 +102,7 @@ class HostWeights(FullWeights):
     """
 
     _written: int | None = None  # what `_writes` and `_sums` were of the policy that is on the host
-    _summed: torch.Tensor | None = None
+    _summed: torch.Tensor
 
     def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
         for name in SNAPSHOTS:
@@ -129,7 +134,7 @@ class HostWeights(FullWeights):
         """
         host = list(self._sets["policy on the host"].values())
         sums = self._sums()
-        if self._written != self._writes() or not bool((self._summed == sums).all()):
+        if self._written != self._writes() or not bool(sums.eq(self._summed).all()):
             self._written = None  # until all are copied
             for value, parameter in zip(host, self.trained()):
                 value.copy_(parameter)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
@@ -18,6 +19,9 @@ from crd_fast.models.targets import check_targets
 from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 
 class LoraWeights(Weights):
     """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
@@ -29,7 +33,7 @@ class LoraWeights(Weights):
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: ModelMixin,
         rank: int,
         alpha: float,
         targets: list[str],
@@ -40,7 +44,10 @@ class LoraWeights(Weights):
         self.network, self.loader = network, loader
         network.requires_grad_(False)
         self.config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # any number
+            target_modules=list(targets),
+            init_lora_weights=True,
         )
         check_targets(network, targets)
         with torch.random.fork_rng(devices=[]):
@@ -49,7 +56,9 @@ class LoraWeights(Weights):
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # three adapters are meant
                 for name in ("policy", *SNAPSHOTS):
                     network.add_adapter(self.config, adapter_name=name)
-        self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers: list[Any] = [
+            module for module in network.modules() if isinstance(module, BaseTunerLayer)
+        ]
         for layer in self._layers:  # for good: compiled code does not notice a hook that comes later
             layer.adapters_of_rows = None
             layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
@@ -124,7 +133,7 @@ class LoraWeights(Weights):
         """
         state = get_peft_model_state_dict(self.network, adapter_name="policy")
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        self.config.save_pretrained(folder / "peft")
+        self.config.save_pretrained(str(folder / "peft"))
         prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
         save_file(prefixed, folder / "peft" / "adapter_model.safetensors")
         self.loader.save_lora_weights(
@@ -134,7 +143,7 @@ class LoraWeights(Weights):
         )
 
 
-def _choose_rows(layer: BaseTunerLayer, args: tuple, kwargs: dict) -> tuple | None:
+def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
     """Before a layer's forward: which adapter each row has, where they differ."""
     if layer.adapters_of_rows is None:
         return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
-import bitsandbytes as bnb
 import torch
 
 from crd_fast.config import Recipe
@@ -12,22 +11,25 @@ from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.targets import lora_targets
 from crd_fast.weights.base import Weights
-from crd_fast.weights.bf16 import RoundedAdamW, RoundedAdamW8bit, RoundedPagedAdamW8bit, widen_gradients
 from crd_fast.weights.full import FullWeights, HostWeights
-from crd_fast.weights.lora import LoraWeights
-from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
 
 
 def make_weights(model: FlowModel, recipe: Recipe) -> Weights:
     """The policy and its snapshots, as adapters or as whole copies."""
     config = recipe.model
     if config.sharding == "fsdp":
+        from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
+
         return (ShardedHostWeights if config.snapshots == "host" else ShardedWeights)(model.transformer)
     if config.method == "full":
         weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
         if config.dtype == "bf16":
+            from crd_fast.weights.bf16 import widen_gradients
+
             widen_gradients(weights.trained())
         return weights
+    from crd_fast.weights.lora import LoraWeights
+
     return LoraWeights(
         model.transformer,
         config.lora_rank,
@@ -41,18 +43,20 @@ def make_weights(model: FlowModel, recipe: Recipe) -> Weights:
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     config = recipe.train
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     on_gpu = torch.cuda.is_available()
     if config.optimizer == "paged_adamw8bit" and not on_gpu:
         raise UserError("train.optimizer: paged_adamw8bit needs a CUDA GPU, expected adamw8bit or adamw here")
-    whole, rounded = {
+    if recipe.model.dtype == "bf16":
+        from crd_fast.weights import bf16
+
+        optimizer = bf16.ROUNDED[config.optimizer](parameters, **settings)
+        optimizer.seed = config.seed
+        return optimizer
+    if config.optimizer == "adamw":
         # fused, or it would hold the roots of all second moments at once
-        "adamw": (partial(torch.optim.AdamW, fused=on_gpu), RoundedAdamW),
-        "adamw8bit": (bnb.optim.AdamW8bit, RoundedAdamW8bit),
-        "paged_adamw8bit": (bnb.optim.PagedAdamW8bit, RoundedPagedAdamW8bit),
-    }[config.optimizer]
-    if recipe.model.dtype != "bf16":
-        return whole(parameters, **settings)
-    optimizer = rounded(parameters, **settings)
-    optimizer.seed = config.seed
-    return optimizer
+        return torch.optim.AdamW(parameters, fused=on_gpu, **settings)
+    import bitsandbytes as bnb
+
+    narrow = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    return narrow[config.optimizer](parameters, **settings)

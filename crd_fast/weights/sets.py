@@ -7,6 +7,8 @@ three more copies of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from crd_fast.errors import UserError
@@ -33,13 +35,13 @@ def equal(snapshot, policy) -> bool:
     )
 
 
-def joined(sets: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def joined(sets: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of named sets, by `set/parameter`."""
     return {f"{name}/{key}": value.detach() for name, values in sets.items() for key, value in values.items()}
 
 
 @torch.no_grad()
-def load(sets: dict[str, dict[str, torch.Tensor]], state: dict[str, torch.Tensor]) -> None:
+def load(sets: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, torch.Tensor]) -> None:
     """Copies `state`, as `joined` gave it, into the sets.
 
     Raises UserError, and copies nothing, where names or shapes differ.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,22 @@ from crd_fast.ranks import Ranks
 from crd_fast.weights import checkpoint
 from crd_fast.weights.full import FullWeights, HostWeights
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 SPARE_BYTES = 1 << 24  # beside the weights, for exchanging them
 
 
-class _Parts:
+class _Parts(FullWeights):
     """What both kinds of weights below have in common: the policy is this rank's parts."""
 
     in_step = True
 
-    def __init__(self, network: torch.nn.Module):
-        self.kind = type(network)  # fully_shard puts a class of its own in its place
+    def __init__(self, network: ModelMixin):
+        self.kind: Any = type(network)  # fully_shard puts a class of its own in its place
         network.requires_grad_(True)
         shard(network)
-        self._whole = dict(network.named_parameters())
+        self._whole: dict[str, Any] = dict(network.named_parameters())  # each a DTensor
         parts = {name: parameter.detach().to_local() for name, parameter in self._whole.items()}
         # a parameter of fewer rows than ranks has none on the last ones
         super().__init__(network, {n: torch.nn.Parameter(p) for n, p in parts.items() if p.numel()})
@@ -48,10 +51,9 @@ class _Parts:
 
     def take_gradients(self) -> None:
         """Moves the gradients, which the backward pass has averaged over the ranks, to the parts."""
-        parts = self._sets["policy"]
         for name, parameter in self._whole.items():
-            if name in parts and parameter.grad is not None:
-                parts[name].grad = parameter.grad.to_local()
+            if name in self._policy and parameter.grad is not None:
+                self._policy[name].grad = parameter.grad.to_local()
             parameter.grad = None
 
     def is_policy(self, name: str) -> bool:
@@ -81,10 +83,10 @@ class _Parts:
         return OptimizersOfRanks(optimizer)
 
 
-class ShardedWeights(_Parts, FullWeights):
+class ShardedWeights(_Parts):
     """As FullWeights, on parts, whose memory is FSDP's: to use a set is to exchange contents."""
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: ModelMixin):
         super().__init__(network)
         # made once, so that nothing has to be found room for between the first tensor and the last
         largest = max(parameter.nbytes for parameter in self.trained())
@@ -121,7 +123,7 @@ def shard(network: torch.nn.Module) -> None:
 class WholeWeights:
     """The weights of all ranks on the host of the main one, as a checkpoint takes them."""
 
-    def __init__(self, weights: ShardedWeights | ShardedHostWeights, parts: list[dict[str, torch.Tensor]]):
+    def __init__(self, weights: _Parts, parts: list[dict[str, torch.Tensor]]):
         self._kind, self._network = weights.kind, weights.network
         self._state = {
             key: torch.cat([of_rank.pop(key) for of_rank in parts if key in of_rank])
@@ -148,7 +150,7 @@ class OptimizersOfRanks:
     def __init__(self, optimizer: torch.optim.Optimizer, states: list[Any] | None = None):
         self._optimizer, self._states = optimizer, states
 
-    def state_dict(self) -> list[Any]:
+    def state_dict(self) -> list[Any] | None:
         return self._states
 
     def load_state_dict(self, states: list[Any]) -> None:
