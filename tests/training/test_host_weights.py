@@ -14,7 +14,7 @@ STEPS = 2
 RECIPE = {
     "model": {"method": "full", "snapshots": "host"},
     "rewards": {"colorfulness": 1.0},
-    "train": {"iterations": 2, "micro_batch": 2, "steps_per_iteration": STEPS, "timesteps": 1},
+    "train": {"micro_batch": 2, "steps_per_iteration": STEPS, "timesteps": 1, "optimizer": "adamw"},
     "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 2, "steps": 2},
     "snapshots": {"old": "0/0.5/0/0.5", "sampler": "0/0.5/0/0.5"},
     "evaluate": {"every": 0},
