@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from crd_fast.config import build_recipe
-from crd_fast.plan.fit import GIB, RESERVED
+from crd_fast.plan.fit import RESERVED
+from crd_fast.plan.gpus import GIB
 from crd_fast.plan.planner import Planner
 
 RESULT = Path(__file__).parent / "results" / "plans.json"

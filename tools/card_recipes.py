@@ -18,7 +18,8 @@ import yaml
 
 from crd_fast.config import RECIPES, build_recipe
 from crd_fast.models.pipeline import encodes_on_gpu
-from crd_fast.plan.fit import GIB, RESERVED
+from crd_fast.plan.fit import RESERVED
+from crd_fast.plan.gpus import GIB
 from crd_fast.plan.planner import Planner
 from crd_fast.run.machine import git_commit
 

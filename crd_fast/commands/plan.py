@@ -46,11 +46,12 @@ def plan(
     loaded = load_recipe(recipe or "builtin", set_ or [])
     with console.status("planning"):
         from crd_fast.plan import fit as fitting
+        from crd_fast.plan.gpus import parse_memory
 
         if gpu is None:
             found, lines = fitting.Planner(loaded).plan(), []
         else:
-            fits = list(fitting.fit(loaded, fitting.parse_memory(gpu)))
+            fits = list(fitting.fit(loaded, parse_memory(gpu)))
             found, lines = fits[-1].plan, [fitting.verdict(fit) for fit in fits]
     console.print(fitting.table(found, escape(loaded.model.path)))
     for line in [*fitting.summary(found).splitlines(), *lines]:

@@ -79,7 +79,8 @@ def train(
         name = Path(recipe or "builtin").name.removesuffix(".yaml")
         output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     if gpu_memory is not None:
-        from crd_fast.plan.fit import for_training, parse_memory
+        from crd_fast.plan.fit import for_training
+        from crd_fast.plan.gpus import parse_memory
 
         with console.status("planning"):
             loaded = for_training(loaded, parse_memory(gpu_memory))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,11 +11,11 @@ from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
+from crd_fast.plan.gpus import GIB
 from crd_fast.plan.planner import PARTS, Plan, Planner
 from crd_fast.train.micro_batch import AUTO_MICRO_BATCH
 from crd_fast.worlds import WORLDS
 
-GIB = 1 << 30
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
 RESERVED = 3 * GIB // 4
 # By what they cost: seconds, rounding of the moments, copies to the device, rounding of the weights (trained,
@@ -31,14 +30,6 @@ SAVINGS = (
     "model.method=lora",
     "model.streaming=true",
 )
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of `24GB` or `24GiB`: both are 24 * 2^30, as cards are sold. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UserError(f"GPU memory: expected a size like 24GB, got {text!r}")
-    return round(float(match[1]) * GIB)
 
 
 @dataclass

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from crd_fast.config import RECIPES, build_recipe, load_recipe
-from crd_fast.plan.fit import GIB, RESERVED
+from crd_fast.plan.fit import RESERVED
+from crd_fast.plan.gpus import GIB
 from crd_fast.plan.planner import Planner
 from tools.card_recipes import CARDS, IN_ROLLOUT, IN_UPDATE, MODELS, RESULT, choose, recipe, yaml_text
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from crd_fast.errors import UserError
-from crd_fast.plan.fit import GIB, RESERVED, fit, for_training, parse_memory
+from crd_fast.plan.fit import RESERVED, fit, for_training
+from crd_fast.plan.gpus import GIB, parse_memory
 from crd_fast.plan.planner import Planner
 
 

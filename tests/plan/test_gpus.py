@@ -1,0 +1,69 @@
+"""Cards by name, and what stands in their rows."""
+
+import pytest
+
+from crd_fast.errors import UserError
+from crd_fast.plan.gpus import BY_NAME, CARDS, GIB, card_of_device, names_with, parse_gpu
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_names_resolve(card):
+    assert parse_gpu(card.name) == (card.memory, card)
+    assert parse_gpu(card.name.replace("-", " ").upper()) == (card.memory, card)
+    assert parse_gpu(card.name.replace("-", "")) == (card.memory, card)
+    for device in card.devices:
+        assert card_of_device(f"NVIDIA {device}", card.memory * 97 // 100) is card
+    assert card.source and card.memory > 0 and card.link > 10
+
+
+def test_sizes_still_work():
+    assert parse_gpu("24GB") == parse_gpu(" 24 GiB") == (24 * GIB, None)
+    assert names_with(12 * GIB) == ["rtx-3060", "rtx-4070"]
+
+
+@pytest.mark.parametrize(
+    "typo, meant",
+    [("rtx-409", "rtx-4090"), ("rtx4O90", "rtx-4090"), ("a100-80", "a100-80gb"), ("h10", "h100")],
+)
+def test_a_typo_is_told_the_nearest_name(typo, meant):
+    with pytest.raises(UserError, match=f"did you mean '{meant}'") as error:
+        parse_gpu(typo)
+    assert "size like 24GB" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_devices_that_only_sound_alike_are_none():
+    """Their throughput is another."""
+    alike = (
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A10G",
+        "Tesla T4",
+    )
+    for device in alike:
+        assert card_of_device(device, 24 * GIB) is None
+    assert card_of_device("NVIDIA GeForce RTX 3060", 8 * GIB) is None  # sold with less memory, and slower
+    assert card_of_device("NVIDIA GeForce RTX 4060 Ti", 8 * GIB) is None
+
+
+# of cards whose throughput stands in a document: it confirms the rate that other rows are derived from, and
+# that no row has a figure with sparsity or with float16 accumulation
+@pytest.mark.parametrize(
+    "name, multiprocessors, boost_mhz, rate",
+    [
+        ("rtx-3080", 68, 1710, 512),
+        ("rtx-3090", 82, 1695, 512),
+        ("rtx-4080", 76, 2505, 512),
+        ("rtx-4090", 128, 2520, 512),
+        ("rtx-5080", 84, 2617, 512),
+        ("rtx-5090", 170, 2407, 512),
+        ("rtx-a6000", 84, 1800, 1024),
+        ("rtx-6000-ada", 142, 2505, 1024),
+        ("a10", 72, 1695, 1024),
+        ("l4", 58, 2040, 1024),
+        ("a100-80gb", 108, 1410, 2048),
+        ("h100", 132, 1830, 4096),
+        ("h100-pcie", 114, 1620, 4096),
+    ],
+)
+def test_throughput_follows_from_clock_and_rate(name, multiprocessors, boost_mhz, rate):
+    assert BY_NAME[name].tflops == pytest.approx(multiprocessors * boost_mhz * rate * 1e-6, rel=0.01)
