@@ -18,49 +18,70 @@ def plan(
     ] = None,
     set_: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="A card's memory, like 24GB: which settings fit it.")
+        str | None,
+        typer.Option(
+            metavar="CARD|SIZE",
+            help="A card like rtx-4090, or just its memory, like 24GB: which settings fit; hours for a card.",
+        ),
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the card's peak that the hours assume. Default: 0.4.", metavar="E"),
     ] = None,
     json_: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the plan as JSON as well. Never overwritten."),
     ] = None,
 ) -> None:
-    """Say what a recipe will take on a GPU before anything is downloaded or loaded.
+    """Say what a recipe will take on a GPU, in memory, hours and disk, before anything is downloaded.
 
-    Peak memory of each phase by part, forwards and FLOPs of an iteration; with `--gpu`, the largest
-    micro-batches that fit and, where 1 does not, the cheapest settings that make it fit. The code that trains
-    runs on tensors without content; kernels' own temporaries are not in it.
+    Peak memory of each phase by part, forwards and FLOPs of an iteration, disk and host memory; with `--gpu`,
+    the largest micro-batches that fit and, where 1 does not, the cheapest settings that make it fit; with a
+    card's name, hours: what no program can beat, and an estimate. The code that trains runs on tensors
+    without content; kernels' own temporaries are not in it.
 
     `model.path` may be a folder with a pipeline's configs, builtin, builtin-ocr, or one of the models whose
     configs ship: sd3.5-medium, sd3.5-large, flux.1-dev, flux.2-klein-4b, qwen-image, z-image, sana-1.6b,
     or their hub ids.
 
     - `crd-fast plan --set model.path=sd3.5-medium --set model.quantization=nf4 --gpu 8GB`
+    - `crd-fast plan sd3.5-medium-24gb --gpu rtx-4090`
     """
     import json
 
-    from crd_fast.config import load_recipe
+    from crd_fast.config import build_recipe, load_recipe
+    from crd_fast.plan.gpus import parse_gpu
 
     if json_ is not None and json_.exists():
         raise UserError(f"--json {json_}: already exists; choose another name")
     loaded = load_recipe(recipe or "builtin", set_ or [])
+    memory, card = parse_gpu(gpu) if gpu is not None else (None, None)
+    if efficiency is not None and card is None:
+        raise UserError("--efficiency: goes with the name of a card, like --gpu rtx-4090")
     with console.status("planning"):
         from crd_fast.plan import fit as fitting
-        from crd_fast.plan.gpus import parse_memory
+        from crd_fast.plan import text
+        from crd_fast.plan.cost import EFFICIENCY, cost
 
-        if gpu is None:
-            found, lines = fitting.Planner(loaded).plan(), []
-        else:
-            fits = list(fitting.fit(loaded, parse_memory(gpu)))
-            found, lines = fits[-1].plan, [fitting.verdict(fit) for fit in fits]
-    console.print(fitting.table(found, escape(loaded.model.path)))
-    for line in [*fitting.summary(found).splitlines(), *lines]:
+        fits = list(fitting.fit(loaded, memory)) if memory is not None else []
+        found = fits[-1].plan if fits else fitting.Planner(loaded).plan()
+        if fits:
+            loaded = build_recipe(loaded.model_dump(), fits[-1].overrides)
+        takes = cost(loaded, found, card, EFFICIENCY if efficiency is None else efficiency)
+    console.print(text.table(found, escape(loaded.model.path)))
+    on_host = bool(fits) and not fits[-1].encodes_on_gpu
+    lines = [*text.summary(found).splitlines(), *text.time_lines(takes)]
+    if memory is not None and card is None:
+        lines.append(text.name_a_card(memory))
+    verdicts = [fitting.verdict(fit) for fit in fits]
+    for line in [*lines, *text.space_lines(takes, on_host), *verdicts]:
         say(line)
     if json_ is not None:
-        result = {"model": loaded.model.path, **found.to_json()}
-        if gpu is not None:
-            result |= {"gpu_bytes": fits[-1].memory, "needed_bytes": fits[-1].needed, "verdicts": lines}
+        result = {"model": loaded.model.path, **found.to_json(), **takes.to_json()}
+        result["host_bytes_beside_process"] = takes.host_bytes(on_host)
+        if fits:
+            result |= {"gpu_bytes": fits[-1].memory, "needed_bytes": fits[-1].needed, "verdicts": verdicts}
             result["overrides"] = fits[-1].overrides
         json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if gpu is not None and fits[-1].missing:
+    if fits and fits[-1].missing:
         raise typer.Exit(1)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan.gpus import GIB
-from crd_fast.plan.planner import PARTS, Plan, Planner
+from crd_fast.plan.planner import Plan, Planner
 from crd_fast.train.micro_batch import AUTO_MICRO_BATCH
 from crd_fast.worlds import WORLDS
 
@@ -166,33 +164,4 @@ def for_training(recipe: Recipe, memory: int, progress: Callable[[str], None] = 
         f"--gpu-memory {memory / GIB:g}GB: the plan needs {first.needed / GIB:.1f} GB at micro-batch 1 "
         f"(phase {first.phase}), {first.missing / GIB:.1f} GB too much; {outcome} with {settings}: "
         f"{last.needed / GIB:.1f} GB"
-    )
-
-
-def table(plan: Plan, title: str) -> Table:
-    """Peaks in GB (2^30 bytes) by phase and part."""
-    parts = [part for part in PARTS if any(part in peak.parts for peak in plan.phases.values())]
-    result = Table(title=title)
-    result.add_column("GB")
-    for phase in plan.phases:
-        result.add_column(phase, justify="right")
-    for part in parts:
-        sizes = (peak.parts.get(part, 0) for peak in plan.phases.values())
-        result.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))
-    result.add_section()
-    result.add_row("peak", *(f"{peak.bytes / GIB:.2f}" for peak in plan.phases.values()), style="bold")
-    return result
-
-
-def summary(plan: Plan) -> str:
-    """Forwards and FLOPs, a line each."""
-    forwards = ", ".join(f"{name} {n:g}" for name, n in plan.forwards.items() if name != "rollout")
-    total = sum(n for name, n in plan.forwards.items() if name != "rollout")
-    flops = ", ".join(f"{name} {value / 1e15:.3g}" for name, value in plan.flops.items())
-    host = f"host memory, pinned: {plan.host_bytes / GIB:.1f} GB\n" if plan.host_bytes else ""
-    return (
-        f"{host}parameters: {plan.parameters:,}, trained: {plan.trained:,}\n"
-        f"micro-batches: {plan.micro_batch} in the update, {plan.rollout_micro_batch} in the rollout\n"
-        f"forwards for each sample and timestep of the update: {total:g} ({forwards})\n"
-        f"PFLOP an iteration: {sum(plan.flops.values()) / 1e15:.3g} ({flops})"
     )

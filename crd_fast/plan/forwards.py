@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,27 +11,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from crd_fast.plan.live_bytes import GEMM_4BIT, Peak
-from crd_fast.run.observer import Observer
+from crd_fast.run.row_counts import RowCounts
 from crd_fast.train.update import ROWS_IN_ONE
 
 if TYPE_CHECKING:
     from crd_fast.plan.planner import Planner
 
 
-class ForwardAccount(Observer):
+class ForwardAccount(RowCounts):
     """Stands in the place of the model, and is told which weights each forward is by.
 
     A forward without gradient that was run before, with as many samples and the same layers, is not run
     again: its peak and its FLOPs are remembered. Nor is a second one with gradient.
+
+    row_flops: of one row, by `kind_of` the forward, and `BACKWARD`; passes: how often all blocks are needed,
+    for whatever number of rows.
     """
 
     def __init__(self, planner: Planner):
+        super().__init__()
         self.planner, self.live, self.model = planner, planner.live, planner.model
         self.active: list[tuple[str, int]] = []  # sets of weights of the present forward, rows by each
-        self.samples: Counter[str] = Counter()  # by set of weights
         self.held: dict[str, int] = {}  # bytes of latents at the policy's first forward, by phase
         self.in_rows = False  # the rows of one forward differ in their weights
-        self._before_gradient: int | None = None  # FLOPs
+        self.row_flops: dict[str, float] = {}
+        self.passes = 0
+        self._going_backward: tuple[int, int] | None = None  # FLOPs before, rows
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)  # what is not a forward is the model's own
@@ -46,12 +50,21 @@ class ForwardAccount(Observer):
     @contextmanager
     def branch(self, name: str, rows: int) -> Iterator[None]:
         self.active.append((name, rows))
-        self.samples[name] += rows
-        yield
+        with super().branch(name, rows):
+            yield
         self.active.pop()
 
+    def finish_backward(self) -> None:
+        """What was computed since the last forward with gradient was its backward pass."""
+        if self._going_backward is not None:
+            before, rows = self._going_backward
+            self.row_flops[BACKWARD] = (self.planner.flops.total - before) / rows
+            self._going_backward = None
+
     def velocity(self, x, sigma, embeddings):
+        self.finish_backward()
         gradient = torch.is_grad_enabled()
+        self.passes += 2 if gradient else 1  # the backward pass runs a block again, and then uses what it has
         names = [name for name, _ in self.active]
         if self.live.phase in ("measure", "update"):
             self.live.phase = "update" if gradient else "measure"
@@ -67,15 +80,15 @@ class ForwardAccount(Observer):
         return run(x, sigma, embeddings)
 
     def _with_gradient(self, x, sigma, embeddings):
-        flops = self.planner.flops
-        if self._before_gradient is not None:
-            flops.total += flops.total - self._before_gradient
+        kind, before = kind_of(self.active[0][0], True), self.planner.flops.total
+        if kind in self.row_flops:
             with self.planner.mode:
                 return torch.empty(x.shape).requires_grad_()
-        self._before_gradient = flops.total
         with self.live.in_part("activations"):
             result = self.model.velocity(x, sigma, embeddings)
         self.live.part = "workspace"  # of the backward pass, which comes next
+        self.row_flops[kind] = (self.planner.flops.total - before) / len(x)
+        self._going_backward = self.planner.flops.total, len(x)
         return result
 
     def _layers(self):
@@ -87,7 +100,7 @@ class ForwardAccount(Observer):
         if key in planner.forwards:
             peak, flops, shape, dtype = planner.forwards[key]
             live.note(peak)
-            planner.flops.total += flops
+            self._without(flops / len(x))
             with planner.mode:
                 return torch.empty(shape, dtype=dtype)
         before, flops, kept = live.total, planner.flops.total, live.peaks.get(live.phase, Peak())
@@ -100,8 +113,23 @@ class ForwardAccount(Observer):
         # tables that the model made at its first forward stay, and are no part of the next one
         stays = live.total - before - result.untyped_storage().nbytes()
         of_it = peak.bytes - before - stays
-        planner.forwards[key] = of_it, planner.flops.total - flops, result.shape, result.dtype
+        flops = planner.flops.total - flops
+        planner.forwards[key] = of_it, flops, result.shape, result.dtype
+        self._without(flops / len(x))
         return result
+
+    def _without(self, row_flops: float) -> None:
+        """The rows of one forward that differ in their weights share what it computed."""
+        for name, _ in self.active:
+            self.row_flops[kind_of(name, False)] = row_flops
+
+
+BACKWARD = "backward"  # with what activation checkpointing runs again
+
+
+def kind_of(branch: str, gradient: bool) -> str:
+    """The name of a kind of forward: the weights that it uses, and whether gradient is recorded."""
+    return f"{branch}_with_gradient" if gradient else branch
 
 
 @contextmanager

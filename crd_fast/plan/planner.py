@@ -8,6 +8,7 @@ forward, of a group's micro-batches two, which is enough because each further on
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.pipeline import PipelineModel
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
-from crd_fast.plan.forwards import Flops, accounted
+from crd_fast.plan.forwards import BACKWARD, Flops, ForwardAccount, accounted, kind_of
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
@@ -39,9 +41,25 @@ PARTS = (
 )
 
 
+# Transformer and VAE, text encoders are not (huggingface/diffusers pull request 9982).
+PUBLISHED_IN_FLOAT32 = ("sana-1.6b",)
+# Kinds of rows, by the part of an iteration that they are computed in.
+IN_PART = {
+    "rollout": ("sampler",),
+    "decode": ("decode",),
+    "update": ("old", "reference", "policy", "policy_with_gradient", BACKWARD),
+}
+
+
 @dataclass
 class Plan:
-    """Peaks on the GPU by phase; what one iteration computes."""
+    """Peaks on the GPU by phase; what one iteration computes.
+
+    What it computes is rows times FLOPs of a row, by kind: `sampler`, `old`, `reference` and `policy` without
+    gradient, `policy_with_gradient` forward, `backward` with what checkpointing runs again, and `decode` for
+    a picture. Guided forwards have two rows a sample. A setting that leaves a part of the pairs out scales
+    the rows of the kinds that it leaves out.
+    """
 
     phases: dict[str, Peak]
     micro_batch: int  # of the update
@@ -50,7 +68,18 @@ class Plan:
     trained: int
     host_bytes: int = 0  # in pinned memory: snapshots and reference, or blocks that are streamed
     forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
-    flops: dict[str, float] = field(default_factory=dict)  # of one iteration: rollout, update
+    rows: dict[str, float] = field(default_factory=dict)  # of one iteration
+    row_flops: dict[str, float] = field(default_factory=dict)
+    streamed_bytes: float = 0.0  # that one iteration fetches from the host
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of what is stored: see `Planner.sizes`
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Of one iteration: rollout, decode, update."""
+        return {
+            part: sum(self.rows.get(kind, 0.0) * self.row_flops.get(kind, 0.0) for kind in kinds)
+            for part, kinds in IN_PART.items()
+        }
 
     @property
     def peak(self) -> int:
@@ -72,8 +101,20 @@ class Plan:
             "trained_parameters": self.trained,
             "host_bytes": self.host_bytes,
             "forwards_per_sample_and_timestep": self.forwards,
+            "rows_per_iteration": self.rows,
+            "flops_per_row": self.row_flops,
             "flops_per_iteration": self.flops,
+            "stored_bytes": self.sizes,
         }
+
+
+def flops_of(counted: Mapping[tuple[str, bool], float], row_flops: Mapping[str, float]) -> float:
+    """FLOPs of counted forwards (`RowCounts.rows`), and of the backward pass of those with gradient."""
+    total = 0.0
+    for (branch, gradient), rows in counted.items():
+        total += rows * row_flops.get(kind_of(branch, gradient), 0.0)
+        total += rows * row_flops.get(BACKWARD, 0.0) * gradient
+    return total
 
 
 class Planner:
@@ -93,7 +134,7 @@ class Planner:
         self.live.move(tensors_of(self.model.transformer), "base weights")
         streamed = self.model.streaming.host_tensors() if self.model.streaming else []
         self.live.release(streamed)
-        self.host_bytes = sum(tensor.nbytes for tensor in streamed)
+        self.host_bytes = self.streamed = sum(tensor.nbytes for tensor in streamed)
         with fakes(self.mode), self.live, self.live.in_part("snapshots"):
             self.weights = make_weights(self.model, recipe)
             self.trained = self.weights.trained()
@@ -107,7 +148,9 @@ class Planner:
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
+        self.encoders: dict[str, int] = {}  # numbers in each
         self.encoding = self._encode()
+        self.sizes = self._sizes()
         self.forwards: dict[tuple, tuple] = {}  # peak, FLOPs, shape and dtype of those without gradient
 
     def plan(self, micro_batch: int | None = None, rollout_micro_batch: int | None = None) -> Plan:
@@ -121,6 +164,7 @@ class Planner:
             self.parameters,
             sum(parameter.numel() for parameter in self.trained),
             self.host_bytes,
+            sizes=self.sizes,
         )
         self.live.peaks.clear()
         with Unknown(), self.flops, self.live, self.live.in_part("latents"):
@@ -133,6 +177,24 @@ class Planner:
         result.phases = {name: peaks[name] for name in PHASES if name in peaks}
         return result
 
+    def _sizes(self) -> dict[str, int]:
+        """Bytes: of one prompt's embeddings; of a checkpoint; of the VAE; of the published weights, which are
+        in bfloat16 but for those that are known to be wider."""
+        tensors = {**self.weights.state(), **{f"optimizer/{i}": t for i, t in enumerate(self.optimizer)}}
+        # the policy once more in the format of diffusers, and an adapter in that of peft too
+        copies = 2 if self.recipe.model.method == "lora" else 1
+        saved = copies * sum(parameter.nbytes for parameter in self.trained)
+        sizes = {
+            "prompt": sum(value[:1].nbytes for value in self.embeddings.values()),
+            "checkpoint": sum(tensor.nbytes for tensor in tensors.values()) + saved,
+        }
+        if isinstance(self.model, PipelineModel):
+            vae = count_parameters(self.model.pipe.vae)
+            wide = 4 if self.model.folder.name in PUBLISHED_IN_FLOAT32 else 2
+            sizes["VAE"] = 4 * vae
+            sizes["published"] = wide * (self.parameters + vae) + 2 * sum(self.encoders.values())
+        return sizes
+
     def _latents(self, count: int) -> torch.Tensor:
         with self.mode:
             return torch.empty(count, *self.model.latent_shape(self.recipe.rollout.resolution))
@@ -141,13 +203,11 @@ class Planner:
         """One micro-batch, two steps and the decoding of one sample, beside the latents of all."""
         count, rollout = result.rollout_micro_batch, self.recipe.rollout
         others = self._latents(samples - count)
-        flops = self.flops.total
 
         def decode(latents: torch.Tensor) -> None:
             before = self.flops.total
-            result.flops["rollout"] = (before - flops) / 2 / count * samples * rollout.steps
             self._decode()
-            result.flops["decode"] = (self.flops.total - before) * samples
+            result.row_flops["decode"] = self.flops.total - before
 
         with self.live.in_phase("rollout"), accounted(self) as account, self.weights.use("sampler"):
             generate(
@@ -160,7 +220,11 @@ class Planner:
                 account,
                 "sampler",
             )
-        result.forwards["rollout"] = account.samples["sampler"] / 2 / count
+        rows = account.rows["sampler", False] / 2 / count
+        result.forwards["rollout"] = rows
+        result.rows |= {"sampler": rows * samples * rollout.steps, "decode": samples}
+        result.row_flops |= account.row_flops
+        result.streamed_bytes += self.streamed * math.ceil(samples / count) * rollout.steps
         del others
 
     def _decode(self) -> None:
@@ -190,7 +254,7 @@ class Planner:
         with self.mode, self.live.in_part("gradients"):
             for parameter in self.trained:  # those of earlier micro-batches
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        flops, before = self.flops.total, self.live.live["latents"]
+        before = self.live.live["latents"]
         with self.live.in_phase("measure"), accounted(self) as account:
             updater = Updater(
                 account,
@@ -203,16 +267,28 @@ class Planner:
                 observer=account,
             )
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
+            account.finish_backward()
         if split:
             for name, held in account.held.items():
                 more = round((unit - count) / count * (held - before))
                 peak = self.live.peaks[name]
                 parts = peak.parts | {"latents": peak.parts["latents"] + more}
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
-        fraction = {"reference": recipe.loss.anchor_fraction}
-        for name, of_all in account.samples.items():
-            result.forwards[name] = of_all / count * fraction.get(name, 1.0)
-        result.flops["update"] = (self.flops.total - flops) / count * prompts * group * timesteps
+        self._count(result, account, count, prompts * group * timesteps)
+
+    def _count(self, result: Plan, account: ForwardAccount, count: int, pairs: int) -> None:
+        """Rows and FLOPs of all pairs by those of `count`."""
+        drawn = {"reference": self.recipe.loss.anchor_fraction}  # of a branch's rows, where not all are run
+        for (branch, gradient), rows in account.rows.items():
+            each = rows / count * drawn.get(branch, 1.0)
+            result.forwards[branch] = result.forwards.get(branch, 0.0) + each
+            kind = kind_of(branch, gradient)
+            result.rows[kind] = result.rows.get(kind, 0.0) + each * pairs
+            if gradient:
+                result.rows[BACKWARD] = result.rows.get(BACKWARD, 0.0) + each * pairs
+        # a group that fits is measured with gradient; what it would take without is the sampler's
+        result.row_flops = {"policy": result.row_flops["sampler"]} | result.row_flops | account.row_flops
+        result.streamed_bytes += self.streamed * account.passes / count * pairs
 
     def _step(self) -> None:
         """The optimizer. Fused or of bitsandbytes, it takes one parameter after the other, in place."""
@@ -229,6 +305,7 @@ class Planner:
         encoders = fake_encoders(self.model, self.mode)
         if not encoders:
             return None
+        self.encoders = {name: count_parameters(encoder) for name, (encoder, _) in encoders.items()}
         live = LiveBytes()
         live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
         with Unknown(), live, live.in_phase("encode"), torch.no_grad():

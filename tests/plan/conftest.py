@@ -32,6 +32,21 @@ def recipe():
     return build
 
 
+def pairs_of(groups):
+    """Pairs of one timestep, whose samples are all of one prompt."""
+    count = groups * GROUP
+    prompt = torch.zeros(count, dtype=torch.int64)
+    return Pairs(
+        sample=torch.arange(count),
+        prompt=prompt,
+        sigma=torch.full((count,), 0.5),
+        seed=torch.arange(count),
+        group=torch.arange(groups).repeat_interleave(GROUP),
+        advantage=torch.linspace(-1, 1, count),
+        anchor=torch.ones(count),
+    )
+
+
 class Real:
     """The recipe's model, weights and optimizer on real tensors, the optimizer with a step behind it."""
 
@@ -70,17 +85,7 @@ class Real:
 
     def update(self, latents, micro_batch):
         """Two groups: the second finds the gradients of the first."""
-        count = 2 * GROUP
-        prompt = torch.zeros(count, dtype=torch.int64)
-        pairs = Pairs(
-            sample=torch.arange(count),
-            prompt=prompt,
-            sigma=torch.full((count,), 0.5),
-            seed=torch.arange(count),
-            group=torch.arange(2).repeat_interleave(GROUP),
-            advantage=torch.linspace(-1, 1, count),
-            anchor=torch.ones(count),
-        )
+        pairs = pairs_of(2)
         updater = Updater(
             self.model,
             self.weights,

@@ -1,0 +1,224 @@
+"""What a run costs: FLOPs into hours on a named card, seconds of slow rewards, disk and host memory.
+
+Hours have two figures. The bound is what no program can beat: all FLOPs at the card's peak, or, where blocks
+are streamed, their bytes over the host link. The estimate takes a stated fraction of the peak, an assumption
+until an iteration has been measured. Neither counts loading, the encoding of prompts or the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.plan.gpus import Card
+from crd_fast.plan.planner import Plan
+from crd_fast.prompts.source import PromptSource
+from crd_fast.worlds import WORLDS
+
+EFFICIENCY = 0.4  # of the peak, where nobody says otherwise: an assumption
+# Rewards that are slow on the CPU: seconds a picture on one thread, by name and mode. By
+# benchmarks/measure_ocr.py, results/ocr.json (scene, seconds_a_word), with the detector's default side.
+SLOW_REWARDS = {("ocr", "scene"): 0.35, ("ocr_dense", "scene"): 0.35}
+DEFAULT_MODES = {"ocr": "scene", "ocr_dense": "word"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run's cost. Seconds and hours are None where no card is named."""
+
+    plan: Plan
+    card: Card | None
+    efficiency: float
+    precision: str
+    iterations: int
+    first_checkpoint: int  # iteration
+    pictures: int  # of one iteration
+    evaluations: int  # in the whole run
+    evaluated: int  # pictures of one evaluation
+    evaluation_flops: float  # of one
+    checkpoint_evaluations: int  # up to the first checkpoint
+    reward_seconds: float  # of one picture, on the CPU
+    prompts: int | None  # that are encoded; None where the prompts cannot be read here
+    keep: int  # checkpoints
+    published_here: bool  # nothing is downloaded
+    resolution: int
+    prompts_per_iteration: int
+
+    # -- time ---------------------------------------------------------------------------------------------
+
+    def seconds(self, flops: float, efficiency: float = 1.0) -> float | None:
+        return flops / (self.card.tflops * 1e12 * efficiency) if self.card else None
+
+    @property
+    def has_estimate(self) -> bool:
+        """The table's throughput is bfloat16's; in float32 only the bound holds."""
+        return self.card is not None and self.precision == "bf16"
+
+    def _iteration(self, efficiency: float) -> float:
+        """Pictures are scored while the next are generated, so that the slower of the two counts."""
+        flops = self.plan.flops
+        generating = self.seconds(flops["rollout"] + flops["decode"], efficiency) or 0.0
+        updating = self.seconds(flops["update"], efficiency) or 0.0
+        link = self.plan.streamed_bytes / (self.card.link * 1e9) if self.card else 0.0
+        return max(max(generating, self.reward_seconds * self.pictures) + updating, link)
+
+    @property
+    def bound(self) -> float | None:
+        """Seconds of an iteration that no program can beat; rewards are not in it."""
+        if self.card is None:
+            return None
+        computing = sum(self.plan.flops.values()) / (self.card.tflops * 1e12)
+        return max(computing, self.plan.streamed_bytes / (self.card.link * 1e9))
+
+    @property
+    def iteration(self) -> float | None:
+        """Seconds of an iteration by the estimate."""
+        return self._iteration(self.efficiency) if self.has_estimate else None
+
+    @property
+    def evaluation(self) -> float | None:
+        """Seconds of an evaluation by the estimate. Its pictures are scored after all are there."""
+        if not self.has_estimate:
+            return None
+        return (self.seconds(self.evaluation_flops, self.efficiency) or 0.0) + (
+            self.reward_seconds * self.evaluated
+        )
+
+    def _hours(self, iterations: int, evaluations: int) -> float | None:
+        if self.iteration is None or self.evaluation is None:
+            return None
+        return (iterations * self.iteration + evaluations * self.evaluation) / 3600
+
+    @property
+    def hours(self) -> float | None:
+        """Of the run, by the estimate."""
+        return self._hours(self.iterations, self.evaluations)
+
+    @property
+    def hours_to_checkpoint(self) -> float | None:
+        """Until the first checkpoint is there, by the estimate."""
+        return self._hours(self.first_checkpoint, self.checkpoint_evaluations)
+
+    @property
+    def bound_hours(self) -> float | None:
+        """Of the run."""
+        if self.bound is None:
+            return None
+        evaluating = self.seconds(self.evaluation_flops) or 0.0
+        return (self.iterations * self.bound + self.evaluations * evaluating) / 3600
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.iterations * sum(self.plan.flops.values()) + self.evaluations * self.evaluation_flops
+
+    # -- space --------------------------------------------------------------------------------------------
+
+    @property
+    def disk(self) -> dict[str, int]:
+        """Bytes: of encoded prompts in the cache, of what is downloaded, of checkpoints."""
+        sizes = self.plan.sizes
+        found = {"checkpoints": sizes["checkpoint"] * self.keep}
+        if "published" in sizes:
+            found["prompt cache"] = sizes["prompt"] * (self.prompts or 0)
+            found["downloads"] = 0 if self.published_here else sizes["published"]
+        return found
+
+    def host_bytes(self, encoders_on_host: bool) -> int:
+        """Of host memory beside the process and its libraries: what is pinned, the VAE while it does not
+        decode, an iteration's prompts and pictures; or the text encoders, which come before all that."""
+        own = self.plan.host_bytes + self.plan.sizes.get("VAE", 0)
+        own += self.plan.sizes["prompt"] * self.prompts_per_iteration
+        own += self.pictures * 3 * self.resolution**2
+        encode = self.plan.phases.get("encode")
+        return max(own, encode.bytes if encode and encoders_on_host else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        reward = self.reward_seconds * self.pictures
+        return {
+            "card": self.card.to_json() if self.card else None,
+            "efficiency": self.efficiency,
+            "iterations": self.iterations,
+            "flops_per_evaluation": self.evaluation_flops,
+            "evaluations": self.evaluations,
+            "flops_of_run": self.flops,
+            "seconds_per_iteration": {"bound": self.bound, "estimate": self.iteration, "reward": reward},
+            "seconds_per_evaluation": self.evaluation,
+            "hours": {"bound": self.bound_hours, "estimate": self.hours},
+            "hours_to_first_checkpoint": self.hours_to_checkpoint,
+            "prompts": self.prompts,
+            "disk_bytes": self.disk,
+        }
+
+
+def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float = EFFICIENCY) -> Cost:
+    """The cost of the recipe's run by its plan. Raises UserError for an efficiency that is none."""
+    if not 0 < efficiency <= 1:
+        raise UserError(f"--efficiency: expected a fraction above 0 and at most 1, got {efficiency:g}")
+    iterations, every = recipe.train.iterations, recipe.evaluate.every
+    first = min(recipe.checkpoint.every, iterations)
+    evaluated = _evaluated(recipe) if every else 0
+    forwards = recipe.evaluate.steps * (2 if recipe.evaluate.guidance_scale > 1 else 1)
+    flops = plan.row_flops["sampler"] * forwards + plan.row_flops["decode"]
+    return Cost(
+        plan,
+        card,
+        efficiency,
+        recipe.train.precision,
+        iterations,
+        first,
+        recipe.rollout.prompts_per_iteration * recipe.rollout.samples_per_prompt,
+        evaluations=evaluations(every, iterations, iterations),
+        evaluated=evaluated,
+        evaluation_flops=evaluated * flops,
+        checkpoint_evaluations=evaluations(every, first, iterations),
+        reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
+        prompts=_encoded_prompts(recipe),
+        keep=min(recipe.checkpoint.keep, -(-iterations // recipe.checkpoint.every)),
+        published_here=Path(recipe.model.path).is_dir(),
+        resolution=recipe.rollout.resolution,
+        prompts_per_iteration=recipe.rollout.prompts_per_iteration,
+    )
+
+
+def evaluations(every: int, until: int, iterations: int) -> int:
+    """How many there are from iteration 0 to `until`, both included: the last iteration has one as well."""
+    if not every:
+        return 0
+    return 1 + until // every + (until == iterations and until % every != 0)
+
+
+def reward_seconds(name: str, value: Any) -> float:
+    """Seconds on the CPU for one picture, 0 where a reward is not known to be slow.
+
+    value: the weight or the settings that the recipe gives it.
+    """
+    settings: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    if settings.get("side", 736) != 736:  # the detector's time was measured at its default
+        return 0.0
+    return SLOW_REWARDS.get((name, settings.get("mode", DEFAULT_MODES.get(name, ""))), 0.0)
+
+
+def _evaluated(recipe: Recipe) -> int:
+    """Pictures of an evaluation; 0 where its prompts cannot be read here."""
+    try:
+        entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+    except UserError:
+        return 0
+    return len(entries) * recipe.evaluate.samples_per_prompt
+
+
+def _encoded_prompts(recipe: Recipe) -> int | None:
+    """Different prompts that a run encodes, the empty one among them."""
+    if recipe.model.path in WORLDS:
+        return 0
+    from crd_fast.train.trainer import needed_prompts  # slow to import
+
+    try:
+        return len({*needed_prompts(recipe, PromptSource(recipe.rollout.prompts)), ""})
+    except UserError:
+        return None
