@@ -63,7 +63,11 @@ def plan(
         from crd_fast.plan import text
         from crd_fast.plan.cost import EFFICIENCY, cost
 
-        fits = list(fitting.fit(loaded, memory)) if memory is not None else []
+        fits: list[fitting.Fit] = []
+        for fit in fitting.fit(loaded, memory) if memory is not None else ():
+            if fits:  # what did not fit is said at once: the next may take seconds
+                say(fitting.verdict(fits[-1]))
+            fits.append(fit)
         found = fits[-1].plan if fits else fitting.Planner(loaded).plan()
         if fits:
             loaded = build_recipe(loaded.model_dump(), fits[-1].overrides)
@@ -74,7 +78,7 @@ def plan(
     if memory is not None and card is None:
         lines.append(text.name_a_card(memory))
     verdicts = [fitting.verdict(fit) for fit in fits]
-    for line in [*lines, *text.space_lines(takes, on_host), *verdicts]:
+    for line in [*lines, *text.space_lines(takes, on_host), *verdicts[-1:]]:
         say(line)
     if json_ is not None:
         result = {"model": loaded.model.path, **found.to_json(), **takes.to_json()}

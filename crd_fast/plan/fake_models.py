@@ -21,6 +21,15 @@ from crd_fast.models import FAMILIES, check_builtin, checks, family, family_of, 
 from crd_fast.models.base import FlowModel
 from crd_fast.worlds import WORLDS
 
+INITIALIZERS = (
+    "kaiming_uniform_",
+    "xavier_uniform_",
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "zeros_",
+    "ones_",
+)
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 
@@ -35,9 +44,17 @@ class Unknown(TorchDispatchMode):
 
 @contextmanager
 def fakes(mode: FakeTensorMode) -> Iterator[None]:
-    """Within this context every new tensor is a fake one, and modules are moved by replacing parameters."""
-    with mock.patch.object(nn.Module, "_apply", _replace), mode:
+    """Within this context every new tensor is a fake one, and modules are moved by replacing parameters.
+
+    Nothing is initialized: there are no values, and to draw them takes as long as all the rest.
+    """
+    unchanged = {name: _unchanged for name in INITIALIZERS}
+    with mock.patch.object(nn.Module, "_apply", _replace), mock.patch.multiple(nn.init, **unchanged), mode:
         yield
+
+
+def _unchanged(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return tensor
 
 
 def _replace(module: nn.Module, function, recurse: bool = True) -> nn.Module:
@@ -47,8 +64,9 @@ def _replace(module: nn.Module, function, recurse: bool = True) -> nn.Module:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        data = parameter.data
-        if (new := function(data)) is not data:
+        with torch.no_grad():
+            new = function(parameter)
+        if new is not parameter:
             module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None:

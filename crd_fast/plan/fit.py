@@ -73,10 +73,12 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
         if saving == "model.method=lora":  # what full fine-tuning alone has
             overrides = [o for o in overrides if o not in ("model.snapshots=host", "model.dtype=bf16")]
         if saving:
-            changed = _with(recipe, [*overrides, saving])
+            key = saving.partition("=")[0]  # of one setting only the last value counts
+            tried = [*(o for o in overrides if o.partition("=")[0] != key), saving]
+            changed = _with(recipe, tried)
             if changed is None or changed == _with(recipe, overrides):
                 continue
-            overrides = [*overrides, saving]
+            overrides = tried
         found = _largest(_with(recipe, overrides), memory)
         found.overrides = overrides + found.overrides
         yield found
@@ -103,7 +105,7 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
         return Fit([], planner.plan(update, rollout), memory)
 
     named = recipe.train.micro_batch, recipe.rollout.micro_batch
-    if "auto" not in named:
+    if "auto" not in named and planner.live.total + RESERVED <= memory:  # or no micro-batch fits
         found = at(*named)
         if not found.missing:
             return found

@@ -56,6 +56,7 @@ class ForwardAccount(RowCounts):
 
     def finish_backward(self) -> None:
         """What was computed since the last forward with gradient was its backward pass."""
+        self.planner.blocks.finish()
         if self._going_backward is not None:
             before, rows = self._going_backward
             self.row_flops[BACKWARD] = (self.planner.flops.total - before) / rows
@@ -91,15 +92,15 @@ class ForwardAccount(RowCounts):
         self._going_backward = self.planner.flops.total, len(x)
         return result
 
-    def _layers(self):
+    def layers(self):
         """Adapted or not, or both in rows."""
         return tuple(self.active) if self.in_rows else self.active[0][0] == "reference"
 
     def _without_gradient(self, x, sigma, embeddings):
-        planner, live, key = self.planner, self.live, (self._layers(), len(x))
+        planner, live, key = self.planner, self.live, (self.layers(), len(x))
         if key in planner.forwards:
             peak, flops, shape, dtype = planner.forwards[key]
-            live.note(peak)
+            live.note({"workspace": peak})
             self._without(flops / len(x))
             with planner.mode:
                 return torch.empty(shape, dtype=dtype)
@@ -136,6 +137,7 @@ def kind_of(branch: str, gradient: bool) -> str:
 def accounted(planner: Planner) -> Iterator[ForwardAccount]:
     """A `ForwardAccount`; within this context blocks that are fetched count as weights."""
     account, streaming = ForwardAccount(planner), planner.model.streaming
+    planner.blocks.layers = account.layers
     if not streaming:
         yield account
         return

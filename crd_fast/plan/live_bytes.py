@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.add(result)
         if func.namespace == "bitsandbytes" and func.name() == GEMM_4BIT:
-            self.note(prod(args[2]) * args[0].element_size())
+            self.note({"workspace": prod(args[2]) * args[0].element_size()})
         return result
 
     @contextmanager
@@ -115,14 +116,13 @@ class LiveBytes(TorchDispatchMode):
         self.live[part] -= size
         self.total -= size
 
-    def note(self, inside: int = 0) -> None:
-        """Remembers the present if it is the phase's peak. inside: workspace that was not counted."""
+    def note(self, inside: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Remembers the present if it is the phase's peak. inside: bytes by part that were not counted."""
         peak = self.peaks.setdefault(self.phase, Peak())
-        if self.total + inside > peak.bytes:
-            parts = {part: size for part, size in self.live.items() if size}
-            if inside:
-                parts["workspace"] = parts.get("workspace", 0) + inside
-            self.peaks[self.phase] = Peak(self.total + inside, parts)
+        total = self.total + sum(inside.values())
+        if total > peak.bytes:
+            parts = {part: self.live[part] + inside.get(part, 0) for part in {**self.live, **inside}}
+            self.peaks[self.phase] = Peak(total, {part: size for part, size in parts.items() if size})
 
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:

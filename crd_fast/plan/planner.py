@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
+from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import BACKWARD, Flops, ForwardAccount, accounted, kind_of
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
@@ -135,21 +138,26 @@ class Planner:
         streamed = self.model.streaming.host_tensors() if self.model.streaming else []
         self.live.release(streamed)
         self.host_bytes = self.streamed = sum(tensor.nbytes for tensor in streamed)
-        with fakes(self.mode), self.live, self.live.in_part("snapshots"):
-            self.weights = make_weights(self.model, recipe)
+        adapted = recipe.model.method == "lora"
+        watched = nullcontext() if adapted else self.live  # it takes long to watch adapters being made
+        with fakes(self.mode), self.live.in_part("snapshots"):
+            with watched:
+                self.weights = make_weights(self.model, recipe)
+            self.live.add(self.weights.state())
             self.trained = self.weights.trained()
-            if recipe.model.method == "lora":
+            if adapted:
                 self.live.move(self.trained, "adapters")
             host = self.weights.host_tensors()
             self.host_bytes += sum(tensor.nbytes for tensor in host)
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
+        network, streamed_blocks = self.model.transformer, recipe.model.streaming
+        self.blocks = Blocks(network, self.mode, self.live, self.flops, streamed_blocks)
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
-        self.encoders: dict[str, int] = {}  # numbers in each
-        self.encoding = self._encode()
+        self.encoding, self.encoder_numbers = encoding(self.model, self.mode)
         self.sizes = self._sizes()
         self.forwards: dict[tuple, tuple] = {}  # peak, FLOPs, shape and dtype of those without gradient
 
@@ -192,7 +200,7 @@ class Planner:
             vae = count_parameters(self.model.pipe.vae)
             wide = 4 if self.model.folder.name in PUBLISHED_IN_FLOAT32 else 2
             sizes["VAE"] = 4 * vae
-            sizes["published"] = wide * (self.parameters + vae) + 2 * sum(self.encoders.values())
+            sizes["published"] = wide * (self.parameters + vae) + 2 * self.encoder_numbers
         return sizes
 
     def _latents(self, count: int) -> torch.Tensor:
@@ -300,18 +308,32 @@ class Planner:
         for parameter in self.trained:
             parameter.grad = None
 
-    def _encode(self) -> Peak | None:
-        """All text encoders at once, and one prompt through each, before anything else is loaded."""
-        encoders = fake_encoders(self.model, self.mode)
-        if not encoders:
-            return None
-        self.encoders = {name: count_parameters(encoder) for name, (encoder, _) in encoders.items()}
-        live = LiveBytes()
-        live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
-        with Unknown(), live, live.in_phase("encode"), torch.no_grad():
-            for encoder, tokens in encoders.values():
-                encoder(input_ids=torch.ones(1, tokens, dtype=torch.int64), output_hidden_states=True)
-        return live.peaks["encode"]
+
+def encoding(model: FlowModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
+    """All text encoders at once, and one prompt through each, before anything else is loaded: their peak, and
+    how many numbers they have. Remembered, as few settings of a recipe change it."""
+    if not isinstance(model, PipelineModel):
+        return None, 0
+    key = model.folder, model.dtype, tuple(sorted(model.text_encoders().items()))
+    if key not in _ENCODINGS:
+        _ENCODINGS[key] = _encoding(model, mode)
+    return _ENCODINGS[key]
+
+
+_ENCODINGS: dict[tuple, tuple[Peak | None, int]] = {}
+
+
+def _encoding(model: FlowModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
+    encoders = fake_encoders(model, mode)
+    if not encoders:
+        return None, 0
+    numbers = sum(count_parameters(encoder) for encoder, _ in encoders.values())
+    live = LiveBytes()
+    live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
+    with Unknown(), live, live.in_phase("encode"), torch.no_grad():
+        for encoder, tokens in encoders.values():
+            encoder(input_ids=torch.ones(1, tokens, dtype=torch.int64), output_hidden_states=True)
+    return live.peaks["encode"], numbers
 
 
 def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
