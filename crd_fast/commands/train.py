@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crd_fast.commands.terminal import Overrides, console, say
 from crd_fast.errors import UserError
+from crd_fast.worlds import WORLDS
+
+if TYPE_CHECKING:
+    from crd_fast.config import Recipe
+    from crd_fast.plan.cost import Cost
 
 
 def train(
@@ -36,6 +41,10 @@ def train(
     gpu_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Choose micro-batches that fit this much, like 24GB, by the plan."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Say first what it takes on this card. Default: the GPU here."),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
@@ -87,23 +96,62 @@ def train(
     if print_config:
         print(loaded.to_yaml(), end="")
         return
-    _run_training(loaded, output, resume is not None)
+    _run_training(loaded, output, resume is not None, gpu)
 
 
-def _run_training(recipe, output: Path, resume: bool) -> None:
+def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
+    """What the run takes on the card that is asked for, or on the GPU here where its throughput is known.
+
+    None where nobody asked and there is no such GPU, several processes share the work, or the model is a
+    small one that ships or has no plan. Raises UserError for what was asked and cannot be said.
+    """
+    from crd_fast.plan.gpus import card_of_device, parse_gpu
+
+    if gpu is not None:
+        card = parse_gpu(gpu)[1]
+        if card is None:
+            raise UserError(f"--gpu: expected the name of a card, like rtx-4090, got {gpu!r}")
+    else:
+        import torch
+
+        if recipe.model.path in WORLDS or not torch.cuda.is_available() or "WORLD_SIZE" in os.environ:
+            return None
+        device = torch.cuda.get_device_properties(0)
+        card = card_of_device(device.name, device.total_memory)
+        if card is None:
+            return None
+    from crd_fast.plan.cost import cost
+    from crd_fast.plan.planner import Planner
+
+    try:
+        return cost(recipe, Planner(recipe).plan(), card)
+    except UserError:
+        if gpu is not None:
+            raise
+        return None
+
+
+def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
     from crd_fast.run.log import refuse_existing
 
     main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
     console.quiet = not main
     if main and not resume:
         refuse_existing(output)
+    with console.status("planning"):
+        takes = _cost(recipe, gpu)
+    if takes is not None:
+        from crd_fast.plan.text import card_lines
+
+        for line in card_lines(takes):
+            say(line)
     with console.status("loading torch, the model and the prompts"):
         from crd_fast.run.metrics import read_metrics
         from crd_fast.run.progress import Bars, before_and_after
         from crd_fast.run.report import write_report
         from crd_fast.train.trainer import Trainer
 
-        trainer = Trainer(recipe, output, resume)
+        trainer = Trainer(recipe, output, resume, row_flops=takes.plan.row_flops if takes else None)
     say(f"run folder: {output}")
     if trainer.iteration:
         say(f"resuming after iteration {trainer.iteration}")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from crd_fast.plan.live_bytes import GEMM_4BIT, Peak
-from crd_fast.run.row_counts import RowCounts
+from crd_fast.run.row_counts import BACKWARD, RowCounts, kind_of
 from crd_fast.train.update import ROWS_IN_ONE
 
 if TYPE_CHECKING:
@@ -123,14 +123,6 @@ class ForwardAccount(RowCounts):
         """The rows of one forward that differ in their weights share what it computed."""
         for name, _ in self.active:
             self.row_flops[kind_of(name, False)] = row_flops
-
-
-BACKWARD = "backward"  # with what activation checkpointing runs again
-
-
-def kind_of(branch: str, gradient: bool) -> str:
-    """The name of a kind of forward: the weights that it uses, and whether gradient is recorded."""
-    return f"{branch}_with_gradient" if gradient else branch
 
 
 @contextmanager

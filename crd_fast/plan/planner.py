@@ -8,7 +8,6 @@ forward, of a group's micro-batches two, which is enough because each further on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -21,8 +20,9 @@ from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
-from crd_fast.plan.forwards import BACKWARD, Flops, ForwardAccount, accounted, kind_of
+from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
+from crd_fast.run.row_counts import BACKWARD, kind_of
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -109,15 +109,6 @@ class Plan:
             "flops_per_iteration": self.flops,
             "stored_bytes": self.sizes,
         }
-
-
-def flops_of(counted: Mapping[tuple[str, bool], float], row_flops: Mapping[str, float]) -> float:
-    """FLOPs of counted forwards (`RowCounts.rows`), and of the backward pass of those with gradient."""
-    total = 0.0
-    for (branch, gradient), rows in counted.items():
-        total += rows * row_flops.get(kind_of(branch, gradient), 0.0)
-        total += rows * row_flops.get(BACKWARD, 0.0) * gradient
-    return total
 
 
 class Planner:

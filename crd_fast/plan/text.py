@@ -7,6 +7,7 @@ from rich.table import Table
 from crd_fast.plan.cost import Cost
 from crd_fast.plan.gpus import GIB, names_with
 from crd_fast.plan.planner import PARTS, Plan
+from crd_fast.run.progress import duration
 
 
 def table(plan: Plan, title: str) -> Table:
@@ -38,14 +39,6 @@ def summary(plan: Plan) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
-    for size, unit, limit in ((1, "s", 120), (60, "min", 120), (3600, "h", 48)):
-        if seconds < size * limit:
-            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
-    return f"{seconds / 3600:.0f} h ({seconds / 86400:.0f} days)"
-
-
 def operations(flops: float) -> str:
     """Floating point operations in the unit that suits them."""
     for size, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
@@ -73,7 +66,13 @@ def time_lines(cost: Cost) -> list[str]:
     lines.append(f"the run: {cost.iterations} iterations, {operations(cost.flops)} with its evaluations")
     if cost.card is None:
         return lines
-    lines.append(iteration_line(cost))
+    return [*lines, *card_lines(cost)]
+
+
+def card_lines(cost: Cost) -> list[str]:
+    """An iteration and the run on the card."""
+    assert cost.card is not None
+    lines = [iteration_line(cost)]
     if cost.bound_hours is not None:
         run = f"the run on {cost.card.name}: at least {duration(3600 * cost.bound_hours)}"
         if cost.hours is not None and cost.hours_to_checkpoint is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from crd_fast.errors import UserError
 
 METRICS = "metrics.jsonl"
+# how the names begin of what the clock and the machine decide: the rest is the same in a run that is repeated
+MEASURED = ("seconds", "peak", "images_per_second", "tflops", "gpu_peak")
 
 
 def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:

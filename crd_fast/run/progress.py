@@ -39,6 +39,7 @@ class Bars(Observer):
         self._run = self._bars.add_task("iterations", total=iterations, completed=done, note="")
         self._phase = self._bars.add_task("", total=None, note="", visible=False)
         self._iterations = iterations
+        self._seconds: list[float] = []  # of each iteration, with its evaluation
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -63,6 +64,8 @@ class Bars(Observer):
         note = f"reward {record['reward_mean']:.3f}  KL {record['kl']:.4f}"
         self._bars.update(self._run, completed=record["iteration"], note=note)
         seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
+        self._seconds.append(seconds + record.get("seconds_eval", 0.0))
+        left = (self._iterations - record["iteration"]) * sum(self._seconds) / len(self._seconds)
         evaluated = ""
         if "eval/overall" in record:
             evaluated = f"  held-out {record['eval/overall']:.3f} clean {record['eval/clean']:.3f}"
@@ -70,9 +73,18 @@ class Bars(Observer):
             evaluated = f"  held-out reward {record['eval/reward_mean']:.3f}"
         if evaluated or not self.console.is_terminal:
             self.console.print(
-                f"iteration {record['iteration']:>4}/{self._iterations}  {note}  {seconds:.1f} s{evaluated}",
+                f"iteration {record['iteration']:>4}/{self._iterations}  {note}  {seconds:.1f} s{evaluated}"
+                f"  left {duration(left)}",
                 highlight=False,
             )
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    for size, unit, limit in ((1, "s", 120), (60, "min", 120), (3600, "h", 48)):
+        if seconds < size * limit:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
+    return f"{seconds / 3600:.0f} h ({seconds / 86400:.0f} days)"
 
 
 def before_and_after(records: list[dict]) -> Table | None:

@@ -29,6 +29,7 @@ from crd_fast.run.log import RunLog
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
+from crd_fast.run.row_counts import Throughput
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import Evaluation, to_uint8
@@ -47,7 +48,8 @@ class Trainer:
 
     rewards: in place of the recipe's, as `Rewards` takes them: functions, classes and objects too. The folder
     keeps their names; where a name is none that can be imported, later commands that score need it given
-    again. observer: is told of what happens; `trainer.observer.add` adds another.
+    again. observer: is told of what happens; `trainer.observer.add` adds another. row_flops: by a plan, for
+    the metric `tflops`.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class Trainer:
         *,
         rewards: Mapping[str | object, float | Mapping] | None = None,
         observer: Observer = NOBODY,
+        row_flops: Mapping[str, float] | None = None,
     ):
         if rewards is not None:
             recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
         self.recipe, self.output = recipe, output
-        self.observer = Observers(profiling.start(recipe.train.profile), observer)
+        self.throughput = Throughput(row_flops)
+        self.observer = Observers(profiling.start(recipe.train.profile), self.throughput, observer)
         self.ranks = Ranks()
         check_ranks(recipe, self.ranks.count)
         saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
@@ -181,6 +185,7 @@ class Trainer:
             "old_decay": decays["old"],
             "sampler_decay": decays["sampler"],
             **seconds,
+            **self.throughput.metrics(reward_PK.size, len(latents_N), seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 

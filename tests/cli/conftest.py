@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from crd_fast.run.metrics import MEASURED
+
 SMALL = """
 model:     {path: builtin, method: lora, lora_rank: 4, lora_alpha: 4}
 rollout:   {prompts_per_iteration: 2, samples_per_prompt: 4, steps: 2, resolution: 32}
@@ -63,4 +65,4 @@ def torchrun():
 def metrics(run):
     """metrics.jsonl without what depends on the clock and the process."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in records]
+    return [{k: v for k, v in r.items() if not k.startswith(MEASURED)} for r in records]

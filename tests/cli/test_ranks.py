@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import check_ranks, own_prompts
+from crd_fast.run.metrics import MEASURED
 
 SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
 
@@ -33,7 +34,7 @@ def test_two_processes_are_one(inside, torchrun, small, tmp_path, streaming):
     for one, two in pairs:
         assert one.keys() == two.keys()
         for name in one:
-            if not name.startswith("seconds") and name != "peak_rss_bytes":
+            if not name.startswith(MEASURED):
                 assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-7), name
 
     weights = [

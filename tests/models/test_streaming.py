@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from crd_fast.config import LossConfig, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model, streaming
-from crd_fast.run.metrics import read_metrics
+from crd_fast.run.metrics import MEASURED, read_metrics
 from crd_fast.train.trainer import Trainer
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
@@ -259,9 +259,7 @@ def test_a_streamed_run_resumes_and_its_adapter_leaves(tiny, recipe, tmp_path):
     run("train.iterations=1", output=tmp_path / "stopped")
     trainer = run(output=tmp_path / "stopped", resume=True)
     records = [read_metrics(tmp_path / name) for name in ("whole", "stopped")]
-    kept = [
-        [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in f] for f in records
-    ]
+    kept = [[{k: v for k, v in r.items() if not k.startswith(MEASURED)} for r in f] for f in records]
     assert kept[0] == kept[1] and len(kept[0]) == 2
     checkpoints = [tmp_path / run / "checkpoints" / "iteration-000002" for run in ("whole", "stopped")]
     expected, found = (load_file(folder / "training.safetensors") for folder in checkpoints)

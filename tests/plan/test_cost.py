@@ -10,8 +10,8 @@ from crd_fast.plan import text
 from crd_fast.plan.cost import cost, evaluations, reward_seconds
 from crd_fast.plan.forwards import Flops
 from crd_fast.plan.gpus import BY_NAME
-from crd_fast.plan.planner import Plan, Planner, flops_of
-from crd_fast.run.row_counts import RowCounts
+from crd_fast.plan.planner import Plan, Planner
+from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
 from tests.plan.conftest import GROUP, PROMPTS, Real, pairs_of
