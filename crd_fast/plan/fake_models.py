@@ -5,9 +5,10 @@ The fakes say that they are on the CPU. What a GPU would have beside them is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -20,6 +21,9 @@ from crd_fast.errors import UserError
 from crd_fast.models import FAMILIES, check_builtin, checks, family, family_of, prepare_builtin
 from crd_fast.models.base import FlowModel
 from crd_fast.worlds import WORLDS
+
+if TYPE_CHECKING:
+    from crd_fast.models.pipeline import PipelineModel
 
 INITIALIZERS = (
     "kaiming_uniform_",
@@ -36,7 +40,7 @@ CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 class Unknown(TorchDispatchMode):
     """A fake tensor has no value to branch on or to log; within this context it is 0."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0.0
         return func(*args, **(kwargs or {}))
@@ -48,7 +52,7 @@ def fakes(mode: FakeTensorMode) -> Iterator[None]:
 
     Nothing is initialized: there are no values, and to draw them takes as long as all the rest.
     """
-    unchanged = {name: _unchanged for name in INITIALIZERS}
+    unchanged: dict[str, Any] = dict.fromkeys(INITIALIZERS, _unchanged)
     with mock.patch.object(nn.Module, "_apply", _replace), mock.patch.multiple(nn.init, **unchanged), mode:
         yield
 
@@ -57,7 +61,7 @@ def _unchanged(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.T
     return tensor
 
 
-def _replace(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+def _replace(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
     """As nn.Module._apply, which cannot exchange the content of a fake parameter."""
     for child in module.children() if recurse else ():
         _replace(child, function)
@@ -81,8 +85,9 @@ def config_folder(path: str) -> Path:
     if (CONFIGS / path).is_dir():
         return CONFIGS / path
     for pipeline in FAMILIES:
-        if name := family(pipeline).configs.get(path):
-            return CONFIGS / name
+        found: Any = family(pipeline)
+        if path in found.configs:
+            return CONFIGS / found.configs[path]
     names = ", ".join([*WORLDS, *shipped()])
     raise UserError(
         f"model.path: no configs of {path!r} here; a plan knows {names}, their hub ids, and folders of "
@@ -120,7 +125,8 @@ def _fake_builtin(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     check_builtin(recipe)
     kind = KINDS[recipe.model.path]
     with fakes(mode):
-        transformer = make_transformer(kind).requires_grad_(False).eval()
+        network: Any = make_transformer(kind)
+        transformer = network.requires_grad_(False).eval()
     model = BuiltinModel(kind, transformer, None, None)
     with fakes(mode):
         prepare_builtin(model, recipe, torch.device("cpu"))
@@ -138,7 +144,7 @@ def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dic
     return embeddings | fake
 
 
-def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.Module, int]]:
+def fake_encoders(model: PipelineModel, mode: FakeTensorMode) -> dict[str, tuple[nn.Module, int]]:
     """The pipeline's text encoders, each with the number of tokens it reads."""
     import transformers
 
@@ -154,7 +160,14 @@ def fake_encoders(model: FlowModel, mode: FakeTensorMode) -> dict[str, tuple[nn.
 
 
 @unset_fake_temporarily()  # what bitsandbytes makes beside the weights is real, and kept for later use
-def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, ...] = (), home=None) -> None:
+def _quantize(
+    network: nn.Module,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: tuple[str, ...] = (),
+    home: torch.device | None = None,
+) -> None:
     """As `crd_fast.models.quantize.quantize`, with 4-bit weights in ordinary parameters: bitsandbytes' own
     class of parameters cannot hold a fake tensor."""
     from crd_fast.models import quantize
@@ -165,14 +178,14 @@ def _quantize(network, kind: str, dtype: torch.dtype, device, keep: tuple[str, .
     import bitsandbytes as bnb
 
     for name in quantize.quantized_layers(network, keep):
-        parent, _, child = name.rpartition(".")
-        parent = network.get_submodule(parent)
+        path, _, child = name.rpartition(".")
+        parent = network.get_submodule(path)
         layer = getattr(parent, child)
         new = quantize.empty_nf4(layer, dtype)
         codes, state = bnb.functional.quantize_4bit(
             layer.weight.data, compress_statistics=True, quant_type="nf4"
         )
-        new.weight = nn.Parameter(codes, requires_grad=False)
-        new.weight.quant_state = state
-        new.bias = layer.bias
+        weight: Any = nn.Parameter(codes, requires_grad=False)
+        weight.quant_state = state
+        new.weight, new.bias = weight, layer.bias
         setattr(parent, child, new)

@@ -44,7 +44,7 @@ class Fit:
         phases = {name: peak.bytes for name, peak in self.plan.phases.items()}
         if "encode" in phases and not self.encodes_on_gpu:
             del phases["encode"]
-        return max(phases, key=phases.get)
+        return max(phases, key=lambda name: phases[name])
 
     @property
     def encodes_on_gpu(self) -> bool:
@@ -79,7 +79,9 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             if changed is None or changed == _with(recipe, overrides):
                 continue
             overrides = tried
-        found = _largest(_with(recipe, overrides), memory)
+        saved = _with(recipe, overrides)
+        assert saved is not None  # it was built before
+        found = _largest(saved, memory)
         found.overrides = overrides + found.overrides
         yield found
         if not found.missing:
@@ -105,8 +107,8 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
         return Fit([], planner.plan(update, rollout), memory)
 
     named = recipe.train.micro_batch, recipe.rollout.micro_batch
-    if "auto" not in named and planner.live.total + RESERVED <= memory:  # or no micro-batch fits
-        found = at(*named)
+    if named[0] != "auto" and named[1] != "auto" and planner.live.total + RESERVED <= memory:
+        found = at(named[0], named[1])
         if not found.missing:
             return found
     one = at(1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,8 @@ from crd_fast.train.update import ROWS_IN_ONE
 
 if TYPE_CHECKING:
     from crd_fast.plan.planner import Planner
+
+Embeddings = dict[str, torch.Tensor]
 
 
 class ForwardAccount(RowCounts):
@@ -38,7 +40,7 @@ class ForwardAccount(RowCounts):
         self.passes = 0
         self._going_backward: tuple[int, int] | None = None  # FLOPs before, rows
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)  # what is not a forward is the model's own
 
     @contextmanager
@@ -62,7 +64,7 @@ class ForwardAccount(RowCounts):
             self.row_flops[BACKWARD] = (self.planner.flops.total - before) / rows
             self._going_backward = None
 
-    def velocity(self, x, sigma, embeddings):
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         self.finish_backward()
         gradient = torch.is_grad_enabled()
         self.passes += 2 if gradient else 1  # the backward pass runs a block again, and then uses what it has
@@ -80,7 +82,7 @@ class ForwardAccount(RowCounts):
         run = self._with_gradient if gradient else self._without_gradient
         return run(x, sigma, embeddings)
 
-    def _with_gradient(self, x, sigma, embeddings):
+    def _with_gradient(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         kind, before = kind_of(self.active[0][0], True), self.planner.flops.total
         if kind in self.row_flops:
             with self.planner.mode:
@@ -92,15 +94,15 @@ class ForwardAccount(RowCounts):
         self._going_backward = self.planner.flops.total, len(x)
         return result
 
-    def layers(self):
+    def layers(self) -> object:
         """Adapted or not, or both in rows."""
         return tuple(self.active) if self.in_rows else self.active[0][0] == "reference"
 
-    def _without_gradient(self, x, sigma, embeddings):
+    def _without_gradient(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         planner, live, key = self.planner, self.live, (self.layers(), len(x))
         if key in planner.forwards:
-            peak, flops, shape, dtype = planner.forwards[key]
-            live.note({"workspace": peak})
+            inside, flops, shape, dtype = planner.forwards[key]
+            live.note({"workspace": inside})
             self._without(flops / len(x))
             with planner.mode:
                 return torch.empty(shape, dtype=dtype)
@@ -135,25 +137,25 @@ def accounted(planner: Planner) -> Iterator[ForwardAccount]:
         return
     fetch = streaming.fetch
 
-    def counted(index: int):
+    def counted(index: int) -> Any:
         with planner.live.in_part("base weights"):
             return fetch(index)
 
-    streaming.fetch = counted
+    vars(streaming)["fetch"] = counted
     try:
         yield account
     finally:
-        del streaming.fetch
+        del vars(streaming)["fetch"]
 
 
 class Flops(TorchDispatchMode):
     """Counts floating point operations of matrix products, convolutions and attention."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in flop_registry:

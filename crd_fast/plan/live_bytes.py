@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
     copy of the weight is added where they run.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.phase, self.part = "", "workspace"
         self.live: Counter[str] = Counter()
@@ -42,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self._storages: dict[int, tuple[str, int]] = {}  # part and size by address
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.add(result)
         if func.namespace == "bitsandbytes" and func.name() == GEMM_4BIT:
@@ -68,14 +69,14 @@ class LiveBytes(TorchDispatchMode):
         finally:
             self.phase = before
 
-    def add(self, tensors) -> None:
+    def add(self, tensors: Any) -> None:
         """Counts the tensors in a nest of lists and dicts, those seen before not again."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
         self.note()
 
-    def move(self, tensors, part: str) -> None:
+    def move(self, tensors: Any, part: str) -> None:
         """From now on the tensors belong to the part `part`. Counts those that were not yet."""
         self.add(tensors)
         for tensor in tree_leaves(tensors):
@@ -86,12 +87,12 @@ class LiveBytes(TorchDispatchMode):
                 self.live[before] -= size
                 self.live[part] += size
 
-    def release(self, tensors) -> None:
+    def release(self, tensors: Any) -> None:
         """Counts these tensors no more: they have left the device."""
         for tensor in tree_leaves(tensors):
             self._forget(tensor.untyped_storage()._cdata)
 
-    def ignore(self, tensors) -> None:
+    def ignore(self, tensors: Any) -> None:
         """Never counts these tensors, nor what operators return of them: they are on the host."""
         self.add(tensors)
         for tensor in tree_leaves(tensors):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,7 +94,7 @@ class Plan:
         """The phase with the peak."""
         return max(self.phases, key=lambda name: self.phases[name].bytes)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {
             "peak_bytes": self.peak,
             "peak_phase": self.worst,
@@ -123,9 +124,9 @@ class Planner:
         self.recipe = recipe
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.live, self.flops = LiveBytes(), Flops()
-        self.model = fake_model(recipe, self.mode)
-        self.parameters = count_parameters(self.model.transformer)
-        self.live.move(tensors_of(self.model.transformer), "base weights")
+        self.model: Any = fake_model(recipe, self.mode)
+        self.parameters = count_parameters(self.network)
+        self.live.move(tensors_of(self.network), "base weights")
         streamed = self.model.streaming.host_tensors() if self.model.streaming else []
         self.live.release(streamed)
         self.host_bytes = self.streamed = sum(tensor.nbytes for tensor in streamed)
@@ -143,14 +144,15 @@ class Planner:
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
-        network, streamed_blocks = self.model.transformer, recipe.model.streaming
-        self.blocks = Blocks(network, self.mode, self.live, self.flops, streamed_blocks)
+        self.blocks = Blocks(self.network, self.mode, self.live, self.flops, recipe.model.streaming)
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
         self.encoding, self.encoder_numbers = encoding(self.model, self.mode)
         self.sizes = self._sizes()
-        self.forwards: dict[tuple, tuple] = {}  # peak, FLOPs, shape and dtype of those without gradient
+        self.forwards: dict[
+            tuple, tuple[int, int, torch.Size, torch.dtype]
+        ] = {}  # peak, FLOPs, shape and dtype of those without gradient
 
     def plan(self, micro_batch: int | None = None, rollout_micro_batch: int | None = None) -> Plan:
         """The plan at these micro-batches, by default the recipe's."""
@@ -176,6 +178,10 @@ class Planner:
         result.phases = {name: peaks[name] for name in PHASES if name in peaks}
         return result
 
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.model.transformer
+
     def _sizes(self) -> dict[str, int]:
         """Bytes: of one prompt's embeddings; of a checkpoint; of the VAE; of the published weights, which are
         in bfloat16 but for those that are known to be wider."""
@@ -188,7 +194,8 @@ class Planner:
             "checkpoint": sum(tensor.nbytes for tensor in tensors.values()) + saved,
         }
         if isinstance(self.model, PipelineModel):
-            vae = count_parameters(self.model.pipe.vae)
+            pipe: Any = self.model.pipe
+            vae = count_parameters(pipe.vae)
             wide = 4 if self.model.folder.name in PUBLISHED_IN_FLOAT32 else 2
             sizes["VAE"] = 4 * vae
             sizes["published"] = wide * (self.parameters + vae) + 2 * self.encoder_numbers
@@ -314,7 +321,7 @@ def encoding(model: FlowModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
 _ENCODINGS: dict[tuple, tuple[Peak | None, int]] = {}
 
 
-def _encoding(model: FlowModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
+def _encoding(model: PipelineModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
     encoders = fake_encoders(model, mode)
     if not encoders:
         return None, 0

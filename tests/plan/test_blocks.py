@@ -1,0 +1,65 @@
+"""Equal blocks that are run once, against the same network with every block run."""
+
+import dataclasses
+
+import pytest
+
+from crd_fast.config import build_recipe
+from crd_fast.plan import blocks
+from crd_fast.plan.fit import SAVINGS, fit
+from crd_fast.plan.planner import Planner
+from tests.models.conftest import own_cache, tiny  # noqa: F401
+
+DEEP = {"path": "builtin", "lora_rank": 4}
+
+
+def both(settings, micro_batches, monkeypatch):
+    """Plans with equal blocks run once, and with each run."""
+    found = []
+    for least in (blocks.LEAST, 1 << 30):
+        monkeypatch.setattr(blocks, "LEAST", least)
+        planner = Planner(settings)
+        found.append([dataclasses.asdict(planner.plan(size, size)) for size in micro_batches])
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.checkpointing=false",),
+        ("model.method=full",),
+        ("loss.method=nft",),
+    ],
+    ids=["checkpointed", "kept", "full", "nft"],
+)
+def test_plans_are_the_same_to_the_byte(monkeypatch, overrides):
+    """The built-in model has five blocks, of which four are equal."""
+    values = {"model": DEEP, "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 6, "steps": 3}}
+    once, each = both(build_recipe(values, overrides), (1, 4, 6), monkeypatch)
+    assert once == each
+
+
+def test_equal_blocks_are_run_once(monkeypatch):
+    values = {"model": DEEP, "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 6, "steps": 3}}
+    replayed = []
+    original = blocks.Blocks._replayed
+    monkeypatch.setattr(
+        blocks.Blocks, "_replayed", lambda self, *rest: replayed.append(rest) or original(self, *rest)
+    )
+    Planner(build_recipe(values)).plan(6, 6)
+    assert len(replayed) > 5
+
+
+def test_a_verdict_names_no_setting_twice(tiny):  # noqa: F811
+    """int8 and then nf4: the second takes the place of the first."""
+    values = {"model": {"path": str(tiny("sd3")), "text_length": 8}, "rollout": {"resolution": 64}}
+    fits = list(fit(build_recipe(values), 1 << 20))
+    settings = [[override.partition("=")[0] for override in found.overrides] for found in fits]
+    assert all(len(set(names)) == len(names) for names in settings)
+    assert "model.quantization=int8" in fits[1].overrides
+    assert "model.quantization=nf4" in fits[-1].overrides and "model.streaming=true" in fits[-1].overrides
+    assert {saving for saving in SAVINGS if "quantization" in saving} == {
+        "model.quantization=int8",
+        "model.quantization=nf4",
+    }
