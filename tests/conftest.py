@@ -2,6 +2,8 @@
 
 import pytest
 
+import crd_fast  # noqa: F401  before torch: how OpenMP's threads wait
+
 
 def pytest_collection_modifyitems(items):
     """Quick tests first."""
