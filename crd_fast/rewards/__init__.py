@@ -12,11 +12,12 @@ evaluation adds to its metrics.
 In Python the reward itself may stand in the place of its name: `Rewards({my_reward: 1.0})` and
 `Trainer(recipe, folder, rewards={my_reward: 0.5, "ocr": 0.5})`.
 
-Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call) and
-`retries` (of a call that raises ConnectionError or TimeoutError) are taken by the engine, the last two only
-where the reward has no argument of that name. In training a reward is called with one prompt's samples at a
-time, in a thread of its own while the next are generated; in an evaluation with up to 64 images, no prompt's
-samples parted.
+Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call), `retries`
+(of a call that raises ConnectionError or TimeoutError) and `workers` (a number of processes, or `auto`: the
+cores but one) are taken by the engine, the last three only where the reward has no argument of that name. In
+training a reward is called with one prompt's samples at a time, in a thread of its own while the next are
+generated; in an evaluation with up to 64 images, no prompt's samples parted. With workers the calls are the
+same ones, several at work at once, each in a process that has loaded the reward for itself.
 """
 
 from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named

@@ -38,6 +38,7 @@ def score_folder(reward: str, settings: dict, folder: Path, prompts: Path) -> li
     for members in by_size.values():
         stacked = np.stack([images[i] for i in members])
         scores[members] = rewards.score(stacked, [metadata[i] for i in members])[reward]
+    rewards.close()
     return [
         {"image": path.name, "prompt": entry["prompt"], "score": float(score)}
         for path, entry, score in zip(paths, metadata, scores)

@@ -11,12 +11,13 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from crd_fast.errors import UserError, did_you_mean
-from crd_fast.rewards.scoring import Reward, Scoring
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring
+from crd_fast.rewards.workers import Workers, cores
 
 # name: where the class is, imported when it is asked for
 REWARDS = {
@@ -38,7 +39,7 @@ REWARDS = {
     "http": "crd_fast.rewards.http:HttpReward",
 }
 CALL_IMAGES = 64
-ENGINE_SETTINGS = ("weight", "timeout", "retries")
+ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers")
 
 
 class Rewards:
@@ -66,6 +67,12 @@ class Rewards:
         for reward in self._rewards.values():
             if hasattr(reward, "check"):
                 reward.check(metadata)
+
+    def close(self) -> None:
+        """Ends the workers, which end with this process at the latest."""
+        for reward in self._rewards.values():
+            if isinstance(reward, Workers):
+                reward.close()
 
     def start(self) -> Scoring:
         """Scores what is put into it, beside whatever else is done meanwhile. A context."""
@@ -138,13 +145,14 @@ def named(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
 
 
 def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict]:
-    """A reward with its settings, and the settings that are the engine's: `timeout`, `retries`.
+    """A reward with its settings, and the settings that are the engine's: `timeout`, `retries`, `workers`.
 
+    With workers it is not made here but in each of them, when `setup` is called.
     name: as in a recipe, or the reward itself. Raises UserError for an unknown name (the nearest is named),
     what is no reward, an unknown setting, or one that is refused.
     """
     settings = {key: value for key, value in (settings or {}).items() if key != "weight"}
-    reward: Any
+    given, reward = name, cast(Any, None)
     if not isinstance(name, str):
         reward, name = name, name_of(name)
         if not callable(reward) and not hasattr(reward, "score"):
@@ -165,7 +173,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
         key: _engine_setting(name, key, settings.pop(key))
-        for key in ("timeout", "retries")
+        for key in ("timeout", "retries", "workers")
         if key in settings and key not in names
     }
     unknown = [key for key in settings if key not in names]
@@ -173,6 +181,9 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
         hint = did_you_mean(unknown[0], [*names, *ENGINE_SETTINGS])
         listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
         raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
+    if "workers" in engine:
+        timeout = engine.get("timeout", TIMEOUT)
+        return Workers(name, given, settings, engine["workers"], timeout), engine
     if not inspect.isclass(reward):
         return (functools.partial(reward, **settings) if settings else reward), engine
     try:
@@ -211,6 +222,10 @@ def _engine_setting(name: str, key: str, value):
         raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
     if key == "retries" and not (number and value >= 0 and value == int(value)):
         raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
+    if key == "workers" and value == "auto":
+        return max(1, cores() - 1)
+    if key == "workers" and not (number and value >= 1 and value == int(value)):
+        raise UserError(f"reward {name}: workers: expected auto or a whole number >= 1, got {value!r}")
     return float(value) if key == "timeout" else int(value)
 
 

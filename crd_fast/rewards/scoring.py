@@ -2,8 +2,8 @@
 
 A reward is called with one prompt's samples at a time, whatever the rollout's micro-batch is and whether or
 not anything is generated meanwhile, so that what it returns does not depend on the overlap. Its own calls
-never overlap each other; those of different rewards do. Threads overlap what leaves Python's lock alone:
-onnxruntime, torch, waiting for a server. A slow reward in pure Python is better off in a server.
+never overlap each other, unless it has workers; those of different rewards do. Threads overlap what leaves
+Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in pure Python wants `workers`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ import torch
 from crd_fast.errors import UserError
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
+TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
 FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
+# what stands between the engine and a reward
+CALLERS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry")}
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,15 @@ class Reward:
     """What is called, and what is done when it fails. `score(images, prompts, metadata)`, one value an image.
 
     timeout: seconds for one call. retries: how often a call is repeated that raises ConnectionError or
-    TimeoutError, as calls of something remote do; other exceptions end the run at once.
+    TimeoutError, as calls of something remote do; other exceptions end the run at once. workers: how many
+    calls may be at work at once, in processes that `score` ends itself where they take too long; 0: none are.
     """
 
     name: str
     score: Callable
-    timeout: float = 600.0
+    timeout: float = TIMEOUT
     retries: int = 2
+    workers: int = 0
 
 
 @dataclass
@@ -103,7 +109,7 @@ class PromptScoring:
 
 
 class _Lane:
-    """One reward's thread, the calls that wait for it, and the values so far."""
+    """One reward's threads, one for each worker, the calls that wait for them, and the values so far."""
 
     def __init__(self, reward: Reward):
         self.reward = reward
@@ -111,11 +117,14 @@ class _Lane:
         self.values: list[np.ndarray] = []
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._ended = False
-        # a daemon: a reward that hangs must not keep the process alive
-        threading.Thread(target=self._work, name=f"reward {reward.name}", daemon=True).start()
+        self._threads = max(reward.workers, 1)
+        self._most = max(MAX_WAITING, 2 * reward.workers)
+        for _ in range(self._threads):
+            # a daemon: a reward that hangs must not keep the process alive
+            threading.Thread(target=self._work, name=f"reward {reward.name}", daemon=True).start()
 
     def put(self, *arguments) -> None:
-        while self.waiting and (len(self.waiting) >= MAX_WAITING or self.waiting[0].done.is_set()):
+        while self.waiting and (len(self.waiting) >= self._most or self.waiting[0].done.is_set()):
             self.take()
         call = _Call(arguments)
         self.waiting.append(call)
@@ -137,9 +146,10 @@ class _Lane:
         self.values.append(call.values)
 
     def end(self) -> None:
-        """The thread ends after the call that it is at; the ones that wait are dropped."""
+        """A thread ends after the call that it is at; the ones that wait are dropped."""
         self._ended = True
-        self._calls.put(None)
+        for _ in range(self._threads):
+            self._calls.put(None)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None and not self._ended:
@@ -154,7 +164,7 @@ class _Lane:
     def _call(self, call: _Call) -> np.ndarray:
         reward, pause = self.reward, FIRST_PAUSE
         for retries_left in reversed(range(reward.retries + 1)):
-            call.deadline = time.monotonic() + reward.timeout
+            call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
             call.started.set()
             try:
                 with torch.no_grad():
@@ -169,7 +179,7 @@ class _Lane:
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"reward {reward.name}: {_what(error)}{_where(error)}") from error
+                raise UserError(failure(reward.name, error)) from error
         raise AssertionError
 
 
@@ -188,13 +198,18 @@ def checked(name: str, values, count: int) -> np.ndarray:
     return np.array([float(value) for value in values])
 
 
-def _what(error: Exception) -> str:
+def failure(name: str, error: BaseException) -> str:
+    """One line: which reward raised what, and where."""
+    return f"reward {name}: {_what(error)}{_where(error)}"
+
+
+def _what(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """The last line of the reward's own file that led to the error."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in CALLERS]
     if not frames:
         return ""
     own = [frame for frame in frames if frame.filename == frames[0].filename][-1]

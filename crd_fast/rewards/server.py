@@ -8,7 +8,7 @@
 
 With a token every request but /health carries `Authorization: Bearer TOKEN`. What is wrong is answered with
 4xx and {"detail": one line}; a full queue with 503 and Retry-After; a reward that fails with 500. All images
-of a request have one size. Only PNG and JSON are ever decoded, in the one thread that also scores.
+of a request have one size. Only PNG and JSON are ever decoded, in the thread that also scores.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from starlette.requests import ClientDisconnect
 from crd_fast.errors import UserError
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import checked
+from crd_fast.rewards.workers import RewardFailed, Workers
 
 MAX_CONNECTIONS = 256
 PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
@@ -66,18 +67,29 @@ class Refused(Exception):
 
 
 class Worker:
-    """The reward and the one thread that loads it and scores with it."""
+    """The reward and the one thread that loads it and scores with it, or one for each of its `workers`."""
 
     def __init__(self, name: str, settings: Mapping | None = None, device: str | None = None):
         self.name = name
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward {name}")
+        self._workers: Workers | None = None
         self.loaded = self.thread.submit(self._load, settings, device)
 
     def _load(self, settings: Mapping | None, device: str | None):
-        reward, _ = load(self.name, settings)
+        reward, engine = load(self.name, settings)
+        self._workers = reward if isinstance(reward, Workers) else None
         if hasattr(reward, "setup"):
             reward.setup(device or default_device())
+        if "workers" in engine:
+            self.thread.shutdown(wait=False)
+            self.thread = ThreadPoolExecutor(engine["workers"], thread_name_prefix=f"reward {self.name}")
         return reward
+
+    def end(self) -> None:
+        """Nothing that waits is scored any more; what is being scored in workers ends."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
 
     @property
     def ready(self) -> bool:
@@ -88,6 +100,9 @@ class Worker:
         reward = self.loaded.result()
         try:
             values = getattr(reward, "score", reward)(images, prompts, metadata)
+        except RewardFailed as error:
+            log.error("%s", error)
+            raise Refused(500, str(error)) from None
         except UserError as error:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
@@ -106,6 +121,9 @@ class Worker:
         try:
             if hasattr(reward, "check"):
                 reward.check(metadata)
+        except RewardFailed as error:
+            log.error("%s", error)
+            raise Refused(500, str(error)) from None
         except UserError as error:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
@@ -289,7 +307,7 @@ def serve(worker: Worker, listening: socket.socket, token: str | None, limits: L
     try:
         server.run(sockets=[listening])
     finally:
-        worker.thread.shutdown(wait=False, cancel_futures=True)
+        worker.end()
     if worker.loaded.done() and not worker.loaded.cancelled():
         worker.loaded.result()
 

@@ -23,7 +23,11 @@ server = pytest.importorskip("crd_fast.rewards.server", reason="needs fastapi an
 
 TOKEN = "correct-horse"
 REWARDS = '''
+import os
 import threading
+import time
+from pathlib import Path
+
 import numpy as np
 from crd_fast.errors import UserError
 
@@ -57,6 +61,17 @@ def wrong(images, prompts, metadata):
 
 def fails(images, prompts, metadata):
     raise KeyError("somewhere")
+
+def dies(images, prompts, metadata):
+    os._exit(7)
+
+def both(images, prompts, metadata):
+    """Comes back only if two calls are at work at once."""
+    here = Path(__file__).parent
+    (here / f"both-{prompts[0]}").touch()
+    while len(list(here.glob("both-*"))) < 2:
+        time.sleep(0.01)
+    return [float(image.mean()) for image in images]
 '''
 
 
@@ -84,7 +99,7 @@ def serving(reward, settings=None, token=TOKEN, **limits):
         finally:
             running.should_exit = True
             thread.join()
-            worker.thread.shutdown()
+            worker.end()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +116,7 @@ def token(monkeypatch):
 
 
 def wait_until_ready(address):
-    for _ in range(200):
+    for _ in range(2400):
         if ask(address, "GET", "/ready")[0] == 200:
             return
         time.sleep(0.05)
@@ -248,6 +263,25 @@ def test_a_wrong_token_is_said_once(address, monkeypatch):
 def test_settings_reach_the_reward():
     with serving("Brightness", {"gain": 0.0}, token=None) as address:
         assert client.HttpReward(address).score(pictures(2), ["", "ab"], [{}, {}]) == [0.0, 2.0]
+
+
+def test_workers_score_requests_at_the_same_time():
+    images = pictures(2)
+    with serving("both", {"workers": 2}) as address, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        wait_until_ready(address)
+        reward = client.HttpReward(address, token_env="TOKEN")
+        scores = list(threads.map(lambda i: reward.score(images[i : i + 1], [str(i)], [{}]), range(2)))
+    assert scores == [[float(image.mean())] for image in images]
+
+
+@pytest.mark.parametrize(
+    "name, words", [("dies", "its worker ended with exit code 7"), ("fails", "KeyError")]
+)
+def test_a_failure_in_a_worker_is_the_servers(name, words):
+    with serving(name, {"workers": 1}) as address:
+        wait_until_ready(address)
+        status, answer, _ = ask(address, "POST", "/score", request(pictures(1)))
+        assert status == 500 and words in json.loads(answer)["detail"]
 
 
 def test_eight_clients_lose_nothing(address):

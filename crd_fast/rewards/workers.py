@@ -1,0 +1,326 @@
+"""A reward in processes of its own: `rewards: {ocr: {workers: 4}}`, or `auto`, the cores but one.
+
+For what holds Python's lock or may take the process with it. A call is what it is without workers, one
+prompt's samples or the part of an evaluation, so that values are the same; several calls are at work at once.
+Pictures travel in shared memory. A worker that dies or gives no answer within `timeout` is ended and started
+again, and its call repeated once. Workers are in process groups of their own, which end with this process
+however it ends, and do not get its Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing import connection, resource_tracker, util
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crd_fast.errors import UserError
+from crd_fast.rewards.scoring import checked, failure
+
+LOADING = 600.0  # seconds, at least, for a worker to load its reward
+METHODS = ("check", "report")  # that a reward may have
+SHARED = Path("/dev/shm")
+log = logging.getLogger(__name__)
+
+
+class RewardFailed(UserError):
+    """The reward raised, or its workers died or hung: nothing that is wrong with what it was given."""
+
+
+class _Lost(Exception):
+    """A worker has ended or does not answer: what is to be said of it."""
+
+
+def cores() -> int:
+    """Processors that this process may use, of several on one machine its share."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Workers:
+    """The reward `name` in `count` processes, called as the reward itself, from as many threads at once.
+
+    reward: a name, or a function, class or object that another process can unpickle. timeout: seconds for
+    one call of `score`. `setup` loads it in the first worker; the others start when they are needed.
+    Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are lost.
+    """
+
+    def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
+        self.name, self.timeout = name, timeout
+        try:
+            self._pickled = pickle.dumps((reward, dict(settings)))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            raise UserError(
+                f"reward {name}: workers: expected a reward that another process can import, like "
+                "package.module:name"
+            ) from None
+        self._workers = [_Worker() for _ in range(count)]
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in reversed(self._workers):
+            self._idle.put(worker)
+        # before multiprocessing waits for its children when the interpreter ends
+        self.close = util.Finalize(self, _close, (self._workers,), exitpriority=10)
+
+    def setup(self, device: str) -> None:
+        self._device = device
+        for method in self._ask("offers"):
+            setattr(self, method, lambda *arguments, method=method: self._ask(method, *arguments))
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        return self._ask("score", images, prompts, metadata, timeout=self.timeout)
+
+    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+        worker = self._idle.get()
+        try:
+            try:
+                return self._ask_once(worker, method, arguments, timeout)
+            except _Lost as lost:
+                log.warning("reward %s: a worker %s; it is asked again", self.name, lost)
+            try:
+                return self._ask_once(worker, method, arguments, timeout)
+            except _Lost as lost:
+                raise RewardFailed(
+                    f"reward {self.name}: expected values, but its worker {lost}, twice"
+                ) from None
+        finally:
+            self._idle.put(worker)
+
+    def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float | None) -> Any:
+        worker.start((self.name, self._pickled, self._device), max(LOADING, self.timeout))
+        return worker.ask(method, arguments, timeout)
+
+
+class _Worker:
+    """One process, and the memory in which it gets pictures."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._memory: SharedMemory | None = None
+        self._ended = False
+        self._changing = threading.Lock()  # between a thread that starts it and the one that ends all
+
+    def start(self, reward: tuple[str, bytes, str], timeout: float) -> None:
+        """If it does not run. Raises UserError where the reward cannot be loaded."""
+        if self._process is not None:
+            return
+        with self._changing:
+            if self._ended:
+                raise UserError("the rewards' workers have been ended")
+            self._connection, theirs = multiprocessing.Pipe()
+            self._process = multiprocessing.get_context("spawn").Process(
+                target=_work, args=(theirs, *reward), name="reward", daemon=True
+            )
+            resource_tracker.ensure_running()  # or it is started meanwhile, and lets SIGINT through again
+            # a Ctrl-C before the worker has its own group
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        try:
+            self._answer(timeout)
+        except UserError:
+            self.kill()
+            raise
+
+    def ask(self, method: str, arguments: tuple, timeout: float | None) -> Any:
+        """What the reward's method returns. Raises _Lost if it dies or takes longer; then it has ended."""
+        pictures, rest = None, arguments
+        if arguments and isinstance(arguments[0], np.ndarray):
+            pictures, rest = self._share(arguments[0]), arguments[1:]
+        try:
+            self._connection.send((method, pictures, rest))
+        except OSError:
+            self._lose()
+        return self._answer(timeout)
+
+    def _answer(self, timeout: float | None) -> Any:
+        assert self._process is not None
+        ready = connection.wait([self._connection, self._process.sentinel], timeout)
+        if not ready:
+            self._lose(f"gave no answer within {timeout:g} s")
+        try:
+            kind, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._lose()
+        if kind == "value":
+            return answer
+        if kind == "remote":
+            base, name, text = answer
+            raise type(name, (base,), {})(text)
+        raise kind(answer)
+
+    def _share(self, images: np.ndarray) -> tuple:
+        """Puts them where the worker finds them; themselves, by the pipe, where shared memory is full."""
+        if self._memory is None or self._memory.size < images.nbytes:
+            self._release()
+            try:
+                memory = SharedMemory(create=True, size=max(images.nbytes, 1))
+                _reserve(memory)
+            except OSError:
+                return None, images
+            self._memory = memory
+        shared = np.ndarray(images.shape, images.dtype, buffer=self._memory.buf)
+        shared[...] = images
+        return self._memory.name, (images.shape, images.dtype)
+
+    def _lose(self, how: str | None = None) -> None:
+        process = self._process
+        if how is None and process is not None:
+            process.join(1)  # what closed its pipe is about to end
+        code = self.kill() or 0
+        if how is None:
+            how = (
+                f"ended with exit code {code}"
+                if code is None or code >= 0
+                else f"was ended by signal {-code}"
+            )
+        raise _Lost(how)
+
+    def kill(self) -> int | None:
+        """With all that it has started. Returns its exit code."""
+        process, self._process = self._process, None
+        if process is None or process.pid is None:
+            return None
+        if process.is_alive():
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not come to its own group yet
+                process.kill()
+        process.join()
+        self._connection.close()
+        return process.exitcode
+
+    def _release(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
+            memory.unlink()
+
+    def end(self) -> None:
+        """For good."""
+        with self._changing:
+            self._ended = True
+            self.kill()
+            self._release()
+
+
+def _close(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+
+
+def _reserve(memory: SharedMemory) -> None:
+    """Raises OSError where there is no room: a container may have 64 MB, and writing beyond kills."""
+    file = SHARED / memory.name.lstrip("/")
+    if not file.exists():
+        return
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.posix_fallocate(descriptor, 0, memory.size)
+    except OSError:
+        memory.close()
+        memory.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+# -- in the worker ------------------------------------------------------------------------------------------
+
+
+def _work(parent: connection.Connection, name: str, pickled: bytes, device: str) -> None:
+    """Loads the reward and answers until the other end is closed."""
+    os.setpgid(0, 0)
+    _end_with_parent()
+    kind, reward = _outcome(name, _load, pickled, device)
+    memory = _Memory()
+    try:
+        parent.send((kind, None if kind == "value" else reward))
+        while True:
+            method, pictures, arguments = parent.recv()
+            if pictures is not None:
+                arguments = (memory.pictures(*pictures), *arguments)
+            parent.send(_outcome(name, _call, name, reward, method, arguments))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
+    """`value` and what it returns, or what the other process is to raise."""
+    try:
+        return "value", function(*arguments)
+    except (ConnectionError, TimeoutError) as error:
+        base = TimeoutError if isinstance(error, TimeoutError) else ConnectionError
+        return "remote", (base, type(error).__name__, str(error))
+    except UserError as error:
+        return UserError, str(error)
+    except BaseException as error:
+        return RewardFailed, failure(name, error)
+
+
+def _load(pickled: bytes, device: str) -> Any:
+    from crd_fast.rewards.registry import load
+
+    reward, settings = pickle.loads(pickled)
+    found, _ = load(reward, settings)
+    if hasattr(found, "setup"):
+        found.setup(device)
+    return found
+
+
+def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
+    if method == "offers":
+        return [method for method in METHODS if hasattr(reward, method)]
+    if method != "score":
+        return getattr(reward, method)(*arguments)
+    with torch.no_grad():
+        return checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0]))
+
+
+class _Memory:
+    """The pictures that are shared with the other process."""
+
+    def __init__(self) -> None:
+        self._memory: SharedMemory | None = None
+
+    def pictures(self, memory: str | None, found: Any) -> np.ndarray:
+        """A copy, which the reward may keep or change."""
+        if memory is None:
+            return found
+        if self._memory is None or self._memory.name != memory:
+            if self._memory is not None:
+                self._memory.close()
+            self._memory = SharedMemory(memory)
+        shape, dtype = found
+        return np.array(np.ndarray(shape, dtype, buffer=self._memory.buf))
+
+
+def _end_with_parent() -> None:
+    """Ends this process and what it has started once the parent is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pipe = parent.sentinel
+    if hasattr(fcntl, "F_SETSIG"):  # by the kernel, also where a reward never lets this thread run
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    threading.Thread(target=_kill_after, args=(pipe,), daemon=True).start()
+
+
+def _kill_after(pipe: int) -> None:
+    connection.wait([pipe])
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,398 @@
+"""Rewards in processes of their own: the same values in the same order, whatever becomes of a process.
+
+Nothing here looks at the clock: what must happen at the same time is made to wait for each other.
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from crd_fast.errors import UserError
+from crd_fast.rewards import Rewards, load
+from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
+from tests.cli.conftest import SMALL, command, metrics
+
+PATIENCE = 120  # seconds until a test that hangs fails
+MINE = '''
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from crd_fast.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+def first_time(name):
+    """Whether no process has come here yet."""
+    try:
+        (HERE / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def wait_for(count, pattern):
+    while len(list(HERE.glob(pattern))) < count:
+        time.sleep(0.01)
+
+
+def mean(images, prompts, metadata, scale=1.0):
+    return [scale * float(image.mean()) + len(prompt) for image, prompt in zip(images, prompts)]
+
+
+def process(images, prompts, metadata):
+    images[:] = 0
+    return [os.getpid()] * len(images)
+
+
+def both(images, prompts, metadata):
+    """Comes back only if two calls are at work at once."""
+    (HERE / f"both-{prompts[0]}").touch()
+    wait_for(2, "both-*")
+    return mean(images, prompts, metadata)
+
+
+def exits(images, prompts, metadata):
+    if prompts[0] == "always" or (prompts[0] == "once" and first_time("exits")):
+        os._exit(7)
+    return mean(images, prompts, metadata)
+
+
+def killed(images, prompts, metadata):
+    if first_time("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return mean(images, prompts, metadata)
+
+
+def hangs(images, prompts, metadata):
+    if prompts[0] == "always" or (prompts[0] == "once" and first_time("hangs")):
+        ctypes.PyDLL(None).sleep(3600)  # holds Python's lock: nothing in this process can end it
+    return mean(images, prompts, metadata)
+
+
+def fails(images, prompts, metadata):
+    raise {"key": KeyError("x"), "user": UserError("reward mine: no"), "exit": SystemExit(3)}[prompts[0]]
+
+
+def remote(images, prompts, metadata):
+    if first_time("remote-1") or first_time("remote-2"):
+        raise ConnectionRefusedError("no one there")
+    return mean(images, prompts, metadata)
+
+
+def nothing(images, prompts, metadata):
+    return [float("nan")] * len(images)
+
+
+def starts_more(images, prompts, metadata):
+    """Leaves a process behind, says so, and hangs; every time."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    for pid in (os.getpid(), child.pid):
+        (HERE / f"pid-{pid}").touch()
+    ctypes.PyDLL(None).sleep(3600)  # holds Python's lock
+
+
+class Judge:
+    def __init__(self, limit=3):
+        if limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {limit}")
+        self.limit = limit
+
+    def setup(self, device):
+        self.device = device
+        (HERE / f"loaded-{os.getpid()}").touch()
+
+    def check(self, metadata):
+        for entry in metadata:
+            if "refuse" in entry["prompt"]:
+                raise UserError(f"reward judge: refused {entry['prompt']!r}")
+
+    def score(self, images, prompts, metadata):
+        return [min(float(image.max()), self.limit) for image in images]
+
+    def report(self, images, prompts, metadata):
+        return {"judge/device": self.device, "judge/images": len(images), "judge/process": os.getpid()}
+
+
+class Broken:
+    def setup(self, device):
+        os._exit(9)
+
+    def score(self, images, prompts, metadata):
+        return [0.0] * len(images)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the user's module of rewards is."""
+    (tmp_path / "workers_mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    sys.modules.pop("workers_mine", None)
+
+
+@pytest.fixture
+def rewards(folder):
+    """Makes rewards of the user's module, which end with the test."""
+    made = []
+
+    def make(name, device="cpu", **settings):
+        made.append(Rewards({f"workers_mine:{name}": settings}, device=device))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def pictures(count, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def scored(rewards, images, prompts):
+    """The values of a single reward, of a call for each prompt."""
+    with rewards.start() as scoring:
+        for image, prompt in zip(np.split(images, len(prompts)), prompts):
+            scoring.put(image, [{"prompt": prompt}] * len(image))
+        (values,) = scoring.results().values()
+    return values.tolist()
+
+
+def wait_until(true):
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def gone(pid):
+    """Whether it has ended; a zombie whose parent does not look has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_values_are_those_without_workers_in_order(rewards):
+    images, prompts = pictures(120, 16), ["x" * i for i in range(40)]
+    expected = scored(rewards("mean", scale=2.0), images, prompts)
+    before = images.copy()
+    assert scored(rewards("mean", scale=2.0, workers=2), images, prompts) == expected
+    processes = scored(rewards("process", workers=2), images, prompts)
+    assert len(set(processes)) <= 2 and os.getpid() not in processes
+    assert np.array_equal(images, before)
+
+
+def test_calls_are_at_work_at_the_same_time(rewards):
+    assert len(scored(rewards("both", workers=2, timeout=PATIENCE), pictures(2), ["a", "b"])) == 2
+
+
+def test_larger_and_smaller_pictures_and_none_in_shared_memory(rewards, monkeypatch):
+    found, alone = rewards("mean", workers=1), rewards("mean")
+    for size in (4, 64, 2, 65):
+        images = pictures(3, size)
+        assert scored(found, images, ["a"]) == scored(alone, images, ["a"])
+    monkeypatch.setattr("crd_fast.rewards.workers._reserve", full)
+    images = pictures(3, 128)
+    assert scored(found, images, ["a"]) == scored(alone, images, ["a"])
+
+
+def full(memory):
+    memory.close()
+    memory.unlink()
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("how", ["exits", "killed", "hangs"])
+def test_a_worker_that_is_lost_is_replaced_and_its_pictures_scored_again(rewards, how):
+    images, prompts = pictures(6), ["first", "once", "last"]
+    found = rewards(how, workers=1, timeout=5 if how == "hangs" else PATIENCE)
+    assert scored(found, images, prompts) == scored(rewards("mean"), images, prompts)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [("exits", "its worker ended with exit code 7"), ("hangs", "its worker gave no answer within 5 s")],
+)
+def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words):
+    found = rewards(how, workers=2, timeout=5 if how == "hangs" else PATIENCE)
+    with pytest.raises(RewardFailed) as error:
+        scored(found, pictures(3), ["fine", "always", "fine"])
+    assert str(error.value) == f"reward workers_mine:{how}: expected values, but {words}, twice"
+    assert scored(found, pictures(1), ["fine"])  # there are new ones
+
+
+@pytest.mark.parametrize(
+    "name, prompt, words",
+    [
+        ("fails", "key", r"reward workers_mine:fails: KeyError: 'x' \(.*workers_mine.py line \d+\)$"),
+        ("fails", "user", "^reward mine: no$"),
+        ("fails", "exit", "reward workers_mine:fails: SystemExit: 3"),
+        ("nothing", "a", "reward workers_mine:nothing: expected finite numbers, got nan for image 0"),
+    ],
+)
+def test_what_a_reward_raises_is_raised_here_as_without_workers(rewards, name, prompt, words):
+    with pytest.raises(UserError, match=words):
+        scored(rewards(name, workers=1), pictures(1), [prompt])
+
+
+def test_what_is_remote_is_tried_again(rewards, monkeypatch, folder):
+    monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
+    assert scored(rewards("remote", workers=1), pictures(1), ["a"])
+    for file in folder.glob("remote-*"):
+        file.unlink()
+    with pytest.raises(UserError, match="ConnectionRefusedError: no one there, 1 retries"):
+        scored(rewards("remote", workers=1, retries=1), pictures(1), ["a"])
+
+
+def test_check_and_report_are_the_workers(rewards, folder):
+    found = rewards("Judge", device="meta", workers=2, limit=200)
+    assert len(list(folder.glob("loaded-*"))) == 1  # the second when it is needed
+    metadata = [{"prompt": "a"}] * 4
+    found.check(metadata)
+    with pytest.raises(UserError, match="refused 'refuse this'"):
+        found.check([*metadata, {"prompt": "refuse this"}])
+    values = found.score(pictures(4), metadata)
+    report = found.report(pictures(4), metadata, values)
+    assert report["judge/device"] == "meta" and report["judge/images"] == 4
+    assert report["judge/process"] != os.getpid()
+    assert not hasattr(load("workers_mine:mean", {"workers": 1})[0], "check")
+
+
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("mean", {"workers": 0}, "mean: workers: expected auto or a whole number >= 1, got 0"),
+        ("mean", {"workers": "all"}, "workers: expected auto or a whole number >= 1, got 'all'"),
+        ("mean", {"workers": 1, "scal": 1}, "unknown setting 'scal', did you mean 'scale'?"),
+        ("Judge", {"workers": 1, "limit": 0}, "reward workers_mine:Judge: limit: expected at least 1, got 0"),
+        ("Broken", {"workers": 1}, "Broken: expected values, but its worker ended with exit code 9"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_before_any_work(rewards, name, settings, words):
+    with pytest.raises(UserError) as error:
+        rewards(name, **settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_another_process_cannot_import_is_refused():
+    with pytest.raises(UserError, match="workers: expected a reward that another process can import"):
+        Rewards({lambda images, prompts, metadata: [0.0]: {"workers": 1}})
+
+
+def test_auto_is_the_cores_but_one(folder, monkeypatch):
+    usable = len(os.sched_getaffinity(0))
+    assert load("workers_mine:mean", {"workers": "auto"})[1] == {"workers": max(1, usable - 1)}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert load("workers_mine:mean", {"workers": "auto"})[1] == {"workers": 15}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert load("workers_mine:mean", {"workers": "auto"})[1] == {"workers": 3}
+
+
+def test_nothing_is_left_after_the_end(rewards):
+    segments = set(SHARED.iterdir())
+    found = rewards("process", workers=2)
+    processes = set(map(int, scored(found, pictures(20), [str(i) for i in range(20)])))
+    assert set(SHARED.iterdir()) - segments
+    found.close()
+    assert all(map(gone, processes)) and not set(SHARED.iterdir()) - segments
+    with pytest.raises(UserError, match="have been ended"):
+        scored(found, pictures(1), ["a"])
+
+
+def test_what_nobody_holds_any_more_ends(folder):
+    reward = Workers("mean", "workers_mine:process", {}, 1, 60.0)
+    reward.setup("cpu")
+    (process,) = reward.score(pictures(1), ["a"], [{"prompt": "a"}])
+    del reward
+    gc.collect()
+    assert gone(int(process))
+
+
+PARENT = """
+import sys
+import numpy as np
+from crd_fast.rewards import Rewards
+
+if __name__ == "__main__":
+    rewards = Rewards({"workers_mine:starts_more": {"workers": 2}}, device="cpu")
+    with rewards.start() as scoring:
+        for prompt in "ab":
+            scoring.put(np.zeros((1, 8, 8, 3), np.uint8), [{"prompt": prompt}])
+        print("put", flush=True)
+        if sys.argv[1] == "crash":
+            raise RuntimeError("crash")
+        scoring.results()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "crash"])
+def test_no_process_outlives_this_one(folder, how):
+    """Two workers that hang, and what they have started, end with their parent however it ends."""
+    (folder / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py", str(how)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert parent.stdout.readline() == b"put\n"
+    if how == "crash":  # whatever of it was started by then
+        parent.wait(PATIENCE)
+    else:
+        wait_until(lambda: len(list(folder.glob("pid-*"))) == 4)
+        family = psutil.Process(parent.pid).children(recursive=True)
+        assert len(family) >= 4
+        # as a terminal does: to the whole group
+        os.killpg(parent.pid, how) if how == signal.SIGINT else os.kill(parent.pid, how)
+        parent.wait(PATIENCE)
+        wait_until(lambda: all(gone(process.pid) for process in family))
+    wait_until(lambda: all(gone(int(file.name[4:])) for file in folder.glob("pid-*")))
+
+
+@pytest.mark.slow
+def test_a_run_and_a_score_are_those_without_workers(rewards, folder):
+    values = {}
+    for workers in ("", "workers: 2, "):
+        recipe = SMALL.replace("evaluate:  {every: 2", "evaluate:  {every: 1")
+        name = "with" if workers else "without"
+        chosen = f"'workers_mine:mean': {{{workers}scale: 0.5}}, geneval: {{{workers}weight: 1.0}}"
+        (folder / f"{name}.yaml").write_text(f"{recipe}rewards: {{{chosen}}}\n")
+        done = subprocess.run(
+            command("train", f"{name}.yaml", "--output", name), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        values[name] = metrics(folder / name)
+    assert values["with"] == values["without"] and values["with"][-1]["eval/overall"] >= 0
+
+    (folder / "pictures").mkdir()
+    for i, image in enumerate(pictures(5)):
+        Image.fromarray(image).save(folder / "pictures" / f"{i}.png")
+    (folder / "prompts.txt").write_text("a\nbb\nbb\nccc\nd\n")
+    where = ["--reward", "workers_mine:mean", "--images", "pictures", "--prompts", "prompts.txt"]
+    done = subprocess.run(
+        command("score", *where, "--set", "workers=2", "--json", "out.json"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    prompts = ["a", "bb", "bb", "ccc", "d"]
+    direct = rewards("mean").score(pictures(5), [{"prompt": prompt} for prompt in prompts])
+    rows = json.loads((folder / "out.json").read_text())["scores"]
+    assert [row["score"] for row in rows] == direct["workers_mine:mean"].tolist()
