@@ -3,6 +3,10 @@
 200 words of 3 to 8 letters in DejaVu Sans, Serif and Mono at 32 and 64 pixels, black on white and in colours,
 alone (`word`) and on a larger canvas (`scene`). Seconds are of one core, one onnxruntime thread, words in
 batches of 24; `--no-time` leaves them out, for a machine that is busy.
+
+`--workers 1 2` compares scene mode with so many processes instead, in turns: pictures a second; the processor
+time that the workers got for each second, which is what other work on the machine left them; and the share of
+the time in which a worker had a call to work at, which is what the engine left them.
 """
 
 from __future__ import annotations
@@ -10,21 +14,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import psutil
 from PIL import Image, ImageDraw, ImageFont
 
 from crd_fast.prompts.ocr_words import WORDS
+from crd_fast.rewards import Rewards
 from crd_fast.rewards.ocr import OCR, OCRDense
 from crd_fast.run.machine import cpu_name, git_commit
 
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
 SIZES = (32, 64)
 COUNT, BATCH = 200, 24
-RESULT = Path(__file__).parent / "results" / "ocr.json"
+ROUNDS, CALLS, SAMPLES = 3, 16, 3  # of a comparison of workers; a call has one prompt's samples
+RESULTS = Path(__file__).parent / "results"
+RESULT, WORKERS = RESULTS / "ocr.json", RESULTS / "ocr-workers.json"
 
 
 def render(text: str, font: str, size: int, ink=(0, 0, 0), paper=(255, 255, 255), canvas=None) -> np.ndarray:
@@ -87,11 +97,96 @@ def blanks_and_noise(seed: int = 0) -> list[np.ndarray]:
     return images
 
 
+class Recorded(OCR):
+    """Leaves in a folder when each call began and ended."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.file = Path(folder) / str(os.getpid())
+
+    def score(self, images, prompts, metadata):
+        started = time.monotonic()
+        scores = super().score(images, prompts, metadata)
+        with self.file.open("a") as file:
+            file.write(f"{started} {time.monotonic()}\n")
+        return scores
+
+
+def calls_between(folder: str, begin: float, end: float) -> list[float]:
+    """How long each call took that lies between the two times, by any process."""
+    lines = [line.split() for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
+    times = [(float(started), float(ended)) for started, ended in lines]
+    return [ended - started for started, ended in times if begin <= started and ended <= end]
+
+
+def compare_workers(counts: list[int]) -> None:
+    """Scene mode by each number of workers in turn."""
+    chosen = cases()[: CALLS * SAMPLES]
+    images = np.stack([render(**case, canvas=(256, 384)) for case in chosen])
+    metadata = [{"prompt": f'a sign that says "{case["text"]}"'} for case in chosen]
+    name = "benchmarks.measure_ocr:Recorded"
+    turns: dict[int, list[dict]] = {count: [] for count in counts}
+    expected = None
+    with tempfile.TemporaryDirectory() as folder:
+        rewards = {count: Rewards({name: {"workers": count, "folder": folder}}) for count in counts}
+        for turn in range(ROUNDS + 1):
+            for count, reward in rewards.items():
+                started, cpu = time.monotonic(), children_seconds()
+                with reward.start() as scoring:
+                    for part in np.split(np.arange(len(images)), CALLS):
+                        scoring.put(images[part], [metadata[i] for i in part])
+                    scores = scoring.results()[name].tolist()
+                ended = time.monotonic()
+                seconds, cpu = ended - started, children_seconds() - cpu
+                if expected not in (None, scores):
+                    raise AssertionError(f"{count} workers score otherwise")
+                expected = scores
+                calls = calls_between(folder, started, ended)
+                assert len(calls) == CALLS
+                if turn:  # in the first the workers start
+                    at_work = sum(calls) / (count * seconds)
+                    turns[count].append({"seconds": seconds, "cpu_seconds": cpu, "at_work": at_work})
+        for reward in rewards.values():
+            reward.close()
+    result = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],  # of the machine, other work included
+        "images": len(images),
+        "images_a_call": SAMPLES,
+        "workers": {str(count): summary(taken, len(images)) for count, taken in turns.items()},
+    }
+    WORKERS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def summary(turns: list[dict], images: int) -> dict:
+    median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    return {
+        "images_a_second": images / median["seconds"],
+        "cpu_seconds_an_image": median["cpu_seconds"] / images,
+        "cores": statistics.median(turn["cpu_seconds"] / turn["seconds"] for turn in turns),
+        "at_work": median["at_work"],
+        "turns": turns,
+    }
+
+
+def children_seconds() -> float:
+    """Processor time of the processes that this one has started, so far."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(time.user + time.system for time in times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-time", action="store_true", help="leave the seconds out: the machine is busy")
     parser.add_argument("--scenes", type=int, default=COUNT, help="words that are also read in scene mode")
+    parser.add_argument("--workers", type=int, nargs="+", help="compare scene mode by so many processes")
     arguments = parser.parse_args()
+    if arguments.workers:
+        return compare_workers(arguments.workers)
     chosen = cases()
     wanted = [case["text"] for case in chosen]
     words = [render(**case) for case in chosen]
