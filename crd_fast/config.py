@@ -39,6 +39,7 @@ class ModelConfig(Section):
     guidance_embedding: float = Field(3.5, ge=0)  # where guidance was distilled into the model (FLUX.1-dev)
     attention: str = "default"  # diffusers' backend: native, flash, sage, ...; default: what the model has
     prompt_cache: str = "default"  # folder of encoded prompts; default: one for each text encoder in ~/.cache
+    prompt_cache_gb: float = Field(10.0, gt=0, allow_inf_nan=False)  # the most that it holds
 
     @model_validator(mode="after")
     def _sensible(self):

@@ -145,19 +145,25 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
 
         for line in card_lines(takes):
             say(line)
-    with console.status("loading torch, the model and the prompts"):
+    with console.status("loading torch"):
         from crd_fast.run.metrics import read_metrics
+        from crd_fast.run.observer import NOBODY
         from crd_fast.run.progress import Bars, before_and_after
         from crd_fast.run.report import write_report
         from crd_fast.train.trainer import Trainer
 
-        trainer = Trainer(recipe, output, resume, row_flops=takes.plan.row_flops if takes else None)
-    say(f"run folder: {output}")
-    if trainer.iteration:
-        say(f"resuming after iteration {trainer.iteration}")
-    with Bars(console, recipe.train.iterations, trainer.iteration) as bars:
-        if main:
-            trainer.observer.add(bars)
+    with Bars(console, recipe.train.iterations) as bars:
+        trainer = Trainer(
+            recipe,
+            output,
+            resume,
+            observer=bars if main else NOBODY,
+            row_flops=takes.plan.row_flops if takes else None,
+        )
+        bars.begin(trainer.iteration)
+        say(f"run folder: {output}")
+        if trainer.iteration:
+            say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:
         table = before_and_after(read_metrics(output))

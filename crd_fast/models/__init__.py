@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +31,16 @@ FAMILIES = {
 }
 
 
-def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
+def load_model(
+    recipe: Recipe,
+    prompts: Iterable[str] = (),
+    ahead: Iterable[str] = (),
+    tracked: Callable[[list[str]], Iterable[str]] = iter,
+) -> FlowModel:
     """The model that `model.path` names, on the GPU if there is one.
 
-    prompts: those that will be needed. They are encoded first, while no transformer is in memory.
+    prompts, ahead, tracked: as of `FlowModel.encode`; they are encoded first, while no transformer is in
+    memory.
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
     family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit.
     """
@@ -53,7 +59,7 @@ def load_model(recipe: Recipe, prompts: Iterable[str] = ()) -> FlowModel:
     model = model_class(folder, recipe)
     if recipe.model.method == "lora":
         check_targets(model.transformer, lora_targets(model, recipe))
-    model.encode([*prompts, ""])
+    model.encode([*prompts, ""], ahead, tracked)
     model.load(recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +61,18 @@ class FlowModel(ABC):
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of one sample for a side of `resolution` pixels. UserError where that does not fit."""
+
+    def encode(  # noqa: B027
+        self,
+        prompts: Iterable[str],
+        ahead: Iterable[str] = (),
+        tracked: Callable[[list[str]], Iterable[str]] = iter,
+    ) -> None:
+        """Sees to it that `encode_prompts` has these prompts at hand; nothing where it encodes at once.
+
+        ahead: what will be needed after them, encoded too as far as the cache has room, where there is
+        anything to do at all. tracked: goes through what is encoded, and may count.
+        """
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

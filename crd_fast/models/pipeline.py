@@ -7,10 +7,12 @@ from a generator with the sample's seed.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,6 @@ class PipelineModel(FlowModel):
         self.lora_loader = self.pipeline
         self.size_multiple = self._size_multiple()
         self.latent_shape(recipe.rollout.resolution)
-        self._cache: prompt_cache.PromptCache | None = None
 
     # -- what a family says ---------------------------------------------------------------------------
 
@@ -139,10 +140,15 @@ class PipelineModel(FlowModel):
         From the cache; what is not there yet is encoded first. The empty prompt is encoded as the pipeline
         encodes its empty negative prompt.
         """
-        self.encode(prompts)
-        assert self._cache is not None  # `encode` opened it
-        found = [self._cache.get(prompt) for prompt in prompts]
-        return {key: torch.stack([embeddings[key] for embeddings in found]) for key in found[0]}
+        for _ in range(3):  # another run's cap may remove one before it is read
+            self.encode(prompts)
+            found = [found for prompt in prompts if (found := self._prompts.get(prompt)) is not None]
+            if len(found) == len(prompts):
+                return {key: torch.stack([embeddings[key] for embeddings in found]) for key in found[0]}
+        raise UserError(
+            f"model.prompt_cache: {self._prompts.folder}: other runs remove prompts as soon as they are "
+            "encoded; name a folder of its own, or raise model.prompt_cache_gb"
+        )
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -164,14 +170,44 @@ class PipelineModel(FlowModel):
 
     # -- loading --------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _prompts(self) -> prompt_cache.PromptCache:
+        return prompt_cache.open_cache(
+            self.config.prompt_cache, self.encoder_identity(), self.config.prompt_cache_gb
+        )
+
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> None:
-        """Encodes the prompts that the cache does not have, then frees the text encoders."""
-        if self._cache is None:
-            self._cache = prompt_cache.open_cache(self.config.prompt_cache, self.encoder_identity())
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        if not missing:
+    def encode(
+        self,
+        prompts: Iterable[str],
+        ahead: Iterable[str] = (),
+        tracked: Callable[[list[str]], Iterable[str]] = iter,
+    ) -> None:
+        """Encodes the prompts that the cache does not have, then frees the text encoders.
+
+        Where it lacks any, those of `ahead` as well, as long as all together are within the cache's cap.
+        """
+        cache, now = self._prompts, set(prompts := list(prompts))
+        if all(prompt in cache for prompt in now):
             return
+        wanted = list(dict.fromkeys([*prompts, *ahead]))
+        missing = [prompt for prompt in wanted if prompt not in cache]
+        sizes = list(map(cache.size, wanted))
+        held, largest = sum(sizes), max(sizes)
+        with self._text_encoders() as pipe:
+            for prompt in tracked(missing):
+                if prompt not in now and held + largest > cache.limit:
+                    continue
+                # one at a time: how a prompt comes out must not depend on its neighbours
+                embeddings = self._encode(pipe, prompt)
+                cache.put(prompt, {key: v.cpu().contiguous() for key, v in embeddings.items()}, wanted)
+                held += cache.size(prompt)
+                largest = max(largest, cache.size(prompt))
+            del pipe
+
+    @contextmanager
+    def _text_encoders(self) -> Iterator[DiffusionPipeline]:
+        """The pipeline with its text encoders, which are gone afterwards, on the GPU if they fit there."""
         pipe = self.pipeline.from_pretrained(
             self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
         )
@@ -181,17 +217,20 @@ class PipelineModel(FlowModel):
             if isinstance(module, torch.nn.Module) and name != "transformer"
         ]
         device, size = self._device, sum(p.nbytes for encoder in encoders for p in encoder.parameters())
-        if device.type == "cuda" and not encodes_on_gpu(size, torch.cuda.mem_get_info()[0]):
-            self._device = torch.device("cpu")  # slow, but only once
-        for encoder in encoders:
-            encoder.to(self.device)
-        for prompt in missing:  # one at a time: how a prompt comes out must not depend on its neighbours
-            embeddings = self._encode(pipe, prompt)
-            self._cache.put(prompt, {key: value.cpu().contiguous() for key, value in embeddings.items()})
-        self._device = device
-        del pipe, encoders, encoder
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            if not encodes_on_gpu(size, torch.cuda.mem_get_info()[0]):
+                self._device = torch.device("cpu")  # slow, but only once
+        try:
+            for encoder in encoders:
+                encoder.to(self.device)
+            yield pipe
+        finally:
+            self._device = device
+        encoders.clear()
+        del pipe, encoder
         gc.collect()
-        if self.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
     def load(self, checkpointing: bool, quantize: Callable[..., None] | None = None) -> None:

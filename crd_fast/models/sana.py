@@ -61,7 +61,8 @@ class SanaModel(PipelineModel):
             max_sequence_length=self.text_length,
             complex_human_instruction=instruction if prompt else None,
         )
-        return {"states": states[0], "mask": mask[0]}
+        # attention gives what is masked a weight of exactly 0
+        return {"states": states[0].masked_fill(mask[0, :, None] == 0, 0), "mask": mask[0]}
 
     def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
         mask = torch.ones(prompts, self.text_length, dtype=torch.int64)

@@ -15,12 +15,12 @@ class Observer:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """A part of the run, inside others: iteration; rollout (prompts, decode); rewards; update (old,
-        reference, forwards in one batch, measure, center, backward, optimizer); snapshots; evaluation;
+        """A part of the run, inside others: encoding; iteration; rollout (prompts, decode); rewards; update
+        (old, reference, forwards in one batch, measure, center, backward, optimizer); snapshots; evaluation;
         checkpoint.
 
-        total: how many samples, or pairs of sample and timestep, it goes through, where it counts them by
-        `advance`.
+        total: how many samples, pairs of sample and timestep, or prompts, it goes through, where it counts
+        them by `advance`.
         """
         yield
 

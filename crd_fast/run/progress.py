@@ -22,7 +22,7 @@ from crd_fast.run.observer import Observer
 class Bars(Observer):
     """Rich progress bars; plain lines where the output is no terminal."""
 
-    def __init__(self, console: Console, iterations: int, done: int = 0):
+    def __init__(self, console: Console, iterations: int):
         self.console = console
         self._bars = Progress(
             TextColumn("{task.description:<11}"),
@@ -36,7 +36,7 @@ class Bars(Observer):
             transient=True,
             disable=not console.is_terminal,
         )
-        self._run = self._bars.add_task("iterations", total=iterations, completed=done, note="")
+        self._run = self._bars.add_task("iterations", total=iterations, note="")
         self._phase = self._bars.add_task("", total=None, note="", visible=False)
         self._iterations = iterations
         self._seconds: list[float] = []  # of each iteration, with its evaluation
@@ -48,11 +48,17 @@ class Bars(Observer):
     def __exit__(self, *_) -> None:
         self._bars.stop()
 
+    def begin(self, done: int) -> None:
+        """The run goes on after so many iterations."""
+        self._bars.update(self._run, completed=done)
+
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         if total is None:
             yield
             return
+        if name == "encoding" and not self.console.is_terminal:  # it may take long before the first line
+            self.console.print(f"encoding {total} prompts", highlight=False)
         self._bars.reset(self._phase, total=total, description=name, visible=True)
         yield
         self._bars.update(self._phase, visible=False)

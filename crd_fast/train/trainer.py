@@ -42,6 +42,8 @@ from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
+ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
+
 
 class Trainer:
     """One run in one output folder. `resume` goes on from the folder's newest checkpoint.
@@ -78,8 +80,11 @@ class Trainer:
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
+        begin = state["iteration"] if saved else 0
+        evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
-            self.model = load_model(recipe, needed_prompts(recipe, self.prompts))
+            self.model = load_model(recipe, now, self._drawn(begin, None), self._encoding)
         if saved:
             checkpoint.check_same_model(state, self.model, saved[-1])
         self.description = checkpoint.describe(self.model)
@@ -157,9 +162,7 @@ class Trainer:
     def iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
-        shares = np.array_split(
-            np.arange(self.recipe.rollout.prompts_per_iteration), self.recipe.train.steps_per_iteration
-        )
+        shares = self._shares()
         own = own_prompts(shares, self.ranks.rank, self.ranks.count)
         with self._reward_failures(), self.rewards.start() as scoring:
             embeddings, latents_N = self._rollout(own, scoring)
@@ -198,11 +201,13 @@ class Trainer:
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
         drawn = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
         metadata = [drawn[prompt] for prompt in own]
+        prompts = [entry["prompt"] for entry in metadata]
+        self.model.encode(prompts, self._drawn(self.iteration, None), self._encoding)
         seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
         seeds = seeds.view(count, samples)[torch.from_numpy(own)]
         with self.observer.phase("rollout", seeds.numel()):
             with self.observer.phase("prompts"):
-                embeddings = self.model.encode_prompts([entry["prompt"] for entry in metadata])
+                embeddings = self.model.encode_prompts(prompts)
             with self.weights.use("sampler"):
                 latents_N = generate(
                     self.model,
@@ -215,6 +220,33 @@ class Trainer:
                     "sampler",
                 )
         return embeddings, latents_N
+
+    def _drawn(self, begin: int, end: int | None) -> Iterator[str]:
+        """This rank's prompts of the iterations `begin` to `end`; None: as many as are encoded at a time.
+
+        Text encoders take long to load, and what they make takes megabytes a prompt.
+        """
+        recipe, ranks = self.recipe, self.ranks
+        count = recipe.rollout.prompts_per_iteration
+        end = begin + max(1, ENCODED_AHEAD * ranks.count // count) if end is None else end
+        own = own_prompts(self._shares(), ranks.rank, ranks.count)
+        for iteration in range(begin, min(end, recipe.train.iterations)):
+            drawn = self.prompts.draw(count, recipe.train.seed, iteration)
+            yield from (drawn[prompt]["prompt"] for prompt in own)
+
+    def _encoding(self, prompts: list[str]) -> Iterator[str]:
+        """The same, counted."""
+        with self.observer.phase("encoding", len(prompts)):
+            for prompt in prompts:
+                yield prompt
+                self.observer.advance(1)
+
+    def _shares(self) -> list[np.ndarray]:
+        """Which of an iteration's prompts each optimizer step has."""
+        config = self.recipe
+        return np.array_split(
+            np.arange(config.rollout.prompts_per_iteration), config.train.steps_per_iteration
+        )
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):
@@ -335,14 +367,3 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(noted)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def needed_prompts(recipe: Recipe, source: PromptSource) -> Iterator[str]:
-    """Every prompt that the run will draw or be evaluated on."""
-    count, iterations = recipe.rollout.prompts_per_iteration, recipe.train.iterations
-    if len(source.entries()) <= count * iterations:
-        yield from (entry["prompt"] for entry in source.entries())
-    else:
-        for iteration in range(iterations):
-            yield from (e["prompt"] for e in source.draw(count, recipe.train.seed, iteration))
-    yield from (e["prompt"] for e in PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts))
