@@ -7,6 +7,7 @@ until an iteration has been measured. Neither counts loading, the encoding of pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
 from crd_fast.prompts.source import PromptSource
@@ -43,6 +45,8 @@ class Cost:
     checkpoint_evaluations: int  # up to the first checkpoint
     reward_seconds: float  # of one picture, on the CPU
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
+    prompt_cache_bytes: int  # the most that is kept of them
+    checkpoint_minutes: float
     keep: int  # checkpoints
     published_here: bool  # nothing is downloaded
     resolution: int
@@ -100,8 +104,13 @@ class Cost:
 
     @property
     def hours_to_checkpoint(self) -> float | None:
-        """Until the first checkpoint is there, by the estimate."""
-        return self._hours(self.first_checkpoint, self.checkpoint_evaluations)
+        """Until the first checkpoint is there, by the estimate: of iterations or of time."""
+        by_iterations = self._hours(self.first_checkpoint, self.checkpoint_evaluations)
+        if by_iterations is None or self.iteration is None:
+            return None
+        first = max(1, math.ceil(60 * self.checkpoint_minutes / self.iteration))
+        by_time = self._hours(first, min(self.checkpoint_evaluations, 1))
+        return by_iterations if by_time is None else min(by_iterations, by_time)
 
     @property
     def bound_hours(self) -> float | None:
@@ -124,7 +133,7 @@ class Cost:
         sizes = self.plan.sizes
         found = {"checkpoints": sizes["checkpoint"] * self.keep}
         if "published" in sizes:
-            found["prompt cache"] = sizes["prompt"] * (self.prompts or 0)
+            found["prompt cache"] = min(sizes["prompt"] * (self.prompts or 0), self.prompt_cache_bytes)
             found["downloads"] = 0 if self.published_here else sizes["published"]
         return found
 
@@ -178,6 +187,8 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         checkpoint_evaluations=evaluations(every, first, iterations),
         reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
         prompts=_encoded_prompts(recipe),
+        prompt_cache_bytes=round(recipe.model.prompt_cache_gb * GIB),
+        checkpoint_minutes=recipe.checkpoint.minutes,
         keep=min(recipe.checkpoint.keep, -(-iterations // recipe.checkpoint.every)),
         published_here=Path(recipe.model.path).is_dir(),
         resolution=recipe.rollout.resolution,
@@ -216,9 +227,17 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
     """Different prompts that a run encodes, the empty one among them."""
     if recipe.model.path in WORLDS:
         return 0
-    from crd_fast.train.trainer import needed_prompts  # slow to import
-
+    rollout, iterations = recipe.rollout, recipe.train.iterations
+    found = {""}
     try:
-        return len({*needed_prompts(recipe, PromptSource(recipe.rollout.prompts)), ""})
+        source = PromptSource(rollout.prompts)
+        if len(source.entries()) <= rollout.prompts_per_iteration * iterations:
+            found.update(entry["prompt"] for entry in source.entries())
+        else:
+            for iteration in range(iterations):
+                drawn = source.draw(rollout.prompts_per_iteration, recipe.train.seed, iteration)
+                found.update(entry["prompt"] for entry in drawn)
+        evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
     except UserError:
         return None
+    return len(found.union(entry["prompt"] for entry in evaluated))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from crd_fast.plan.forwards import Flops
+from crd_fast.plan.planner import Planner
 from crd_fast.run.metrics import read_metrics
-from crd_fast.run.rows import RowCounts
-from crd_fast.seeds import seeded_noise
+from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.study.study import Cell, Study, cells
-from crd_fast.train.forwards import autocast
 from crd_fast.train.trainer import Trainer
 
 FLOPS = "flops.jsonl"  # of each iteration, in a run's folder
@@ -42,7 +38,7 @@ def is_whole(folder: Path, cell: Cell) -> bool:
 def run_cell(cell: Cell, folder: Path) -> bool:
     """One run, from its newest checkpoint if it has one. Its checkpoints are removed once it is whole."""
     trainer = Trainer(cell.recipe, folder, resume=folder.exists())
-    trainer.observer.add(Ledger(folder / FLOPS, trainer.iteration, row_flops(trainer)))
+    trainer.observer.add(Ledger(folder / FLOPS, trainer.iteration, Planner(cell.recipe).plan().row_flops))
     if not trainer.run():
         return False
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -52,38 +48,18 @@ def run_cell(cell: Cell, folder: Path) -> bool:
 class Ledger(RowCounts):
     """Writes down what each iteration computed, before a checkpoint may be made of it."""
 
-    def __init__(self, path: Path, iteration: int, of_row: dict[bool, int]):
+    def __init__(self, path: Path, iteration: int, row_flops: Mapping[str, float]):
         super().__init__()
-        self.path, self.iteration, self.of_row = path, iteration, of_row
+        self.path, self.iteration, self.row_flops = path, iteration, row_flops
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        with super().phase(name, total):
+        if name != "iteration":
             yield
-        if name == "iteration":
-            self.iteration += 1
-            flops = sum(rows * self.of_row[gradient] for (_, gradient), rows in self.rows.items())
-            self.rows.clear()
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": self.iteration, "flops": flops}) + "\n")
-
-
-def row_flops(trainer: Trainer) -> dict[bool, int]:
-    """Floating point operations of one row of a forward: False, without gradient, True, with its backward."""
-    model, rollout = trainer.model, trainer.recipe.rollout
-    x = seeded_noise(torch.zeros(1, dtype=torch.int64), model.latent_shape(rollout.resolution), model.device)
-    sigma = torch.full((1,), 0.5, device=x.device)
-    found = {}
-    for gradient in (False, True):
-        with (
-            Flops() as counter,
-            torch.set_grad_enabled(gradient),
-            autocast(x.device.type, trainer.recipe.train.precision),
-        ):
-            velocity = model.velocity(x, sigma, trainer.empty)
-            if gradient:
-                velocity.sum().backward()
-        found[gradient] = counter.total
-    for parameter in trainer.weights.trained():
-        parameter.grad = None
-    return found
+            return
+        self.rows.clear()
+        yield
+        self.iteration += 1
+        line = {"iteration": self.iteration, "flops": flops_of(self.rows, self.row_flops)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,6 +1,7 @@
 """What a run costs: FLOPs against a real update, hours against arithmetic, disk against real files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -87,7 +88,12 @@ def test_hours_are_flops_over_the_cards_peak(recipe):
     assert found.evaluation == pytest.approx(evaluation)
     # iterations 0, 20 and the last are evaluated, 0 and 10 stand before the first checkpoint
     assert found.hours == pytest.approx((30 * found.iteration + 3 * evaluation) / 3600)
-    assert found.hours_to_checkpoint == pytest.approx((10 * found.iteration + 1 * evaluation) / 3600)
+    # the first one comes after 20 minutes, or after 10 iterations
+    first = math.ceil(20 * 60 / found.iteration)
+    assert first < 10
+    assert found.hours_to_checkpoint == pytest.approx((first * found.iteration + 1 * evaluation) / 3600)
+    rare = run_cost(recipe, None, "h100", "checkpoint.minutes=1000", efficiency=0.25)
+    assert rare.hours_to_checkpoint == pytest.approx((10 * found.iteration + 1 * evaluation) / 3600)
     assert found.bound_hours == pytest.approx(found.hours * 0.25)
 
 
