@@ -153,23 +153,23 @@ class Blocks:
         done, tensors = self.forwards[key], [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         recomputed = torch._C._current_graph_task_id() != -1
         if not recomputed:  # what is computed again is part of the backward pass
-            self._add(done.span)
+            self.add(done.span)
         if key[2]:
             weights = [weight for weight in block.parameters() if not weight.requires_grad]
             new = list(_Replay.apply(self, key, done, len(tensors), *tensors, *weights))
         else:
-            new = self._new(done)
+            new = self.new_outputs(done)
         outputs = [
             new.pop(0) if isinstance(how, tuple) else leaves[how] if isinstance(how, int) else None
             for how in done.outputs
         ]
         return tree_unflatten(outputs, done.structure)
 
-    def _new(self, done: Forward) -> list[torch.Tensor]:
+    def new_outputs(self, done: Forward) -> list[torch.Tensor]:
         with self.mode:
             return [torch.empty(how[0], dtype=how[1]) for how in done.outputs if isinstance(how, tuple)]
 
-    def _add(self, span: Span) -> None:
+    def add(self, span: Span) -> None:
         self.live.note(span.inside)
         self.flops.total += span.flops
 
@@ -184,13 +184,13 @@ class _Replay(torch.autograd.Function):
         with blocks.mode:
             held = [torch.empty(done.kept, dtype=torch.uint8)] if done.kept else []
         ctx.save_for_backward(*tensors, *held)
-        return tuple(blocks._new(done))
+        return tuple(blocks.new_outputs(done))
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor):
         blocks: Blocks = ctx.blocks
         blocks.finish()
-        blocks._add(blocks.backwards[ctx.key])
+        blocks.add(blocks.backwards[ctx.key])
         held = ctx.saved_tensors  # where blocks are checkpointed this is what runs them again
         with blocks.mode:
             found = [torch.empty(s, dtype=d) if needed else None for s, d, needed in ctx.inputs]
