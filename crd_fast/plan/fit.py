@@ -133,6 +133,18 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
         found.overrides.append(f"train.micro_batch={update}")
     if rollout != named[1]:
         found.overrides.append(f"rollout.micro_batch={rollout}")
+    return found if found.missing else _kept(recipe, planner, found, memory)
+
+
+def _kept(recipe: Recipe, planner: Planner, found: Fit, memory: int) -> Fit:
+    """The graphs of a split group's micro-batches are kept where there is room: a forward less."""
+    train = recipe.train
+    if found.plan.rows.get("policy") and train.backward_fraction == 1 and train.kept_graphs == "none":
+        for where in ("device", "host"):
+            plan = planner.plan(found.plan.micro_batch, found.plan.rollout_micro_batch, where)
+            kept = Fit([*found.overrides, f"train.kept_graphs={where}"], plan, memory)
+            if not kept.missing:
+                return kept
     return found
 
 

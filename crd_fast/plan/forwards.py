@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ class ForwardAccount(RowCounts):
         self.in_rows = False  # the rows of one forward differ in their weights
         self.row_flops: dict[str, float] = {}
         self.passes = 0
+        self.graph, self.graphs = 0, 0  # bytes of the first forward with gradient's, how many live at once
         self._going_backward: tuple[int, int] | None = None  # FLOPs before, rows
+        self._predicted: Callable[[], torch.Tensor | None] = lambda: None  # by it, while anyone holds that
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)  # what is not a forward is the model's own
@@ -64,8 +67,13 @@ class ForwardAccount(RowCounts):
             self.row_flops[BACKWARD] = (self.planner.flops.total - before) / rows
             self._going_backward = None
 
+    def _graph_is_kept(self) -> bool:
+        """Whether the first forward with gradient has not gone backward yet."""
+        return self._going_backward is not None and self._predicted() is not None
+
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
-        self.finish_backward()
+        if not self._graph_is_kept():
+            self.finish_backward()
         gradient = torch.is_grad_enabled()
         self.passes += 2 if gradient else 1  # the backward pass runs a block again, and then uses what it has
         names = [name for name, _ in self.active]
@@ -85,11 +93,13 @@ class ForwardAccount(RowCounts):
     def _with_gradient(self, x: torch.Tensor, sigma: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         kind, before = kind_of(self.active[0][0], True), self.planner.flops.total
         if kind in self.row_flops:
+            self.graphs += self._graph_is_kept()
             with self.planner.mode:
                 return torch.empty(x.shape).requires_grad_()
         with self.live.in_part("activations"):
             result = self.model.velocity(x, sigma, embeddings)
         self.live.part = "workspace"  # of the backward pass, which comes next
+        self.graph, self.graphs, self._predicted = self.live.live["activations"], 1, weakref.ref(result)
         self.row_flops[kind] = (self.planner.flops.total - before) / len(x)
         self._going_backward = self.planner.flops.total, len(x)
         return result

@@ -76,6 +76,7 @@ class Plan:
     row_flops: dict[str, float] = field(default_factory=dict)
     streamed_bytes: float = 0.0  # that one iteration fetches from the host
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of what is stored: see `Planner.sizes`
+    kept_graphs: str = "none"
 
     @property
     def flops(self) -> dict[str, float]:
@@ -104,6 +105,7 @@ class Plan:
             "parameters": self.parameters,
             "trained_parameters": self.trained,
             "host_bytes": self.host_bytes,
+            "kept_graphs": self.kept_graphs,
             "forwards_per_sample_and_timestep": self.forwards,
             "rows_per_iteration": self.rows,
             "flops_per_row": self.row_flops,
@@ -154,8 +156,13 @@ class Planner:
             tuple, tuple[int, int, torch.Size, torch.dtype]
         ] = {}  # peak, FLOPs, shape and dtype of those without gradient
 
-    def plan(self, micro_batch: int | None = None, rollout_micro_batch: int | None = None) -> Plan:
-        """The plan at these micro-batches, by default the recipe's."""
+    def plan(
+        self,
+        micro_batch: int | None = None,
+        rollout_micro_batch: int | None = None,
+        kept_graphs: str | None = None,
+    ) -> Plan:
+        """The plan at these micro-batches and with graphs kept there, by default as the recipe has them."""
         recipe, rollout = self.recipe, self.recipe.rollout
         samples = rollout.prompts_per_iteration * rollout.samples_per_prompt
         result = Plan(
@@ -166,6 +173,7 @@ class Planner:
             sum(parameter.numel() for parameter in self.trained),
             self.host_bytes,
             sizes=self.sizes,
+            kept_graphs=kept_graphs or recipe.train.kept_graphs,
         )
         self.live.peaks.clear()
         with Unknown(), self.flops, self.live, self.live.in_part("latents"):
@@ -270,6 +278,8 @@ class Planner:
                 precision=recipe.train.precision,
                 micro_batch=micro_batch,
                 one_pass=recipe.model.streaming,
+                # on the host they are not where a plan looks; those beyond the first are added below
+                kept_graphs="none" if result.kept_graphs == "none" else "device",
                 observer=account,
             )
             updater.accumulate(pairs, latents, self.embeddings, self.empty)
@@ -280,13 +290,29 @@ class Planner:
                 peak = self.live.peaks[name]
                 parts = peak.parts | {"latents": peak.parts["latents"] + more}
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
+            if account.graphs > 1:
+                self._keep(result, account.graph * (unit - micro_batch) // micro_batch)
         self._count(result, account, count, prompts * group * timesteps)
+
+    def _keep(self, result: Plan, others: int) -> None:
+        """The graphs of a unit's other micro-batches, in bytes, beside that of the one that goes backward."""
+        if result.kept_graphs == "host":
+            result.host_bytes += others
+            return
+        peak = self.live.peaks["update"]
+        parts = peak.parts | {"activations": peak.parts.get("activations", 0) + others}
+        self.live.peaks["update"] = Peak(peak.bytes + others, parts)
 
     def _count(self, result: Plan, account: ForwardAccount, count: int, pairs: int) -> None:
         """Rows and FLOPs of all pairs by those of `count`."""
-        drawn = {"reference": self.recipe.loss.anchor_fraction}  # of a branch's rows, where not all are run
-        for (branch, gradient), rows in account.rows.items():
-            each = rows / count * drawn.get(branch, 1.0)
+        backward = self.recipe.train.backward_fraction
+        # of a kind of forward's rows, where not all are run
+        drawn = {("reference", False): self.recipe.loss.anchor_fraction, ("policy", True): backward}
+        counted = dict(account.rows)
+        if backward < 1:  # all are measured first, also in a group that fits
+            counted["policy", False] = count
+        for (branch, gradient), rows in counted.items():
+            each = rows / count * drawn.get((branch, gradient), 1.0)
             result.forwards[branch] = result.forwards.get(branch, 0.0) + each
             kind = kind_of(branch, gradient)
             result.rows[kind] = result.rows.get(kind, 0.0) + each * pairs

@@ -93,6 +93,8 @@ class Real:
             advantage_clip=5.0,
             precision=self.recipe.train.precision,
             micro_batch=micro_batch,
+            backward_fraction=self.recipe.train.backward_fraction,
+            kept_graphs=self.recipe.train.kept_graphs,
             one_pass=self.recipe.model.streaming,
         )
         updater.accumulate(pairs, latents, self.embeddings, self.empty)

@@ -63,3 +63,12 @@ def test_a_verdict_names_no_setting_twice(tiny):  # noqa: F811
         "model.quantization=int8",
         "model.quantization=nf4",
     }
+
+
+@pytest.mark.parametrize("path, method", [("builtin", "full"), ("builtin", "lora"), ("sd3.5-medium", "lora")])
+def test_a_second_plan_is_the_first(recipe, path, method):
+    """The first block, whose inputs need no gradient where adapters are trained, is replayed then as well."""
+    planner = Planner(recipe(path, f"model.method={method}", "train.precision=fp32"))
+    first, second = planner.plan(2, 2), planner.plan(2, 2)
+    assert second.to_json() == first.to_json()
+    assert first.row_flops["backward"] > first.row_flops["policy_with_gradient"]

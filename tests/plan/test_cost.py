@@ -30,6 +30,8 @@ def counted(real, recipe, micro_batch):
         advantage_clip=5.0,
         precision=recipe.train.precision,
         micro_batch=micro_batch,
+        backward_fraction=recipe.train.backward_fraction,
+        kept_graphs=recipe.train.kept_graphs,
         observer=rows,
     )
     with flops:
@@ -39,8 +41,11 @@ def counted(real, recipe, micro_batch):
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("micro_batch", [GROUP, 4])
-def test_rows_and_their_flops_are_those_of_a_real_update(recipe, micro_batch, checkpointing):
-    settings = recipe("builtin", *PLAIN[:1], f"train.checkpointing={checkpointing}")
+@pytest.mark.parametrize(
+    "less", ["train.kept_graphs=none", "train.kept_graphs=device", "train.backward_fraction=0.5"]
+)
+def test_rows_and_their_flops_are_those_of_a_real_update(recipe, micro_batch, checkpointing, less):
+    settings = recipe("builtin", *PLAIN[:1], f"train.checkpointing={checkpointing}", less)
     plan = Planner(settings).plan(micro_batch, 2)
     rows, flops = counted(Real(settings), settings, micro_batch)
     pairs = PROMPTS * GROUP * settings.rollout.steps

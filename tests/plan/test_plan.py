@@ -67,6 +67,21 @@ def test_other_methods(recipe, method, branches):
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_kept_graphs(recipe, checkpointing):
+    """Those of a group's other micro-batches are held beside the one that goes backward."""
+    plain = ("train.precision=fp32", f"train.checkpointing={checkpointing}")
+    assert_close(recipe("builtin", *plain, "train.kept_graphs=device"), (2, 4))
+    planner = Planner(recipe("builtin", *plain))
+    none, device, host = (planner.plan(2, 2, where) for where in ("none", "device", "host"))
+    forward = none.rows["policy"] * none.row_flops["policy"]
+    for kept in (device, host):
+        assert kept.forwards["policy"] == 1 == none.forwards["policy"] - 1
+        assert kept.flops["update"] == pytest.approx(none.flops["update"] - forward)
+    more = device.phases["update"].bytes - host.phases["update"].bytes
+    assert more == host.host_bytes - none.host_bytes > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_nf4(tiny, recipe, checkpointing):
     settings = ("model.quantization=nf4", f"train.checkpointing={checkpointing}")
     assert_close(recipe(tiny("sd3"), *settings), (1, 4))
