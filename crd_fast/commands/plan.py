@@ -28,6 +28,10 @@ def plan(
         float | None,
         typer.Option(help="Fraction of the card's peak that the hours assume. Default: 0.4.", metavar="E"),
     ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Choose timesteps, batch, iterations and size for a run of so long."),
+    ] = None,
     json_: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the plan as JSON as well. Never overwritten."),
@@ -46,6 +50,7 @@ def plan(
 
     - `crd-fast plan --set model.path=sd3.5-medium --set model.quantization=nf4 --gpu 8GB`
     - `crd-fast plan sd3.5-medium-24gb --gpu rtx-4090`
+    - `crd-fast plan sd3.5-medium-24gb --gpu rtx-4090 --hours 12`
     """
     import json
 
@@ -58,20 +63,28 @@ def plan(
     memory, card = parse_gpu(gpu) if gpu is not None else (None, None)
     if efficiency is not None and card is None:
         raise UserError("--efficiency: goes with the name of a card, like --gpu rtx-4090")
+    if hours is not None and card is None:
+        raise UserError("--hours: goes with the name of a card, like --gpu rtx-4090")
     with console.status("planning"):
         from crd_fast.plan import fit as fitting
         from crd_fast.plan import text
         from crd_fast.plan.cost import EFFICIENCY, cost
 
+        efficiency = EFFICIENCY if efficiency is None else efficiency
         fits: list[fitting.Fit] = []
-        for fit in fitting.fit(loaded, memory) if memory is not None else ():
-            if fits:  # what did not fit is said at once: the next may take seconds
-                say(fitting.verdict(fits[-1]))
-            fits.append(fit)
+        if hours is not None and memory is not None and card is not None:
+            from crd_fast.plan.hours import within
+
+            fits.append(within(loaded, memory, card, hours, efficiency))
+        elif memory is not None:
+            for fit in fitting.fit(loaded, memory):
+                if fits:  # what did not fit is said at once: the next may take seconds
+                    say(fitting.verdict(fits[-1]))
+                fits.append(fit)
         found = fits[-1].plan if fits else fitting.Planner(loaded).plan()
         if fits:
             loaded = build_recipe(loaded.model_dump(), fits[-1].overrides)
-        takes = cost(loaded, found, card, EFFICIENCY if efficiency is None else efficiency)
+        takes = cost(loaded, found, card, efficiency)
     console.print(text.table(found, escape(loaded.model.path)))
     on_host = bool(fits) and not fits[-1].encodes_on_gpu
     lines = [*text.summary(found).splitlines(), *text.time_lines(takes)]
@@ -87,5 +100,8 @@ def plan(
             result |= {"gpu_bytes": fits[-1].memory, "needed_bytes": fits[-1].needed, "verdicts": verdicts}
             result["overrides"] = fits[-1].overrides
         json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if hours is not None and takes.hours is not None and takes.hours > hours:
+        say(f"--hours {hours:g}: not reached; fewer iterations or a smaller model would be")
+        raise typer.Exit(1)
     if fits and fits[-1].missing:
         raise typer.Exit(1)

@@ -206,12 +206,15 @@ def evaluations(every: int, until: int, iterations: int) -> int:
 def reward_seconds(name: str, value: Any) -> float:
     """Seconds on the CPU for one picture, 0 where a reward is not known to be slow.
 
-    value: the weight or the settings that the recipe gives it.
+    value: the weight or the settings that the recipe gives it; a number of workers shares them, and `auto`
+    counts as one.
     """
     settings: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
     if settings.get("side", 736) != 736:  # the detector's time was measured at its default
         return 0.0
-    return SLOW_REWARDS.get((name, settings.get("mode", DEFAULT_MODES.get(name, ""))), 0.0)
+    workers = settings.get("workers", 1)
+    seconds = SLOW_REWARDS.get((name, settings.get("mode", DEFAULT_MODES.get(name, ""))), 0.0)
+    return seconds / workers if isinstance(workers, int) else seconds
 
 
 def _evaluated(recipe: Recipe) -> int:

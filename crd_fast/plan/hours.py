@@ -1,0 +1,83 @@
+"""Which settings bring a run under a number of hours on a card, those that cost the least reward first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from crd_fast.config import Recipe, build_recipe
+from crd_fast.errors import UserError
+from crd_fast.plan.cost import EFFICIENCY, cost
+from crd_fast.plan.fit import Fit, fit
+from crd_fast.plan.gpus import Card
+from crd_fast.plan.planner import Planner
+
+# What computes less at equal reward by the study of the cost (docs/cost.md), and is taken as one.
+LESS = (
+    "train.timesteps=2",
+    "train.timestep_sampling=high-noise",
+    "loss.anchor_fraction=0.25",
+    "rollout.solver=ab2",
+    "rollout.steps=5",
+)
+# Then the batch, down to a group of 8, iterations and pictures, each value where the recipe has more.
+FEWER = {
+    "rollout.samples_per_prompt": (16, 12, 8),
+    "rollout.prompts_per_iteration": (32, 24, 16, 12),
+    "train.iterations": (300, 200, 150, 100),
+    "rollout.resolution": (384, 256),
+}
+MICRO_BATCHES = ("train.micro_batch", "rollout.micro_batch", "train.kept_graphs")
+
+
+def within(recipe: Recipe, memory: int, card: Card, hours: float, efficiency: float = EFFICIENCY) -> Fit:
+    """The recipe with as few changes as bring its estimate under `hours`, or with all of them.
+
+    Memory comes first: what does not fit has no hours. Micro-batches are found anew at the end. Raises
+    UserError where the recipe has no estimate.
+    """
+    *_, found = fit(recipe, memory)
+    fitting = [o for o in found.overrides if o.partition("=")[0] not in MICRO_BATCHES]
+    base = build_recipe(recipe.model_dump(), fitting)
+    planner, planned = Planner(base), base
+    chosen: list[str] = []
+    for overrides in (chosen, *_rungs(base)):
+        chosen = overrides
+        changed = build_recipe(base.model_dump(), chosen)
+        if changed.rollout.resolution != planned.rollout.resolution:
+            planner, planned = Planner(changed), changed
+        planner.recipe = changed
+        group = changed.rollout.samples_per_prompt
+        plan = planner.plan(min(found.plan.micro_batch, group), found.plan.rollout_micro_batch)
+        takes = cost(changed, plan, card, efficiency)
+        if takes.hours is None:
+            raise UserError("--hours: expected train.precision bf16, got fp32, which has no estimate")
+        if takes.hours <= hours:
+            break
+    anew = ["train.micro_batch=auto", "rollout.micro_batch=auto"]
+    *_, last = fit(build_recipe(base.model_dump(), [*chosen, *anew]), memory)
+    last.overrides = [*fitting, *chosen, *last.overrides]
+    return last
+
+
+def _rungs(recipe: Recipe) -> Iterator[list[str]]:
+    """Overrides on top of the recipe, each with those before it."""
+    taken = [override for override in LESS if _is_less(recipe, override)]
+    if taken:
+        yield list(taken)
+    for key, values in FEWER.items():
+        section, name = key.split(".")
+        before = list(taken)
+        for value in values:
+            if value < getattr(getattr(recipe, section), name):
+                taken = [*before, f"{key}={value}"]
+                yield list(taken)
+
+
+def _is_less(recipe: Recipe, override: str) -> bool:
+    """Whether the recipe does not compute as little already."""
+    key, _, value = override.partition("=")
+    section, name = key.split(".")
+    current = getattr(getattr(recipe, section), name)
+    if name in ("timesteps", "steps"):
+        return current == "all" or current > int(value)
+    return current > float(value) if name == "anchor_fraction" else current != value

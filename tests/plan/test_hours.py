@@ -1,0 +1,73 @@
+"""A recipe made to finish in a number of hours, through the command line too."""
+
+import json
+
+import pytest
+
+from crd_fast.config import build_recipe, load_recipe
+from crd_fast.errors import UserError
+from crd_fast.plan.cost import cost
+from crd_fast.plan.gpus import BY_NAME, GIB
+from crd_fast.plan.hours import LESS, within
+from crd_fast.plan.planner import Planner
+
+CARD = BY_NAME["rtx-4090"]
+
+
+def run(tiny, *overrides):
+    values = {
+        "model": {"path": str(tiny("sd3")), "lora_rank": 4, "text_length": 24},
+        "rollout": {"resolution": 64, "prompts_per_iteration": 24, "samples_per_prompt": 12},
+        "train": {"iterations": 400},
+        "evaluate": {"every": 0},
+    }
+    return build_recipe(values, overrides)
+
+
+def hours(recipe):
+    return cost(recipe, Planner(recipe).plan(), CARD).hours
+
+
+def test_each_change_is_made_only_when_those_before_it_do_not_suffice(tiny):
+    recipe = run(tiny)
+    whole = hours(recipe)
+    assert not [o for o in within(recipe, 24 * GIB, CARD, 1.01 * whole).overrides if "micro_batch" not in o]
+    less = build_recipe(recipe.model_dump(), LESS)
+    found = within(recipe, 24 * GIB, CARD, 1.01 * hours(less)).overrides
+    assert [o for o in found if "micro_batch" not in o] == list(LESS)
+    fewer = build_recipe(
+        less.model_dump(), ["rollout.samples_per_prompt=8", "rollout.prompts_per_iteration=16"]
+    )
+    wanted = 1.01 * hours(fewer)
+    found = within(recipe, 24 * GIB, CARD, wanted).overrides
+    assert "rollout.samples_per_prompt=8" in found and "rollout.prompts_per_iteration=16" in found
+    assert not any(o.startswith("train.iterations") for o in found)
+    chosen = build_recipe(recipe.model_dump(), found)
+    assert hours(chosen) <= wanted < whole / 4
+
+
+def test_what_cannot_be_reached_takes_all(tiny):
+    found = within(run(tiny), 24 * GIB, CARD, 1e-9).overrides
+    assert {"train.iterations=100", "rollout.samples_per_prompt=8"} <= set(found)
+    with pytest.raises(UserError, match=r"expected train\.precision bf16"):
+        within(run(tiny, "train.precision=fp32"), 24 * GIB, CARD, 1.0)
+
+
+def test_less_is_what_the_settings_take():
+    assert load_recipe("builtin", [o for o in LESS])
+
+
+def test_commands(tiny, inside, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(run(tiny).to_yaml())
+    whole = hours(run(tiny))
+    options = ("plan", path, "--gpu", "rtx-4090", "--hours")
+    code, out, err = inside(*options, whole / 4, "--json", tmp_path / "plan.json")
+    assert code == 0, err
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["hours"]["estimate"] <= whole / 4 and set(LESS) <= set(written["overrides"])
+    assert all(f"--set {override}" in out for override in LESS)
+    code, out, _ = inside(*options, whole / 1e6)
+    assert code == 1 and "not reached" in out
+    code, _, err = inside("plan", path, "--gpu", "24GB", "--hours", "1")
+    assert code == 2 and "--hours: goes with the name of a card" in err
