@@ -55,7 +55,7 @@ class Blocks:
         self.layers: Callable[[], object] = lambda: None
         self.forwards: dict[tuple, Forward] = {}
         self.backwards: dict[tuple, Span] = {}
-        self._open: tuple[tuple, str, Peak] | None = None  # block, phase, its peak before the span
+        self._open: tuple[str, Peak] | None = None  # the phase's peak before a span of the backward pass
         self._last: dict[int, tuple[tuple, bool]] = {}  # by block: its recomputation is as its forward was
         blocks = repeated_blocks(network)
         signatures = [_signature(block) for block in blocks]
@@ -81,7 +81,9 @@ class Blocks:
                 return self._marked(forward, leaves, structure, key)
             gradient = torch.is_grad_enabled()
             key = (signature, self.layers(), gradient, structure, tuple(_described(leaf) for leaf in leaves))
-            replayed = key in self.forwards and not (gradient and last)
+            # a replay of the first block, none of whose inputs needs a gradient, would have none itself
+            first = not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+            replayed = key in self.forwards and not (gradient and (first or last))
             self._last[index] = key, replayed
             if replayed:
                 return self._replayed(block, leaves, key)
@@ -115,32 +117,32 @@ class Blocks:
         if not key[2]:
             args, kwargs = tree_unflatten(leaves, structure)
             return forward(*args, **kwargs)
-        leaves = _mark(leaves, self.finish)
+        leaves = _mark(leaves, lambda: self._end(key))
         args, kwargs = tree_unflatten(leaves, structure)
         outputs, of_outputs = tree_flatten(forward(*args, **kwargs))
-        return tree_unflatten(_mark(outputs, lambda: self._begin(key)), of_outputs)
+        return tree_unflatten(_mark(outputs, lambda: self._begin()), of_outputs)
 
-    def _begin(self, key: tuple) -> None:
+    def _begin(self) -> None:
         self.finish()
         live = self.live
-        self._open = key, live.phase, live.peaks.get(live.phase, Peak())
+        self._open = live.phase, live.peaks.get(live.phase, Peak())
         self._before = Counter(live.live), self.flops.total
         live.peaks[live.phase] = Peak()
         live.note()
 
-    def finish(self) -> None:
-        """Ends the span of the block that goes backward, if one does.
-
-        Its inputs' mark does that, or where they need no gradient whatever comes next.
-        """
+    def _end(self, key: tuple) -> None:
         if self._open is None:
             return
-        key, phase, kept = self._open
         before, flops = self._before
-        inside = _difference(self.live.peaks[phase].parts, before)
+        inside = _difference(self.live.peaks[self._open[0]].parts, before)
         self.backwards[key] = Span(inside, self.flops.total - flops)
-        self._merge(phase, kept)
-        self._open = None
+        self.finish()
+
+    def finish(self) -> None:
+        """Ends the span of a block whose inputs need no gradient, so that nothing tells its end."""
+        if self._open is not None:
+            self._merge(*self._open)
+            self._open = None
 
     def _merge(self, phase: str, kept: Peak | None) -> None:
         peaks = self.live.peaks
@@ -155,9 +157,7 @@ class Blocks:
         if not recomputed:  # what is computed again is part of the backward pass
             self.add(done.span)
         if key[2]:
-            weights = sorted(block.parameters(), key=lambda weight: weight.requires_grad)
-            trained = sum(weight.requires_grad for weight in weights)
-            weights = weights[: len(weights) - max(trained - 1, 0)]  # one of them, so that there is a graph
+            weights = [weight for weight in block.parameters() if not weight.requires_grad]
             new = list(_Replay.apply(self, key, done, len(tensors), *tensors, *weights))
         else:
             new = self.new_outputs(done)

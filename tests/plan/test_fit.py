@@ -18,9 +18,10 @@ def test_micro_batches_are_the_largest_that_fit(recipe):
     settings = recipe("builtin", "train.precision=fp32", "train.checkpointing=false")
     planner = Planner(settings)
     memory = planner.plan(3, 5).peak + RESERVED + 1000
-    update, rollout = sizes(for_training(settings, memory))
+    chosen = for_training(settings, memory)
+    update, rollout = sizes(chosen)
     assert (update, update + 1) == (3, 4) or planner.plan(update + 1, 1).peak + RESERVED > memory
-    assert planner.plan(update, rollout).peak + RESERVED <= memory
+    assert planner.plan(update, rollout, chosen.train.kept_graphs).peak + RESERVED <= memory
     assert update >= 3
 
 
@@ -30,8 +31,22 @@ def test_whole_groups_where_there_is_room(recipe):
 
 
 def test_named_micro_batches_stay(recipe):
-    named = recipe("builtin", "train.micro_batch=2", "rollout.micro_batch=3")
+    sizes = ("train.micro_batch=2", "rollout.micro_batch=3")
+    named = recipe("builtin", *sizes, "train.checkpointing=false", "train.kept_graphs=device")
     assert for_training(named, parse_memory("24 GiB")) == named
+
+
+def test_what_is_faster_is_taken_where_there_is_room(recipe):
+    """Nothing is recomputed then, and a group that is split has its graphs kept."""
+    settings = recipe("builtin", "train.precision=fp32", "train.micro_batch=2")
+    chosen = for_training(settings, parse_memory("24GB")).train
+    assert (chosen.checkpointing, chosen.kept_graphs, chosen.micro_batch) == (False, "device", 2)
+    small = recipe("builtin", "train.precision=fp32", "train.micro_batch=2", "rollout.micro_batch=1")
+    device, host = (Planner(small).plan(kept_graphs=where).peak for where in ("device", "host"))
+    assert host < device
+    (first,) = fit(small, host + RESERVED)
+    assert first.overrides[-1] == "train.kept_graphs=host" and not first.missing
+    assert "train.checkpointing=false" not in first.overrides
 
 
 def test_the_cheapest_setting_comes_first(recipe):

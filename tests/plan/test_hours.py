@@ -18,7 +18,7 @@ def run(tiny, *overrides):
     values = {
         "model": {"path": str(tiny("sd3")), "lora_rank": 4, "text_length": 24},
         "rollout": {"resolution": 64, "prompts_per_iteration": 24, "samples_per_prompt": 12},
-        "train": {"iterations": 400},
+        "train": {"iterations": 400, "checkpointing": False},
         "evaluate": {"every": 0},
     }
     return build_recipe(values, overrides)
