@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 
@@ -39,5 +40,5 @@ class MicroBatch:
             torch.cuda.empty_cache()
 
 
-def resolve_micro_batch(micro_batch: int | str, fixed: bool = False) -> MicroBatch:
+def resolve_micro_batch(micro_batch: int | Literal["auto"], fixed: bool = False) -> MicroBatch:
     return MicroBatch(AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch, fixed)

@@ -71,22 +71,22 @@ class Trainer:
         self.observer = Observers(profiling.start(recipe.train.profile), self.throughput, observer)
         self.ranks = Ranks()
         check_ranks(recipe, self.ranks.count)
-        saved = checkpoint.list_checkpoints(output / "checkpoints") if resume else []
-        state = checkpoint.read_state(saved[-1]) if saved else None
-        if saved and recipe.model.sharding != "none":
+        newest = checkpoint.newest(output / "checkpoints") if resume else None
+        state = checkpoint.read_state(newest) if newest else None
+        if newest and state and recipe.model.sharding != "none":
             from crd_fast.weights import sharded
 
-            sharded.check_resumes(state, self.ranks.count, saved[-1])
+            sharded.check_resumes(state, self.ranks.count, newest)
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
-        begin = state["iteration"] if saved else 0
+        begin = state["iteration"] if state else 0
         evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(recipe, now, self._drawn(begin, None), self._encoding)
-        if saved:
-            checkpoint.check_same_model(state, self.model, saved[-1])
+        if newest and state:
+            checkpoint.check_same_model(state, self.model, newest)
         self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
         if recipe.train.compile:
@@ -116,12 +116,12 @@ class Trainer:
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         self._saved_at = time.monotonic()
-        if saved:
-            checkpoint.load(saved[-1], self.weights, self.weights.resuming(self.optimizer))
+        if newest and state:
+            checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
             self.iteration, self.step = state["iteration"], state["step"]
         if self.ranks.main:
             # a run that was stopped before its first checkpoint starts over, in the same folder
-            self.log = RunLog(output, recipe, after=(self.iteration if saved else -1) if resume else None)
+            self.log = RunLog(output, recipe, after=(self.iteration if newest else -1) if resume else None)
             rollout = recipe.rollout
             self.watch = Watch(
                 output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
@@ -312,7 +312,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
         weights, optimizer = self.weights.gathered(self.optimizer, self.ranks)
-        if self.ranks.main:
+        if self.ranks.main and weights is not None and optimizer is not None:
             checkpoint.save(
                 self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
                 weights,
@@ -352,7 +352,7 @@ class Trainer:
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Within this context the first Ctrl-C is only noted, so that the loop can end in order."""
-    noted = []
+    noted: list[bool] = []
 
     def note(*_):
         if noted:

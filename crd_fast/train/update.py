@@ -331,9 +331,11 @@ class Updater:
 
     @observed("measure")
     def _measure(self, chunk: Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
+        old = policy if self._old_is_policy else chunk.old
+        assert old is not None  # `_old` or `_rows` came before
         return crd_kernels.measure(
             policy,
-            policy if self._old_is_policy else chunk.old,
+            old,
             chunk.ref_cond,
             chunk.x0,
             chunk.noise,

@@ -45,14 +45,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("iteration-*") if (path / STATE).exists())
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in the folder, if there is one."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if none."""
     if (path / STATE).exists():
         return path
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
+    found = newest(path / "checkpoints")
+    if found is None:
         raise UserError(f"{path}: no checkpoint and no run with checkpoints")
-    return found[-1]
+    return found
 
 
 def read_state(folder: Path) -> dict[str, Any]:

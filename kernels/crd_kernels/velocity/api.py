@@ -75,8 +75,11 @@ def _measure_settings(guidance_scale, adaptive_weighting, mix):
 class HasCoefficients(Protocol):
     """`Coefficients`, or anything with these."""
 
-    c1: Tensor  # (B,)
-    c2: Tensor  # (B,)
+    @property
+    def c1(self) -> Tensor: ...  # (B,)
+    @property
+    def c2(self) -> Tensor: ...  # (B,)
+
     # and optionally c3: Tensor | None, (B,)
 
 
