@@ -25,7 +25,7 @@ def trained(run, recipe):
     ],
 )
 def test_kept_graphs_change_nothing(tiny, recipe, tmp_path, monkeypatch, family, base):
-    """On the device and on the host the same run to the bit; micro-batches that are rerun differ by rounding."""
+    """On the device and on the host the same run to the bit; rerun micro-batches differ by rounding."""
     monkeypatch.setattr(streaming, "SMALLEST", 0)
     monkeypatch.setattr("crd_fast.train.kept.SMALLEST", 0)
     settings = ("train.micro_batch=2", "rollout.samples_per_prompt=4", *base)
