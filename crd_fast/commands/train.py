@@ -58,8 +58,8 @@ def train(
     policy is updated by the centered regression of the log-ratio on the reward. The folder of the run holds
     `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
 
-    Ctrl-C finishes the iteration, writes a checkpoint and stops; `--resume` goes on as if it had not
-    stopped.
+    Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
+    present micro-batch. `--resume` goes on as if it had not stopped.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 

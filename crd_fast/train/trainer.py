@@ -6,10 +6,8 @@ Every random choice is a function of the seed and the iteration, so that a resum
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.signal import Signal
+from crd_fast.train.stopping import StopNow, Stopping
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_optimizer, make_weights
@@ -70,6 +69,8 @@ class Trainer:
         self.throughput = Throughput(row_flops)
         self.observer = Observers(profiling.start(recipe.train.profile), self.throughput, observer)
         self.ranks = Ranks()
+        self.stopping = Stopping(alone=self.ranks.count == 1)
+        self.observer.add(self.stopping)
         check_ranks(recipe, self.ranks.count)
         newest = checkpoint.newest(output / "checkpoints") if resume else None
         state = checkpoint.read_state(newest) if newest else None
@@ -128,11 +129,19 @@ class Trainer:
             )
 
     def run(self) -> bool:
-        """Trains to the recipe's last iteration. False if Ctrl-C ended it earlier."""
-        with interrupts() as stop_requested:
-            return self._run(stop_requested)
+        """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint."""
+        with self.stopping.listening():
+            try:
+                self._run()
+            except StopNow:
+                for parameter in self.weights.trained():
+                    parameter.grad = None
+                self.save()
+        if self.ranks.main:
+            self.log.close()
+        return self.iteration >= self.recipe.train.iterations
 
-    def _run(self, stop_requested) -> bool:
+    def _run(self) -> None:
         if self.iteration == 0 and self.recipe.evaluate.every:
             self._log_evaluation({"iteration": 0, "step": 0})
         stopped = False
@@ -142,13 +151,10 @@ class Trainer:
                 self._log_evaluation(record)
             else:
                 self._log(record)
-            stopped = self.ranks.any(stop_requested())
+            stopped = self.ranks.any(self.stopping.requested)
             if self._due(self.recipe.checkpoint.every) or stopped or self._long_ago():
                 self.save()
             self.observer.iteration_done(record)
-        if self.ranks.main:
-            self.log.close()
-        return self.iteration >= self.recipe.train.iterations
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
@@ -295,8 +301,13 @@ class Trainer:
 
     def _log_evaluation(self, record: dict) -> None:
         started = time.perf_counter()
-        with self.observer.phase("evaluation", len(self.evaluation)):
-            metrics, images = self.evaluation.run(self.observer)
+        try:
+            with self.observer.phase("evaluation", len(self.evaluation)):
+                metrics, images = self.evaluation.run(self.observer)
+        except StopNow:
+            if self.iteration:
+                self._log(record)
+            raise
         if not self.ranks.main:
             return
         record |= metrics | {"seconds_eval": time.perf_counter() - started}
@@ -347,23 +358,3 @@ class Trainer:
             f"iteration {self.iteration + 1}: {message}; checkpoints up to the last one are intact in "
             f"{self.output / 'checkpoints'}"
         )
-
-
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Within this context the first Ctrl-C is only noted, so that the loop can end in order."""
-    noted: list[bool] = []
-
-    def note(*_):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(True)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(noted)
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -162,7 +162,8 @@ def test_bfloat16_weights_follow_float32(inside, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_good_order(small, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_in_good_order(small, tmp_path, number):
     run = tmp_path / "run"
     arguments = command(
         "train", small, "--output", run, "--max-iterations", "500", "--set", "evaluate.every=0"
@@ -171,7 +172,7 @@ def test_ctrl_c_ends_in_good_order(small, tmp_path):
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "iteration-000001").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 130, err
     assert "go on with: crd-fast train --resume" in " ".join(out.split()) and "Traceback" not in err

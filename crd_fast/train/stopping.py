@@ -1,0 +1,83 @@
+"""Being told to stop: Ctrl-C, SIGTERM, SIGHUP. A run ends with a checkpoint of its last whole state."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from crd_fast.run.observer import Observer
+
+logger = logging.getLogger("crd_fast")
+AT_ONCE = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class StopNow(Exception):
+    """Raised between two micro-batches, where weights and optimizer are those of the last whole iteration."""
+
+
+class Stopping(Observer):
+    """Notes signals while it is `listening`.
+
+    The first Ctrl-C lets the iteration end; `requested` says so. The second, and the first SIGTERM or SIGHUP,
+    raise `StopNow` after the present micro-batch, or at once while rewards are waited for, unless the
+    optimizer has made a step in this iteration: then it ends first. A further Ctrl-C is KeyboardInterrupt.
+
+    alone: no other process waits for this one within an iteration. Otherwise every stop is that of the first
+    Ctrl-C.
+    """
+
+    def __init__(self, alone: bool):
+        self.alone = alone
+        self.requested = self.stepped = False
+        self._now = self._waiting = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Only the main thread hears signals; in another one this does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, *AT_ONCE)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        interrupted = number == signal.SIGINT
+        if self._now and interrupted:
+            raise KeyboardInterrupt
+        if interrupted and not self.requested:
+            logger.warning("finishing this iteration; Ctrl-C again to stop after the present micro-batch")
+        self._now = self.requested or not interrupted
+        self.requested = True
+        if self._waiting:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._now and self.alone and not self.stepped:
+            raise StopNow
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        if name == "iteration":
+            self.stepped = False
+        outer, self._waiting = self._waiting, name == "rewards"
+        try:
+            if self._waiting:
+                self._stop()
+            yield
+            if name == "optimizer":
+                self.stepped = True
+            if name == "iteration":
+                self.stepped = False
+        finally:
+            self._waiting = outer
+
+    def advance(self, count: int) -> None:
+        self._stop()

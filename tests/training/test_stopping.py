@@ -1,0 +1,107 @@
+"""Signals in the middle of a run: what is left is whole, and goes on as if nothing had been."""
+
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from crd_fast.config import load_recipe
+from crd_fast.run.metrics import read_metrics
+from crd_fast.run.observer import Observer
+from crd_fast.train.trainer import Trainer
+from crd_fast.weights import checkpoint
+
+SETTINGS = [
+    "rollout.prompts_per_iteration=4",
+    "rollout.samples_per_prompt=2",
+    "rollout.steps=2",
+    "rollout.micro_batch=2",
+    "train.timesteps=1",
+    "train.micro_batch=2",
+    "train.steps_per_iteration=2",
+    "train.iterations=3",
+    "evaluate.every=2",
+    "evaluate.steps=1",
+    "evaluate.max_prompts=6",
+]
+
+
+class Signals(Observer):
+    """Sends signals to this process when a phase of the second iteration is `after` samples further."""
+
+    def __init__(self, phase, after, *numbers):
+        self.wanted, self.after, self.numbers = phase, after, numbers
+        self.iterations = self.count = 0
+        self.inside = []
+
+    @contextmanager
+    def phase(self, name, total=None):
+        self.iterations += name == "iteration"
+        self.inside.append(name)
+        if name == self.wanted == "rewards" and self.iterations == 2:
+            self.send()
+        yield
+        self.inside.pop()
+
+    def advance(self, count):
+        if self.inside[-1] == self.wanted and self.iterations == 2:
+            self.count += count
+            if self.count >= self.after:
+                self.send()
+
+    def send(self):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+        self.numbers = ()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("stopping") / "whole"
+    trainer = Trainer(load_recipe("builtin", SETTINGS), run)
+    assert trainer.run()
+    return [parameter.detach().clone() for parameter in trainer.weights.trained()], records(run)
+
+
+def records(run):
+    timed = ("seconds", "peak", "images_per_second", "tflops")
+    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in read_metrics(run)]
+
+
+@pytest.mark.parametrize(
+    "phase, after, numbers, iteration",
+    [
+        ("rollout", 2, [signal.SIGTERM], 1),
+        ("rollout", 2, [signal.SIGHUP], 1),
+        ("rollout", 2, [signal.SIGINT], 2),  # the first Ctrl-C lets the iteration end
+        ("rollout", 2, [signal.SIGINT, signal.SIGINT], 1),
+        ("rewards", 0, [signal.SIGTERM], 1),
+        ("update", 2, [signal.SIGTERM], 1),
+        ("update", 6, [signal.SIGTERM], 2),  # after the first of two steps
+        ("evaluation", 2, [signal.SIGTERM], 2),
+    ],
+)
+def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, numbers, iteration):
+    run = tmp_path / "run"
+    trainer = Trainer(load_recipe("builtin", SETTINGS), run, observer=Signals(phase, after, *numbers))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert trainer.run() is False
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest.name == f"iteration-{iteration:06d}"
+    assert [record["iteration"] for record in records(run)] == list(range(iteration + 1))
+
+    again = Trainer(load_recipe("builtin", SETTINGS), run, resume=True)
+    assert again.run()
+    weights, expected = whole
+    for mine, other in zip(again.weights.trained(), weights, strict=True):
+        assert torch.equal(mine, other)
+    if iteration == 2 and signal.SIGTERM in numbers:  # that of the second iteration is missing, and no other
+        expected = [r if r["iteration"] != 2 else without_evaluation(r) for r in expected]
+    assert records(run) == expected
+
+
+def without_evaluation(record):
+    return {name: value for name, value in record.items() if not name.startswith("eval/")}
