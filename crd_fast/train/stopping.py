@@ -32,8 +32,8 @@ class Stopping(Observer):
 
     def __init__(self, alone: bool):
         self.alone = alone
-        self.requested = self.stepped = False
-        self._now = self._waiting = False
+        self.requested = self._now = self._waiting = False
+        self.whole = True  # weights and optimizer are those of an iteration's end
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -60,22 +60,20 @@ class Stopping(Observer):
             self._stop()
 
     def _stop(self) -> None:
-        if self._now and self.alone and not self.stepped:
+        if self._now and self.alone and self.whole:
             raise StopNow
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        if name == "iteration":
-            self.stepped = False
+        if name == "optimizer":
+            self.whole = False
         outer, self._waiting = self._waiting, name == "rewards"
         try:
             if self._waiting:
                 self._stop()
             yield
-            if name == "optimizer":
-                self.stepped = True
             if name == "iteration":
-                self.stepped = False
+                self.whole = True
         finally:
             self._waiting = outer
 

@@ -5,6 +5,7 @@ Every random choice is a function of the seed and the iteration, so that a resum
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,7 @@ from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
+logger = logging.getLogger("crd_fast")
 ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
 
 
@@ -116,10 +118,11 @@ class Trainer:
         self.empty = self.evaluation.empty
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = -1, time.monotonic()  # iteration of the last checkpoint; or the start
         if newest and state:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
             self.iteration, self.step = state["iteration"], state["step"]
+            self._saved = self.iteration
         if self.ranks.main:
             # a run that was stopped before its first checkpoint starts over, in the same folder
             self.log = RunLog(output, recipe, after=(self.iteration if newest else -1) if resume else None)
@@ -129,17 +132,31 @@ class Trainer:
             )
 
     def run(self) -> bool:
-        """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint."""
+        """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint.
+
+        What ends a run otherwise leaves a checkpoint too, of the last iteration, where no step of the next
+        one was made.
+        """
         with self.stopping.listening():
             try:
                 self._run()
             except StopNow:
-                for parameter in self.weights.trained():
-                    parameter.grad = None
-                self.save()
+                self._save_whole()
+            except Exception:
+                if self.ranks.count == 1 and self.stopping.whole:
+                    self._save_whole()
+                raise
         if self.ranks.main:
             self.log.close()
         return self.iteration >= self.recipe.train.iterations
+
+    def _save_whole(self) -> None:
+        """A checkpoint of the last iteration, unless there is one."""
+        for parameter in self.weights.trained():
+            parameter.grad = None
+        if self._saved != self.iteration:
+            self.save()
+            logger.warning("saved iteration %d: crd-fast train --resume %s", self.iteration, self.output)
 
     def _run(self) -> None:
         if self.iteration == 0 and self.recipe.evaluate.every:
@@ -339,7 +356,7 @@ class Trainer:
                 keep=self.recipe.checkpoint.keep,
             )
         self.ranks.wait()
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = self.iteration, time.monotonic()
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crd_fast.config import load_recipe
+from crd_fast.errors import UserError
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
 from crd_fast.train.trainer import Trainer
@@ -105,3 +106,26 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
 
 def without_evaluation(record):
     return {name: value for name, value in record.items() if not name.startswith("eval/")}
+
+
+def fails_in_the_third_iteration(images, prompts, metadata):
+    fails_in_the_third_iteration.calls += 1
+    if fails_in_the_third_iteration.calls > 2 * 4:  # a call for each prompt
+        raise RuntimeError("no more")
+    return [float(image.mean()) / 255 for image in images]
+
+
+REWARDS = {fails_in_the_third_iteration: 1.0}
+
+
+def test_a_reward_that_fails_costs_no_finished_iteration(tmp_path, caplog):
+    settings = [*SETTINGS, "evaluate.every=0"]
+    fails_in_the_third_iteration.calls = 0
+    trainer = Trainer(load_recipe("builtin", settings), tmp_path, rewards=REWARDS)
+    with pytest.raises(UserError, match="no more"):
+        trainer.run()
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "iteration-000002"
+    assert "saved iteration 2: crd-fast train --resume" in caplog.text
+    with pytest.raises(UserError):  # nothing new to save
+        Trainer(load_recipe("builtin", settings), tmp_path, resume=True, rewards=REWARDS).run()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
