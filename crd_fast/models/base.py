@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from crd_fast.config import ModelConfig
+from crd_fast.models.norms import keep_dtypes
 from crd_fast.models.streaming import Streaming
 
 # The attention projections of a block with an image and a text stream.
@@ -51,6 +52,7 @@ class FlowModel(ABC):
 
     def place(self, network, config: ModelConfig, device: torch.device, checkpointing: bool) -> None:
         """The transformer goes to the device, or its blocks are streamed there, or sharding will bring it."""
+        keep_dtypes(network)
         if config.streaming:
             self.streaming = Streaming(network, device)
         elif config.sharding == "none":

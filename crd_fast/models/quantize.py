@@ -98,6 +98,8 @@ class Nf4Linear(bnb.nn.Linear4bit):
     Its own product keeps the weights out of reach of activation checkpointing: a block whose weights are on
     the device only while it runs would keep them there. In eval mode on a CPU with AVX512-BF16 it also
     repacks its weights for a product without gradient, and uses that one where there should be a gradient.
+    And it returns the dtype of its input, where a plain layer under autocast returns that of its computation:
+    after a norm in float32 all would be float32.
     """
 
     weight: Any  # a parameter with `quant_state`
@@ -106,8 +108,7 @@ class Nf4Linear(bnb.nn.Linear4bit):
         state = self.weight.quant_state
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         scales = state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code
-        product = _Nf4Product.apply(x.to(self.compute_dtype), self.weight, bias, state, *scales)
-        return product.to(x.dtype)
+        return _Nf4Product.apply(x.to(self.compute_dtype), self.weight, bias, state, *scales)
 
 
 class _Nf4Product(torch.autograd.Function):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import PipelineModel
@@ -32,6 +35,12 @@ class SanaModel(PipelineModel):
         "Efficient-Large-Model/Sana_1600M_512px_diffusers": "sana-1.6b",
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
     }
+
+    def load(self, checkpointing: bool, quantize: Callable[..., None] | None = None) -> None:
+        super().load(checkpointing, quantize)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention) and isinstance(module.processor, SanaLinearAttnProcessor2_0):
+                module.set_processor(LinearAttention())
 
     def _size_multiple(self) -> int:
         return self.pipe.vae_scale_factor
@@ -81,3 +90,24 @@ class SanaModel(PipelineModel):
 
     def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
         return latents / self.pipe.vae.config.scaling_factor
+
+
+class LinearAttention(SanaLinearAttnProcessor2_0):
+    """relu(q) (relu(k)^T v) / relu(q) sum(relu(k)), in float32 under autocast too, as the pipeline has it.
+
+    Autocast would narrow both products, whose sums run over all tokens, to half precision.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        x = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(x), attn.to_v(x)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        # (B, heads, channels of a head, tokens)
+        query, key, value = (t.transpose(1, 2).unflatten(1, (attn.heads, -1)) for t in (query, key, value))
+        with torch.autocast(x.device.type, enabled=False):
+            value = F.pad(value.float(), (0, 0, 0, 1), value=1.0)  # the row of ones sums the keys
+            sums = (value @ F.relu(key).float().transpose(2, 3)) @ F.relu(query).float()
+            result = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
+        result = result.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)
+        return attn.to_out[1](attn.to_out[0](result))
