@@ -41,7 +41,7 @@ class FluxModel(PipelineModel):
             guidance = torch.full((batch,), self.config.guidance_embedding, device=x.device)
         tokens = self.transformer(
             hidden_states=self.pipe._pack_latents(x.to(self.dtype), batch, channels, height, width),
-            timestep=sigma,
+            timestep=self._time(sigma),
             guidance=guidance,
             pooled_projections=embeddings["pooled"].to(self.dtype),
             encoder_hidden_states=states.to(self.dtype),

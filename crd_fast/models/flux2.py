@@ -48,7 +48,7 @@ class Flux2KleinModel(PipelineModel):
         states = embeddings["states"].to(self.dtype)
         tokens = self.transformer(
             hidden_states=self.pipe._pack_latents(x.to(self.dtype)),
-            timestep=sigma,
+            timestep=self._time(sigma),
             guidance=None,
             encoder_hidden_states=states,
             txt_ids=self.pipe._prepare_text_ids(states).to(x.device),

@@ -98,6 +98,16 @@ class PipelineModel(FlowModel):
         """What the pipeline gives to `set_timesteps` for its own schedule."""
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
+    def _time(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Time in 0 to 1 for networks that multiply it by 1000, rounded where their pipelines round it.
+
+        They have 0 to 1000 in the network's dtype and divide by 1000: in bfloat16 that is another number than
+        sigma in bfloat16, which the network would round a second time.
+        """
+        device = sigma.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        return (sigma * 1000).to(dtype) / 1000
+
     def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
         return states_and_pooled(self.transformer.config, prompts, self.text_length, self.dtype)
 

@@ -47,7 +47,7 @@ class QwenImageModel(PipelineModel):
             guidance = torch.full((batch,), self.config.guidance_embedding, device=x.device)
         tokens = self.transformer(
             hidden_states=self._pack(x.to(self.dtype)),
-            timestep=sigma,
+            timestep=self._time(sigma),
             guidance=guidance,
             encoder_hidden_states=embeddings["states"][:, :longest].to(self.dtype),
             encoder_hidden_states_mask=None if mask.all() else mask,

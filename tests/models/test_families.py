@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from crd_fast.models import load_model
 from crd_fast.run.metrics import read_metrics
+from crd_fast.train.forwards import autocast
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import (
     ALL,
     GUIDANCE,
+    GUIDED,
+    PROMPTS,
     RESOLUTION,
     STEPS,
     by_pipeline,
@@ -38,6 +41,50 @@ def test_rollout_is_the_pipelines(tiny, recipe, family):
         unguided = latents
     one_by_one, _ = by_rollout(model, GUIDANCE, micro_batch=1)
     torch.testing.assert_close(one_by_one, images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_bfloat16_is_the_pipelines(tiny, recipe, family):
+    """Without and with autocast: every step's time, and the velocity of the first step, to the bit."""
+    pipe = DiffusionPipeline.from_pretrained(tiny(family), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny("sd3"), subfolder="scheduler")
+    # a shift that puts times where bfloat16 rounds twice to another number
+    pipe.scheduler.register_to_config(shift=2.6, use_dynamic_shifting=False)
+    pipe.scheduler.set_shift(2.6)
+    model = load_model(recipe(tiny(family), "train.precision=bf16"), PROMPTS[:1])
+    noise = torch.randn(1, *model.latent_shape(RESOLUTION), generator=torch.Generator().manual_seed(5))
+    noise = noise.bfloat16()
+    expected_times, expected = watched_network(pipe.transformer)
+    given = noise if family in ("flux2-klein", "z-image") else packed(pipe, noise)
+    settings = GUIDED[family](1.0) | ({"use_resolution_binning": False} if family == "sana" else {})
+    pipe(
+        prompt=PROMPTS[:1],
+        latents=given.float() if family == "z-image" else given,
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_inference_steps=STEPS,
+        output_type="latent",
+        **settings,
+    )
+    times, found = watched_network(model.transformer)
+    for precision in ("fp32", "bf16"):
+        times.clear(), found.clear()
+        for sigma in pipe.scheduler.sigmas[:-1]:
+            with torch.no_grad(), autocast("cpu", precision):
+                model.velocity(noise.float(), sigma.expand(1), model.encode_prompts(PROMPTS[:1]))
+        assert len(times) >= STEPS and torch.equal(torch.cat(times), torch.cat(expected_times))
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+
+
+def watched_network(network):
+    """Lists of the times (and guidance) that reach the embedding, and of the velocities."""
+    times, velocities = [], []
+    names = ("time_proj", "t_embedder")
+    embedding = next(module for name, module in network.named_modules() if name.endswith(names))
+    embedding.register_forward_pre_hook(lambda module, args: times.append(args[0].float()))
+    network.register_forward_hook(lambda module, args, output: velocities.append(output[0]))
+    return times, velocities
 
 
 def test_sana_is_its_own_solver_at_order_one(tiny, recipe):
