@@ -11,7 +11,7 @@ leaves the scales of 4-bit weights where they are, and sends for blocks in the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -121,20 +121,50 @@ class Streamed:
         self.place[self.name] = self.kept
 
 
+class Slabs:
+    """Where tensors lie in pieces of memory whose sizes are powers of two. sizes: of the pieces, in bytes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._taken: list[int] = []
+
+    def place(self, size: int) -> tuple[int, int]:
+        """Piece and first byte for so many bytes: in the first piece with room, or in a new one."""
+        for index, taken in enumerate(self._taken):
+            start = -(-taken // 256) * 256
+            if start + size <= self.sizes[index]:
+                self._taken[index] = start + size
+                return index, start
+        self.sizes.append(max(SLAB, 1 << max(size - 1, 0).bit_length()))
+        self._taken.append(size)
+        return len(self.sizes) - 1, 0
+
+
+def pinned_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What `Pinned` allocates for copies of these tensors, in this order."""
+    slabs = Slabs()
+    for tensor in tensors:
+        slabs.place(tensor.nbytes)
+    return sum(slabs.sizes)
+
+
 class Pinned:
-    """Copies of tensors, cut out of large pieces of pinned memory."""
+    """Copies of tensors, cut out of large pieces of pinned memory. slabs: which."""
 
-    def __init__(self):
-        self._slab, self._taken = torch.empty(0, dtype=torch.uint8), 0
+    def __init__(self) -> None:
+        self.slabs = Slabs()
+        self._pieces: list[torch.Tensor] = []
 
-    def copy(self, tensor: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        size = tensor.nbytes
-        start = -(-self._taken // 256) * 256
-        if start + size > len(self._slab):
-            self._slab = torch.empty(max(SLAB, size), dtype=torch.uint8, pin_memory=True)
-            start = 0
-        self._taken = start + size
-        place = self._slab[start : self._taken].view(tensor.dtype).view(tensor.shape)
+    def copy(
+        self, tensor: torch.Tensor, non_blocking: bool = False, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """dtype: of the copy, by default that of the tensor."""
+        dtype = dtype or tensor.dtype
+        size = tensor.numel() * dtype.itemsize
+        index, start = self.slabs.place(size)
+        if index == len(self._pieces):
+            self._pieces.append(torch.empty(self.slabs.sizes[index], dtype=torch.uint8, pin_memory=True))
+        place = self._pieces[index][start : start + size].view(dtype).view(tensor.shape)
         return place.copy_(tensor, non_blocking=non_blocking)
 
 

@@ -1,8 +1,9 @@
 """What a recipe takes, before anything is loaded: peak bytes by phase and part, forwards, FLOPs.
 
 The code that trains runs on fake tensors, so that the plan cannot drift from it: `generate`, `decode`,
-`Updater.accumulate`, the optimizer. Of what repeats itself one round is run: of the rollout's steps one
-forward, of a group's micro-batches two, which is enough because each further one only adds what it holds.
+`Updater.accumulate`, the optimizer; under the rules of CUDA's autocast. Of what repeats itself one round is
+run: of the rollout's steps one forward, of a group's micro-batches two, which is enough because each further
+one only adds what it holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
+from crd_fast.models.streaming import pinned_bytes
 from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
@@ -70,7 +72,7 @@ class Plan:
     rollout_micro_batch: int
     parameters: int  # of the network, without adapters
     trained: int
-    host_bytes: int = 0  # in pinned memory: snapshots and reference, or blocks that are streamed
+    host_bytes: int = 0  # of pinned memory, as allocated: snapshots and reference, or streamed blocks
     forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
     rows: dict[str, float] = field(default_factory=dict)  # of one iteration
     row_flops: dict[str, float] = field(default_factory=dict)
@@ -131,7 +133,8 @@ class Planner:
         self.live.move(tensors_of(self.network), "base weights")
         streamed = self.model.streaming.host_tensors() if self.model.streaming else []
         self.live.release(streamed)
-        self.host_bytes = self.streamed = sum(tensor.nbytes for tensor in streamed)
+        self.streamed = sum(tensor.nbytes for tensor in streamed)
+        self.host_bytes = pinned_bytes(streamed)
         adapted = recipe.model.method == "lora"
         watched = nullcontext() if adapted else self.live  # it takes long to watch adapters being made
         with fakes(self.mode), self.live.in_part("snapshots"):
@@ -142,7 +145,7 @@ class Planner:
             if adapted:
                 self.live.move(self.trained, "adapters")
             host = self.weights.host_tensors()
-            self.host_bytes += sum(tensor.nbytes for tensor in host)
+            self.host_bytes += pinned_bytes(host)
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")

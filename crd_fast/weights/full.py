@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.models.streaming import Pinned
 from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
@@ -105,10 +106,16 @@ class HostWeights(FullWeights):
     _summed: torch.Tensor
 
     def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
+        pinned = Pinned() if all(value.is_cuda for value in policy.values()) else None
+
+        def on_host(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            value = value.detach()
+            return value.to("cpu", dtype, copy=True) if pinned is None else pinned.copy(value, dtype=dtype)
+
         for name in SNAPSHOTS:
-            self._sets[name] = {key: _on_host(value, torch.float32) for key, value in policy.items()}
+            self._sets[name] = {key: on_host(value, torch.float32) for key, value in policy.items()}
         for name in ("reference", "policy on the host"):
-            self._sets[name] = {key: _on_host(value, value.dtype) for key, value in policy.items()}
+            self._sets[name] = {key: on_host(value, value.dtype) for key, value in policy.items()}
 
     def host_tensors(self) -> list[torch.Tensor]:
         return [value for name, s in self._sets.items() if name != "policy" for value in s.values()]
@@ -160,11 +167,6 @@ class HostWeights(FullWeights):
         """snapshot <- decay * snapshot + (1 - decay) * policy."""
         for value, policy in zip(self._sets[name].values(), self._fetch_policy()):
             blend([value], [policy.float()], decay)
-
-
-def _on_host(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    copy = value.detach().to("cpu", dtype, copy=True)
-    return copy.pin_memory() if value.is_cuda else copy
 
 
 def surely(step: Callable[..., None], *arguments) -> None:

@@ -6,8 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crd_fast.config import build_recipe
+from crd_fast.models import load_model, streaming
+from crd_fast.plan.planner import Planner
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights.full import HostWeights
+from crd_fast.weights.make import make_weights
+from tests.pretend_gpu import pretend_gpu
 from tests.training.test_weights import network
 
 STEPS = 2
@@ -47,6 +51,29 @@ def test_the_policy_is_copied_once_a_step(tmp_path, monkeypatch):
     assert copies.count == STEPS * len(trained)
     assert copies.all > 3 * copies.count  # and switched to and fro between them
     assert len(announced) == 2 * STEPS
+
+
+def test_pinned_memory_is_one_arena_and_planned(monkeypatch):
+    """torch rounds each pinned request up to a power of two: hundreds of tensors must not ask one by one."""
+    monkeypatch.setattr(streaming, "SLAB", 1 << 20)
+    requests, empty = [], torch.empty
+
+    def spy(*size, pin_memory=False, **kwargs):
+        if pin_memory:
+            requests.append(size[0])
+        return empty(*size, **kwargs)
+
+    settings = build_recipe(RECIPE)
+    with pretend_gpu():
+        model = load_model(settings)
+        monkeypatch.setattr(torch, "empty", spy)
+        tensors = make_weights(model, settings).host_tensors()
+        monkeypatch.undo()
+    held = sum(tensor.nbytes for tensor in tensors)
+    assert len(tensors) > 4 * len(requests) and all(size.bit_count() == 1 for size in requests)
+    assert held <= sum(requests) < 1.1 * held
+    monkeypatch.setattr(streaming, "SLAB", 1 << 20)
+    assert Planner(settings).host_bytes == sum(requests)
 
 
 @torch.no_grad()
