@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.measure_iteration import pipeline
 from crd_fast.config import Recipe, build_recipe
+from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
 from crd_fast.plan.planner import Planner
 from crd_fast.run.observer import Observer
@@ -67,15 +68,17 @@ class CudaMeter:
 
 
 class LiveMeter:
-    """Peaks by counting tensors: the same on a machine without a GPU."""
+    """Peaks by counting tensors, in a run under the rules of CUDA's autocast: the same without a GPU."""
 
     size = ON_CPU
 
     def __init__(self):
         self.live = LiveBytes()
 
+    @contextlib.contextmanager
     def context(self):
-        return self.live
+        with cuda_autocast(), self.live:
+            yield
 
     def known(self, tensors) -> None:
         self.live.add(tensors)

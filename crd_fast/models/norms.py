@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 
 import torch
-from diffusers.models.normalization import RMSNorm
 from torch import nn
-
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMSNorm)
 
 
 def keep_dtypes(network: nn.Module) -> None:
     """From now on every norm of the network returns the dtype of its input."""
+    from diffusers.models.normalization import RMSNorm
+
     for module in network.modules():
-        if isinstance(module, NORMS):
-            module.forward = functools.partial(_forward, module)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMSNorm)):
+            vars(module)["forward"] = functools.partial(_forward, module)
 
 
 def _forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

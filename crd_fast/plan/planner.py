@@ -22,6 +22,7 @@ from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.streaming import pinned_bytes
 from crd_fast.plan.blocks import Blocks
+from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
@@ -179,7 +180,7 @@ class Planner:
             kept_graphs=kept_graphs or recipe.train.kept_graphs,
         )
         self.live.peaks.clear()
-        with Unknown(), self.flops, self.live, self.live.in_part("latents"):
+        with cuda_autocast(), Unknown(), self.flops, self.live, self.live.in_part("latents"):
             self._rollout(result, samples)
             self._update(result, samples)
             self._step()

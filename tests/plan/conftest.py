@@ -5,6 +5,7 @@ import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.models import load_model
+from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -100,10 +101,10 @@ class Real:
         updater.accumulate(pairs, latents, self.embeddings, self.empty)
 
     def peaks(self, micro_batch):
-        """Bytes of rollout and update."""
-        with self.live, self.live.in_phase("rollout"):
+        """Bytes of rollout and update, under the rules of the GPU that a plan is for."""
+        with cuda_autocast(), self.live, self.live.in_phase("rollout"):
             latents = self.generate(micro_batch)
-        with self.live, self.live.in_phase("update"):
+        with cuda_autocast(), self.live, self.live.in_phase("update"):
             self.update(latents, micro_batch)
         self.optimizer.zero_grad(set_to_none=True)
         found = {name: self.live.peaks.pop(name).bytes for name in ("rollout", "update")}
