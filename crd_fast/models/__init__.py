@@ -42,14 +42,16 @@ def load_model(
     prompts, ahead, tracked: as of `FlowModel.encode`; they are encoded first, while no transformer is in
     memory.
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
-    family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit.
+    family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit, if the
+    GPU has no bfloat16 where the recipe wants it.
     """
+    from crd_fast.models import checks
+
+    checks.check_gpu(recipe)
     if recipe.model.path in WORLDS:
         return _load_builtin(recipe)
     import diffusers
     import transformers
-
-    from crd_fast.models import checks
 
     for library in (diffusers, transformers):  # bars of their own would run through ours
         library.utils.logging.disable_progress_bar()
@@ -81,17 +83,19 @@ def choose_attention(network: ModelMixin, backend: str) -> None:
 
 
 def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> None:
-    """torch.compile of the blocks that repeat, with room for every set of weights at every batch size.
+    """torch.compile of the blocks that repeat, with room for every set of weights.
 
     Of their forward alone: what brings a block's weights to the device before it, streaming or sharding, runs
     as it is written. Weights are the compiled code's inputs, so blocks of one class share it. The compiled
     forwards with and without gradient are different code: equal weights then predict equally to rounding, not
-    to the bit.
+    to the bit. What varies from call to call, the length of a batch's prompts or how many of its rows are
+    anchored, is made an unknown of the code when it first changes: compiled for each size, blocks would soon
+    reach torch's limit and run as they are written.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in repeated_blocks(network):
-        block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+        block.forward = torch.compile(block.forward, dynamic=None, backend=backend)
 
 
 def _load_builtin(recipe: Recipe) -> FlowModel:

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
-from tests.models.conftest import by_rollout
+from crd_fast.train.update import Updater
+from crd_fast.weights.make import make_weights
+from tests.models.conftest import GROUP, PROMPTS, RESOLUTION, by_rollout, pairs_of_two_prompts
 
 
 def test_the_native_backend_draws_the_same(tiny, recipe):
@@ -32,6 +35,57 @@ def test_a_backend_that_cannot_be_used_is_refused(tiny, recipe, family, backend,
         pytest.skip("flash-attn may be installed beside a GPU")
     with pytest.raises(UserError, match=message):
         load_model(recipe(tiny(family), f"model.attention={backend}"))
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "z-image"])
+def test_other_prompts_and_rows_compile_nothing(tiny, recipe, family):
+    """Once lengths and numbers of rows have changed, no other of them is compiled or runs as written."""
+    prompts = [letter * length for letter, length in zip("abcdefg", (2, 40, 75, 110, 150, 190, 230))]
+    model = load_model(recipe(tiny(family)), prompts)
+    embeddings = model.encode_prompts(prompts)
+    assert len(set(embeddings["length"].tolist())) > 5
+    torch._dynamo.reset()
+    compile_blocks(model.transformer, backend="eager")
+
+    @torch.no_grad()
+    def run(*chosen):
+        x = torch.randn(len(chosen), *model.latent_shape(RESOLUTION))
+        rows = {key: value[list(chosen)] for key, value in embeddings.items()}
+        model.velocity(x, torch.full((len(chosen),), 0.5), rows)
+
+    # of different lengths, which need a mask, of one length, and alone
+    for chosen in [(0, 1), (2, 3, 1), (1, 1), (2, 2, 2), (0,), (1,)]:
+        run(*chosen)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for chosen in [(4, 1, 2, 0), (6, 5), (5, 5, 5, 5), (3, 3), (3,), (6,)]:
+            run(*chosen)
+
+
+def test_a_partial_anchor_compiles_no_more_than_a_whole_one(tiny, recipe):
+    """How many rows of a micro-batch are anchored changes from one to the next."""
+    settings = recipe(tiny("sd3"))
+
+    def graphs(anchors):
+        torch._dynamo.reset()
+        counters.clear()
+        model = load_model(settings, PROMPTS)
+        weights = make_weights(model, settings)
+        with torch.no_grad():
+            weights.trained()[1].add_(0.1)  # or old, being equal, would not be run
+        compile_blocks(model.transformer, backend="eager")
+        latents = torch.randn(2 * GROUP, *model.latent_shape(RESOLUTION))
+        updater = Updater(
+            model, weights, settings.loss, advantage_clip=5.0, precision="fp32", micro_batch=GROUP
+        )
+        for anchored in anchors:
+            anchor = torch.tensor(anchored).float()
+            empty = model.encode_prompts([""])
+            updater.accumulate(pairs_of_two_prompts(anchor), latents, model.encode_prompts(PROMPTS), empty)
+        return counters["stats"]["unique_graphs"]
+
+    two_and_three, four_and_two = [1, 1, 0, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1, 1, 0]
+    few = graphs([two_and_three])
+    assert graphs([[1] * 8]) <= few == graphs([two_and_three, four_and_two])
 
 
 def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
