@@ -106,6 +106,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         "device": lambda device: contextlib.nullcontext(),
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),
         "get_device_name": lambda *_: "pretended",
+        "get_device_capability": lambda *_: (9, 0),
         "Stream": _Stream,
         "Event": _Stream,
         "current_stream": _Stream,

@@ -1,13 +1,29 @@
-"""Is this folder a whole pipeline? Asked before anything of it is loaded."""
+"""Is this folder a whole pipeline, and this GPU one for the recipe? Asked before anything is loaded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
+
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 
 INDEX = "model_index.json"
+
+
+def check_gpu(recipe: Recipe) -> None:
+    """Raises UserError where the recipe computes in bfloat16 on a GPU that has none."""
+    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= (8, 0):
+        return
+    for key, value in (("train.precision", recipe.train.precision), ("model.dtype", recipe.model.dtype)):
+        if value == "bf16":
+            version = ".".join(map(str, capability))
+            raise UserError(
+                f"{key}: bf16 needs a GPU of compute capability 8.0 (Ampere) or later, got "
+                f"{torch.cuda.get_device_name()} with {version}; expected fp32 there"
+            )
 
 
 def read_index(folder: Path) -> dict:

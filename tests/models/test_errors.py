@@ -5,11 +5,15 @@ import shutil
 
 import diffusers
 import pytest
+import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.models.pipeline import PipelineModel
+from tests.pretend_gpu import pretend_gpu
+
+FULL = ("model.method=full", "model.dtype=bf16", "model.snapshots=host", "train.precision=fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +114,23 @@ def test_another_solver(recipe, copy):
     index["scheduler"][1] = "DDIMScheduler"
     (copy / "model_index.json").write_text(json.dumps(index))
     refused(recipe(copy), "expected FlowMatchEulerDiscreteScheduler, got DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or later"),
+        (FULL, "model.dtype: bf16 needs a GPU"),
+    ],
+)
+def test_bfloat16_on_a_gpu_without(tiny, recipe, monkeypatch, overrides, words):
+    settings = recipe(tiny("sd3"), *(overrides or ("train.precision=bf16",)))
+    with pretend_gpu():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        refused(settings, words)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+        with pytest.raises(AssertionError, match="long work was started"):
+            load_model(settings)
 
 
 def test_quantized_weights_cannot_be_trained():
