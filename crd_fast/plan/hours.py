@@ -14,7 +14,6 @@ from crd_fast.plan.planner import Planner
 # What computes less at equal reward by the study of the cost (docs/cost.md), and is taken as one.
 LESS = (
     "train.timesteps=2",
-    "train.timestep_sampling=high-noise",
     "loss.anchor_fraction=0.25",
     "rollout.solver=ab2",
     "rollout.steps=5",
