@@ -90,7 +90,7 @@ def table(study: Study, records: list[dict]) -> str:
             continue
         wanted = None
         measures = [f"eval/{name}" for name in (task.measure, *task.judges)] + task.watched
-        head = ["arm", "seeds", "PFLOP", "samples", "CPU s", *measures, f"PFLOP to {study.baseline}'s end"]
+        head = ["arm", "seeds", "PFLOP", "samples", "seconds", *measures, f"PFLOP to {study.baseline}'s end"]
         lines += [
             f"{name}, held out:",
             "",
@@ -165,7 +165,7 @@ def plot(study: Study, records: list[dict]) -> Figure:
                         axes.plot(*curve, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
                 mean = [np.mean([c[axis] for c in curves], axis=0) for axis in (0, 1)]
                 axes.plot(*mean, color=color, linestyle=style, linewidth=2, label=f"{arm} ({len(runs)})")
-            axes.set_xlabel({"pflop": "PFLOP", "samples": "samples", "seconds": "CPU seconds"}[spent])
+            axes.set_xlabel({"pflop": "PFLOP", "samples": "samples", "seconds": "seconds"}[spent])
             axes.grid(alpha=0.3)
         row[0].set_ylabel(f"{task}: {measure}, held out")
         row[-1].legend(fontsize="small", title="arm (seeds)", loc="lower right")
