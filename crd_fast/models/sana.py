@@ -70,8 +70,9 @@ class SanaModel(PipelineModel):
             max_sequence_length=self.text_length,
             complex_human_instruction=instruction if prompt else None,
         )
-        # attention gives what is masked a weight of exactly 0
-        return {"states": states[0].masked_fill(mask[0, :, None] == 0, 0), "mask": mask[0]}
+        if mask[0].any():  # attention gives what is masked a weight of exactly 0, unless all of it is
+            states = states.masked_fill(mask[..., None] == 0, 0)
+        return {"states": states[0], "mask": mask[0]}
 
     def longest_embeddings(self, prompts: int) -> dict[str, torch.Tensor]:
         mask = torch.ones(prompts, self.text_length, dtype=torch.int64)
