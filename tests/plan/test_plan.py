@@ -119,6 +119,16 @@ def test_families(tiny, recipe, family, quantization):
     assert_close(recipe(tiny(family), f"model.quantization={quantization}"), (4,))
 
 
+def test_what_cudas_autocast_widens_is_planned(tiny, recipe, monkeypatch):
+    """Of a network whose norms are as CUDA's autocast has them: float32."""
+    settings = recipe(tiny("flux"))
+    narrow = Planner(settings).plan(4, 4)
+    monkeypatch.setattr("crd_fast.models.base.keep_dtypes", lambda network: None)
+    assert_close(settings, (4,))
+    wide = Planner(settings).plan(4, 4)
+    assert all(wide.phases[name].bytes > 1.02 * narrow.phases[name].bytes for name in ("rollout", "update"))
+
+
 def test_the_optimizers_state(recipe):
     """Large enough tensors for bitsandbytes to keep in 8 bits."""
     settings = recipe("builtin", "model.lora_rank=64", "train.optimizer=adamw8bit")
