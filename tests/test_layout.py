@@ -71,7 +71,7 @@ def test_all_kinds_of_imports_are_seen():
 # Of torch, where there is no public name; and of what `Tuple._replace` and the like are in Python itself.
 FOREIGN = {
     *("_fields", "_replace", "_foreach_lerp_", "_inductor", "_dynamo", "_cdata", "_overloadpacket"),
-    *("_sleep", "_current_graph_task_id"),
+    *("_sleep", "_current_graph_task_id", "_scoped_library", "_dispatch_has_kernel_for_dispatch_key"),
     *("_parameters", "_buffers", "_local_scalar_dense", "_scaled_dot_product_flash_attention_for_cpu"),
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 }

@@ -36,7 +36,7 @@ from crd_fast.train.trainer import Trainer
 recipe = build_recipe({
     "rewards": {"colorfulness": 1.0},
     "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 3, "steps": 2},
-    "train": {"steps_per_iteration": 1, "timesteps": 1, "micro_batch": int(sys.argv[2])},
+    "train": {"steps_per_iteration": 1, "timesteps": 1, "precision": "fp32", "micro_batch": int(sys.argv[2])},
     "loss": {"method": "push"},
 })
 print(json.dumps(Trainer(recipe, Path(sys.argv[1])).iterate()))
