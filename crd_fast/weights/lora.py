@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,17 +130,23 @@ class LoraWeights(Weights):
     def save_policy(self, folder: Path) -> None:
         """The trained adapter twice: `diffusers/` for `load_lora_weights`, `peft/` for `PeftModel`.
 
-        In folders of their own: diffusers takes the one safetensors file that it finds.
+        alpha / rank is multiplied into B, and beside the tensors alpha is said to be the rank: loaders that
+        read the tensors alone take it for that. In folders of their own: diffusers takes the one safetensors
+        file that it finds.
         """
-        state = get_peft_model_state_dict(self.network, adapter_name="policy")
-        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        self.config.save_pretrained(str(folder / "peft"))
+        strength = self.config.lora_alpha / self.config.r
+        state = {
+            key: value.detach().cpu() * (strength if "lora_B" in key else 1)
+            for key, value in get_peft_model_state_dict(self.network, adapter_name="policy").items()
+        }
+        config = dataclasses.replace(self.config, lora_alpha=self.config.r)
+        config.save_pretrained(str(folder / "peft"))
         prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
         save_file(prefixed, folder / "peft" / "adapter_model.safetensors")
         self.loader.save_lora_weights(
             folder / "diffusers",
             transformer_lora_layers=state,
-            transformer_lora_adapter_metadata=self.config.to_dict(),
+            transformer_lora_adapter_metadata=config.to_dict(),
         )
 
 

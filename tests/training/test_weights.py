@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from crd_fast.errors import UserError
 from crd_fast.models import builtin
@@ -161,6 +162,36 @@ def test_the_adapter_loads_in_diffusers_and_in_peft(tmp_path):
     torch.testing.assert_close(forward(with_diffusers), trained)
     with_peft = PeftModel.from_pretrained(network(), tmp_path / "peft")
     torch.testing.assert_close(forward(with_peft), trained)
+
+
+@pytest.mark.parametrize("folder, prefix", [("diffusers", "transformer."), ("peft", "base_model.model.")])
+def test_the_tensors_of_an_adapter_have_its_full_strength(tmp_path, folder, prefix):
+    """As loaders that read no metadata apply them: base + B A."""
+    weights = LoraWeights(network(), rank=4, alpha=10, targets=TARGETS, seed=3)
+    train_a_little(weights)
+    weights.save_policy(tmp_path)
+    (file,) = (tmp_path / folder).glob("*.safetensors")
+    tensors = load_file(file)
+    plain = network()
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if (up := tensors.pop(f"{prefix}{name}.lora_B.weight", None)) is not None:
+                module.weight += up @ tensors.pop(f"{prefix}{name}.lora_A.weight")
+    assert not tensors
+    torch.testing.assert_close(forward(plain), forward(weights.network))
+    assert not torch.allclose(forward(plain), forward(network()), atol=1e-3)
+
+
+def test_what_is_exported_leaves_the_weights_and_their_resuming_alone(tmp_path):
+    weights = lora()
+    train_a_little(weights)
+    before = {name: value.clone() for name, value in weights.state().items()}
+    optimizer = torch.optim.AdamW(weights.trained())
+    checkpoint.save(tmp_path / "iteration-000001", weights, optimizer, {"iteration": 1}, keep=1)
+    resumed = lora()
+    checkpoint.load(tmp_path / "iteration-000001", resumed, torch.optim.AdamW(resumed.trained()))
+    for state in (weights.state(), resumed.state()):
+        assert all(torch.equal(value, before[name]) for name, value in state.items())
 
 
 def test_full_weights_load_in_diffusers(tmp_path):
