@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from crd_fast.errors import UserError, did_you_mean
+from crd_fast.hints import by_meaning
+from crd_fast.sections import Section
+from crd_fast.yaml_files import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
 class ModelConfig(Section):
@@ -73,6 +72,13 @@ class RolloutConfig(Section):
     resolution: int = Field(512, ge=8)
     micro_batch: Literal["auto"] | int = "auto"
 
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) or re.fullmatch(r"\s*\d+\s*[xX*]\s*\d+\s*", str(value)):
+            raise ValueError(f"expected one number, the side in pixels (pictures are square), got {value}")
+        return value
+
 
 class AdvantageConfig(Section):
     std: Literal["global", "group"] = "global"
@@ -96,7 +102,7 @@ class LossConfig(Section):
     reward_adaptive_kl: bool = True
     anchor_fraction: float = Field(1.0, gt=0, le=1)
     type: Literal["mse", "bce"] = "mse"
-    temperature: float = Field(math.inf, gt=0)
+    temperature: float = Field(math.inf, gt=0, allow_inf_nan=True)
     centering: Literal["prompt", "batch"] = "prompt"
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"  # awm: of the matching error
     clip_range: float | None = Field(None, gt=0)  # awm: bounds the ratio to old; none: the error alone
@@ -146,6 +152,8 @@ class Schedule(Section):
             ) from None
         if begin < 0 or not 0 <= start <= 1 or not 0 <= end <= 1:
             raise ValueError(f"expected begin >= 0 and decays between 0 and 1, got {text!r}")
+        if not 0 <= slope < math.inf:  # a negative one leads below 0
+            raise ValueError(f"expected a finite slope of at least 0, got {text!r}")
         return cls(begin=begin, start=start, slope=slope, end=end)
 
 
@@ -199,8 +207,8 @@ class CheckpointConfig(Section):
 class Recipe(Section):
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: dict[str, Any] = {"geneval": 1.0}  # name: a weight, or settings with a `weight`
-    eval_rewards: dict[str, Any] = {}  # the same, scored at evaluations and never trained on
+    rewards: dict[str, Any] = Field({"geneval": 1.0})  # name: a weight, or settings with a `weight`
+    eval_rewards: dict[str, Any] = Field({})  # the same, scored at evaluations and never trained on
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
@@ -217,6 +225,9 @@ class Recipe(Section):
                 raise ValueError(f"{name}: expected a weight or settings, got {weight!r}")
             if not math.isfinite(weight):
                 raise ValueError(f"{name}: expected a finite weight, got {weight}")
+            for setting, number in value.items() if isinstance(value, dict) else ():
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{name}: {setting}: expected a finite number, got {number}")
         return rewards
 
     @field_validator("rewards")
@@ -308,54 +319,27 @@ def _read(source: str | Path) -> dict:
     return read_yaml(path)
 
 
-def read_yaml(path: Path) -> dict:
-    """A YAML file that holds a mapping, without pydantic's checks."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: expected UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}:{where} is not YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections with keys, got {type(values).__name__}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also takes 3e-4 for a number, as people write it."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _apply(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")
-    if not separator or not dot or not name:
+    if not separator:
         raise UserError(f"--set: expected section.key=value, got {override!r}")
     if section not in Recipe.model_fields:
-        raise UserError(
-            f"--set {override}: unknown section {section!r}{_nearest(section, Recipe.model_fields)}"
-        )
+        raise UserError(f"--set {override}: unknown section {section!r}{_hint(section, Recipe.model_fields)}")
+    value = parse_yaml(text, f"--set {override}")
+    if not dot and isinstance(value, dict):
+        values[section] = value
+        return
+    if not name:
+        raise UserError(f"--set: expected section.key=value, got {override!r}")
     if not isinstance(values.setdefault(section, {}), dict):
         raise UserError(f"{section}: expected a mapping, got {values[section]!r}")
-    try:
-        values[section][name] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    settings = values[section]
+    if "rewards" in section and "." in name.rpartition(":")[2]:  # a setting of one reward
+        reward, _, name = name.rpartition(".")
+        given = settings.get(reward, {})
+        settings[reward] = settings = dict(given if isinstance(given, dict) else {"weight": given})
+    settings[name] = value
 
 
 def _first_mistake(error: ValidationError) -> str:
@@ -372,13 +356,23 @@ def _first_mistake(error: ValidationError) -> str:
         if len(path) > 1:
             section: Any = Recipe.model_fields[path[0]].annotation
             known = section.model_fields
-        return f"unknown key {where!r}{_nearest(path[-1], known)}"
+        return f"unknown key {where!r}{_hint(path[-1], known)}"
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{where}: {message}" if where and where not in message.split(":")[0] else message
     expected = [m["msg"] for m in error.errors() if m["loc"][: len(path)] == mistake["loc"][: len(path)]]
     wanted = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in expected))
-    return f"{where}: expected {wanted}, got {mistake['input']!r}"
+    got = repr(mistake["input"])
+    return f"{where}: expected {wanted}, got {got if len(got) <= 100 else got[:100] + '...'}"
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    """What an unknown key probably means: by its meaning, or else by its spelling."""
+    sections = {
+        name: list(getattr(field.annotation, "model_fields", ()))
+        for name, field in Recipe.model_fields.items()
+    }
+    return by_meaning(word, sections) or _nearest(word, known)
 
 
 def _nearest(word: str, known) -> str:

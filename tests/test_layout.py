@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "crd_fast"
 # A room may import those in earlier rows, whether at the top, in a function or for types alone.
 ROWS = (
-    ("errors",),
-    ("seeds", "worlds"),
+    ("errors", "hints", "sections"),
+    ("seeds", "worlds", "yaml_files"),
     ("config",),
     ("ranks", "prompts"),
     ("models", "rewards"),

@@ -1,11 +1,13 @@
 """Recipes: every mistake is one line that names the key and what was wanted."""
 
 import math
+import re
 
 import pytest
 
 from crd_fast.config import RECIPES, Recipe, Schedule, build_recipe, load_recipe, recipe_names
 from crd_fast.errors import UserError
+from crd_fast.hints import MEANINGS
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -46,6 +48,31 @@ def test_defaults_are_the_published_recipe():
         (["loss.method=nft", "loss.temperature=1"], "temperature: expected inf with method nft, got 1.0"),
         (["loss.clip_range=0.1"], "clip_range: expected null with method crd, got 0.1"),
         (["rewards.geneval=.nan"], "rewards: geneval: expected a finite weight"),
+        (["rewards.ocr.timeout=.inf"], "rewards: ocr: timeout: expected a finite number, got inf"),
+        (["train.learning_rate=true"], "train.learning_rate: expected a number, got true"),
+        (["train.iterations=no"], "train.iterations: expected a number, got false"),
+        (["train.timesteps=yes"], "train.timesteps: expected a number, got true"),
+        (["evaluate.max_prompts=on"], "evaluate.max_prompts: expected a number, got true"),
+        (["train.learning_rate=.inf"], "train.learning_rate: expected a finite number, got inf"),
+        (["train.learning_rate='inf'"], "train.learning_rate: expected a finite number, got 'inf'"),
+        (["train.weight_decay=.nan"], "train.weight_decay: expected a finite number, got nan"),
+        (["train.max_grad_norm=1e999"], "train.max_grad_norm: expected a finite number, got inf"),
+        (["loss.temperature=.nan"], "loss.temperature: expected greater than 0, got nan"),
+        (["loss.temperature=-.inf"], "loss.temperature: expected greater than 0, got -inf"),
+        (["loss.beta=.inf"], "loss.beta: expected a finite number, got inf"),
+        (["checkpoint.minutes=.inf"], "checkpoint.minutes: expected a finite number, got inf"),
+        (
+            ["train.iterations=017"],
+            "--set train.iterations=017: 017 means 15 in YAML: write",
+        ),
+        (["train.iterations=018"], "train.iterations: expected a number without zeros before it, got 018"),
+        (["train.iterations=1:30"], "1:30 means 90 in YAML"),
+        (["train.iterations=2026-99-01"], "is not YAML: month must be in 1..12"),
+        (["snapshots.old=0/0.25/-0.005/0.999"], "snapshots.old: expected a finite slope of at least 0"),
+        (["snapshots.old=0/0.25/nan/0.999"], "snapshots.old: expected a finite slope of at least 0"),
+        (["snapshots.old=0/0.25/inf/0.999"], "snapshots.old: expected a finite slope of at least 0"),
+        (["snapshots.sampler=0/nan/0.1/0.999"], "snapshots.sampler: expected begin >= 0 and decays between"),
+        (["loss={beta: 1, beta: 2}"], "--set loss={beta: 1, beta: 2}: 'beta' stands twice"),
     ],
 )
 def test_mistakes_are_named(overrides, message):
@@ -53,6 +80,48 @@ def test_mistakes_are_named(overrides, message):
         build_recipe({}, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, served",
+    [
+        ("train.lr=1e-4", "unknown key 'train.lr'; here that is train.learning_rate"),
+        ("train.batch_size=8", "rollout.prompts_per_iteration and rollout.samples_per_prompt"),
+        ("train.max_steps=5", "train.iterations"),
+        ("model.rank=8", "model.lora_rank"),
+        ("model.lora_path=x", "`crd-fast train --resume RUN`"),
+        ("train.gradient_accumulation_steps=4", "train.micro_batch"),
+        ("train.gradient-accumulation-steps=4", "train.micro_batch"),
+        ("train.report_to=wandb", "tensorboard/"),
+        ("train.samples_per_prompt=4", "rollout.samples_per_prompt"),
+        (
+            "train.guidance_scale=4",
+            "rollout.guidance_scale or loss.guidance_scale or evaluate.guidance_scale",
+        ),
+        ("evaluate.resolution=1024", "rollout.resolution"),
+        ("lr=1e-4", "unknown section 'lr'; here that is train.learning_rate"),
+        ("rollout.resolution=512x768", "the side in pixels (pictures are square), got 512x768"),
+        ("rollout.resolution=[512, 768]", "the side in pixels (pictures are square), got [512, 768]"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_what_serves_here(override, served):
+    with pytest.raises(UserError) as error:
+        build_recipe({}, [override])
+    assert served in str(error.value) and "did you mean" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_hint_names_keys_that_there_are():
+    keys = {f"{section}.{key}" for section, values in Recipe().model_dump().items() for key in values or ()}
+    for meaning in MEANINGS.values():
+        named = re.findall(r"\b(?:model|rollout|loss|snapshots|train|evaluate|checkpoint)\.\w+", meaning)
+        assert set(named) <= keys
+
+
+def test_a_reward_has_its_settings_and_all_rewards_are_replaced():
+    recipe = build_recipe({"rewards": {"ocr": 2.0}}, ["rewards.ocr.mode=word", "rewards.my.mod:f=1"])
+    assert recipe.rewards == {"ocr": {"weight": 2.0, "mode": "word"}, "my.mod:f": 1}
+    assert build_recipe({"rewards": {"ocr": 2.0}}, ["rewards={my.mod:f: 1}"]).rewards == {"my.mod:f": 1}
 
 
 def test_numbers_as_people_write_them(tmp_path):
@@ -69,6 +138,12 @@ def test_numbers_as_people_write_them(tmp_path):
         (b"- train\n- loss", "expected sections with keys, got list"),
         (b"train: \xff\xfe", "expected UTF-8"),
         (b"train: 3", "train: expected"),
+        (b"loss:\n  beta: 1\n  kl_beta: 0.1\n  beta: 2\n", "line 4: 'beta' stands twice, first in line 2"),
+        (b"loss: {beta: 1}\ntrain: {seed: 1}\nloss: {kl_beta: 0.1}\n", "line 3: 'loss' stands twice"),
+        (b"train:\n  seed: 017\n", "line 2: 017 means 15 in YAML"),
+        (b"train:\n  seed: 1\n  date: 2026-99-01\n", "is not YAML: month"),
+        (b"rewards: {ocr: {weight: 1, weight: 2}}", "'weight' stands twice"),
+        (b"loss: " + b"[" * 5000, "is not YAML"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, content, message):
