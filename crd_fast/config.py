@@ -18,9 +18,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.hints import by_meaning
 from crd_fast.sections import Section
+from crd_fast.worlds import WORLDS
 from crd_fast.yaml_files import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+WORLD_REWARDS = ("geneval", "geneval_strict")  # they read pictures of the built-in world alone
 
 
 class ModelConfig(Section):
@@ -272,6 +274,23 @@ class Recipe(Section):
                 f"({self.rollout.prompts_per_iteration}), got {self.train.steps_per_iteration}"
             )
         return self
+
+    def check_own(self, trains: bool, evaluates: bool) -> None:
+        """Raises UserError where the defaults, of a world that ships, meet another model."""
+        prompts, rewards = {}, {}
+        if trains:
+            prompts["rollout.prompts"], rewards["rewards"] = self.rollout.prompts, self.rewards
+        if evaluates:
+            prompts["evaluate.prompts"] = self.evaluate.prompts
+            rewards |= {"rewards": self.rewards, "eval_rewards": self.eval_rewards}
+        foreign = [key for key, names in rewards.items() if any(name in WORLD_REWARDS for name in names)]
+        foreign += [key for key, name in prompts.items() if name.removesuffix("-heldout") in WORLDS]
+        if foreign and self.model.path not in WORLDS:
+            off = " (or evaluate.every: 0)" if trains and "evaluate.prompts" in foreign else ""
+            raise UserError(
+                f"{', '.join(foreign)}: expected some of its own for {self.model.path}, got those of the "
+                f"small model that ships; set {' and '.join(foreign)}{off}"
+            )
 
     def training_steps(self) -> list[int]:
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the

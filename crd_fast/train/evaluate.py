@@ -29,17 +29,38 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-class Evaluation:
-    """The held-out prompts of a recipe, encoded once."""
+class HeldOut:
+    """What an evaluation asks for and who judges it, checked before anything is encoded or loaded.
 
-    def __init__(self, model, recipe: Recipe, rewards: Rewards, micro_batch: MicroBatch, ranks: Ranks):
+    entries: the prompts with their metadata. judges: the recipe's `eval_rewards`.
+    Raises UserError for prompts or judges that are none, or not for this model.
+    """
+
+    def __init__(self, recipe: Recipe, rewards: Rewards):
+        recipe.check_own(trains=False, evaluates=True)
+        self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        self.judges = Rewards(recipe.eval_rewards)
+        for judge in (rewards, self.judges):
+            judge.check(self.entries)
+
+
+class Evaluation:
+    """The held-out prompts of a recipe, encoded once. held_out: where they have been read before."""
+
+    def __init__(
+        self,
+        model,
+        recipe: Recipe,
+        rewards: Rewards,
+        micro_batch: MicroBatch,
+        ranks: Ranks,
+        held_out: HeldOut | None = None,
+    ):
         config = recipe.evaluate
         self.model, self.recipe, self.rewards = model, recipe, rewards
         self.micro_batch, self.ranks = micro_batch, ranks
-        entries = PromptSource(config.prompts).all(config.max_prompts)
-        self.judges = Rewards(recipe.eval_rewards)
-        for judge in (rewards, self.judges):
-            judge.check(entries)
+        held_out = held_out or HeldOut(recipe, rewards)
+        entries, self.judges = held_out.entries, held_out.judges
         self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
         self.empty = model.encode_prompts([""])

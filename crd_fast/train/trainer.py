@@ -31,7 +31,7 @@ from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.seeds import ROLLOUT, seed_table
-from crd_fast.train.evaluate import Evaluation, to_uint8
+from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -67,6 +67,8 @@ class Trainer:
     ):
         if rewards is not None:
             recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
+        evaluates = recipe.evaluate.every > 0
+        recipe.check_own(trains=True, evaluates=evaluates)
         self.recipe, self.output = recipe, output
         self.throughput = Throughput(row_flops)
         self.observer = Observers(profiling.start(recipe.train.profile), self.throughput, observer)
@@ -84,7 +86,8 @@ class Trainer:
         self.prompts = PromptSource(recipe.rollout.prompts)
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
-        evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        held_out = HeldOut(recipe, self.rewards) if evaluates else None
+        evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(recipe, now, self._drawn(begin, None), self._encoding)
@@ -114,8 +117,12 @@ class Trainer:
             observer=self.observer,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
-        self.evaluation = Evaluation(self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks)
-        self.empty = self.evaluation.empty
+        self.empty = self.model.encode_prompts([""])
+        self.evaluation = None
+        if held_out:
+            self.evaluation = Evaluation(
+                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out
+            )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         self._saved, self._saved_at = -1, time.monotonic()  # iteration of the last checkpoint; or the start
@@ -159,13 +166,13 @@ class Trainer:
             logger.warning("saved iteration %d: crd-fast train --resume %s", self.iteration, self.output)
 
     def _run(self) -> None:
-        if self.iteration == 0 and self.recipe.evaluate.every:
-            self._log_evaluation({"iteration": 0, "step": 0})
+        if self.iteration == 0 and self.evaluation is not None:
+            self._log_evaluation(self.evaluation, {"iteration": 0, "step": 0})
         stopped = False
         while self.iteration < self.recipe.train.iterations and not stopped:
             record = self.iterate()
-            if self._due(self.recipe.evaluate.every):
-                self._log_evaluation(record)
+            if self.evaluation is not None and self._due(self.recipe.evaluate.every):
+                self._log_evaluation(self.evaluation, record)
             else:
                 self._log(record)
             stopped = self.ranks.any(self.stopping.requested)
@@ -316,11 +323,11 @@ class Trainer:
             self.signal.end_iteration(self.ranks)
         return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
 
-    def _log_evaluation(self, record: dict) -> None:
+    def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         started = time.perf_counter()
         try:
-            with self.observer.phase("evaluation", len(self.evaluation)):
-                metrics, images = self.evaluation.run(self.observer)
+            with self.observer.phase("evaluation", len(evaluation)):
+                metrics, images = evaluation.run(self.observer)
         except StopNow:
             if self.iteration:
                 self._log(record)
@@ -328,7 +335,7 @@ class Trainer:
         if not self.ranks.main:
             return
         record |= metrics | {"seconds_eval": time.perf_counter() - started}
-        grid = self.evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
+        grid = evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
         self._log(record, grid)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:

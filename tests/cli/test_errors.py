@@ -36,12 +36,42 @@ def assert_refused(result, *words):
         ("rollout.samples_per_prompt=1", "greater than or equal to 2, got 1"),
         ("rewards.genevil=1", "unknown reward 'genevil', did you mean 'geneval'"),
         ("rewards.nothing:here=1", "'nothing:here' cannot be imported"),
-        ("model.path=somewhere", "model.path: expected builtin"),
         ("model.lora_targets=[nothing]", "'nothing' matches no layer"),
     ],
 )
 def test_recipe_mistakes(run, small, tmp_path, override, words):
     assert_refused(run("train", small, "--output", tmp_path / "run", "--set", override), words)
+    assert not (tmp_path / "run").exists()
+
+
+OWN = ("rollout.prompts=geneval", "rewards={colorfulness: 1}", "evaluate.prompts=geneval-heldout")
+
+
+def with_settings(*settings):
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
+def test_a_model_that_is_none(run, small, tmp_path):
+    result = run("train", small, "--output", tmp_path / "run", *with_settings("model.path=somewhere", *OWN))
+    assert_refused(result, "model.path: expected builtin")
+
+
+@pytest.mark.parametrize(
+    "own, lacks",
+    [
+        ((), "rewards, rollout.prompts, evaluate.prompts: expected some of its own for org/name"),
+        (OWN[1:], "recipe: rollout.prompts: expected"),
+        ((OWN[0], OWN[2]), "rewards: expected some of its own for org/name"),
+        (OWN[:2], "evaluate.prompts: expected some of its own for org/name"),
+        ((*OWN[:2], "evaluate.prompts=builtin-ocr-heldout"), "set evaluate.prompts (or evaluate.every: 0)"),
+        ((*OWN, "eval_rewards={geneval_strict: {}}"), "eval_rewards: expected some of its own"),
+        (("evaluate.every=0",), "rewards, rollout.prompts: expected some of its own for org/name"),
+    ],
+)
+def test_what_belongs_to_the_small_model_is_no_default_of_others(run, small, tmp_path, own, lacks):
+    settings = with_settings("model.path=org/name", *own)
+    result = run("train", small, "--output", tmp_path / "run", *settings)
+    assert_refused(result, lacks.removeprefix("recipe: "))
     assert not (tmp_path / "run").exists()
 
 
