@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from crd_fast.config import Recipe
+from crd_fast.errors import UserError
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
@@ -25,7 +26,16 @@ DECODED = 32
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images (N, height, width, 3) in [0, 1] as a saved picture holds them."""
+    """Images (N, height, width, 3) in [0, 1] as a saved picture holds them.
+
+    Raises UserError where some are not finite: they would be black, and scored like any other.
+    """
+    bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    if bad:
+        raise UserError(
+            f"pictures: expected finite values, got NaN or infinity in {bad} of {len(images)}: "
+            "the weights may have diverged, or overflow in this precision"
+        )
     return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 

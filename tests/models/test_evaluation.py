@@ -1,12 +1,13 @@
 """Evaluations of a pipeline: not made where they are switched off, checked before anything is encoded."""
 
 import pytest
+import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.rewards import Rewards
-from crd_fast.train.evaluate import HeldOut
+from crd_fast.train.evaluate import HeldOut, to_uint8
 from crd_fast.train.trainer import Trainer
 
 
@@ -67,3 +68,25 @@ def test_judges_and_prompts_are_checked_before_anything_is_encoded(
     with pytest.raises(UserError, match=words):
         Trainer(recipe(tiny("sd3"), "evaluate.every=1", setting), tmp_path / "run")
     assert not encoded
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pictures_that_are_not_finite_are_counted_and_refused(value):
+    pictures = torch.rand(5, 4, 4, 3)
+    assert to_uint8(pictures).shape == (5, 4, 4, 3)
+    pictures[1, 0, 0, 0] = pictures[3, 2, 1, 2] = value
+    with pytest.raises(UserError, match="got NaN or infinity in 2 of 5") as error:
+        to_uint8(pictures)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sampler_that_diverged_ends_the_run_in_one_line(tiny, recipe, tmp_path):
+    trainer = Trainer(recipe(tiny("sd3")), tmp_path / "run")
+    for name, tensor in trainer.weights.state().items():
+        if name.startswith("sampler/") and "lora_B" in name:
+            tensor.fill_(float("nan"))
+    with pytest.raises(
+        UserError, match=r"iteration 1: pictures: .* in 3 of 3.*checkpoints .* intact"
+    ) as error:
+        trainer.run()
+    assert "\n" not in str(error.value)
