@@ -240,7 +240,9 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
             for iteration in range(iterations):
                 drawn = source.draw(rollout.prompts_per_iteration, recipe.train.seed, iteration)
                 found.update(entry["prompt"] for entry in drawn)
-        evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        if recipe.evaluate.every:
+            evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+            found.update(entry["prompt"] for entry in evaluated)
     except UserError:
         return None
-    return len(found.union(entry["prompt"] for entry in evaluated))
+    return len(found)
