@@ -1,6 +1,8 @@
 """Rewards: `score(images, prompts, metadata) -> list[float]`, one value an image.
 
 images: uint8, (N, height, width, 3); prompts: N strings; metadata: N dicts, a line of the prompts file each.
+All three are the call's own: a read-only copy of the images (`images.copy()` may be drawn on), deep copies of
+the metadata.
 A reward is named in the recipe: one of `REWARDS`, or `package.module:name` of a function with that
 signature, or of a class with a method `score` and optionally `setup(device)`, `check(metadata)`, which may
 refuse prompts before any work, and `report(images, prompts, metadata) -> dict[str, float]`, what an

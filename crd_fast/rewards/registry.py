@@ -16,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 
 from crd_fast.errors import UserError, did_you_mean
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring
+from crd_fast.rewards.lent import lent_images, lent_metadata
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, failure
 from crd_fast.rewards.workers import Workers, cores
 
 # name: where the class is, imported when it is asked for
@@ -66,7 +67,7 @@ class Rewards:
         """Raises UserError, before any work, if a reward cannot score one of these prompts."""
         for reward in self._rewards.values():
             if hasattr(reward, "check"):
-                reward.check(metadata)
+                reward.check(lent_metadata(metadata))
 
     def close(self) -> None:
         """Ends the workers, which end with this process at the latest."""
@@ -103,7 +104,11 @@ class Rewards:
         for name, reward in self._rewards.items():
             metrics[f"reward/{name}"] = float(values[name].mean())
             if hasattr(reward, "report"):
-                metrics |= reward.report(images, [entry["prompt"] for entry in metadata], metadata)
+                prompts = [entry["prompt"] for entry in metadata]
+                try:
+                    metrics |= reward.report(lent_images(images), prompts, lent_metadata(metadata))
+                except (ValueError, TypeError) as error:
+                    raise UserError(failure(name, error)) from error
         return metrics
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.lent import WRITES, lent_images, lent_metadata, writes_to_images
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
@@ -77,9 +78,8 @@ class Scoring:
     def put(self, images: np.ndarray, metadata: list[dict]) -> None:
         """One call of every reward. Waits where a reward is too far behind. images: uint8 (N, H, W, 3)."""
         prompts = [entry["prompt"] for entry in metadata]
-        for i, lane in enumerate(self._lanes):
-            # a reward that changes its images in place must not change another's
-            lane.put(images if i == 0 else images.copy(), list(prompts), list(metadata))
+        for lane in self._lanes:
+            lane.put(images, prompts, metadata)
 
     def results(self) -> dict[str, np.ndarray]:
         """Each reward's values of everything that was put, float64, in the order of `put`."""
@@ -167,8 +167,11 @@ class _Lane:
             call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
             call.started.set()
             try:
+                images, prompts, metadata = call.arguments
+                given = images if reward.workers else lent_images(images)  # a worker makes its own copy
                 with torch.no_grad():
-                    return checked(reward.name, reward.score(*call.arguments), len(call.arguments[0]))
+                    values = reward.score(given, list(prompts), lent_metadata(metadata))
+                return checked(reward.name, values, len(images))
             except (ConnectionError, TimeoutError) as error:
                 if not retries_left:
                     tried = f", {reward.retries} retries" if reward.retries else ""
@@ -200,6 +203,8 @@ def checked(name: str, values, count: int) -> np.ndarray:
 
 def failure(name: str, error: BaseException) -> str:
     """One line: which reward raised what, and where."""
+    if writes_to_images(error):
+        return f"reward {name}: {WRITES}{_where(error)}"
     return f"reward {name}: {_what(error)}{_where(error)}"
 
 

@@ -34,6 +34,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import checked
 from crd_fast.rewards.workers import RewardFailed, Workers
@@ -107,7 +108,7 @@ class Worker:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
             log.exception("reward %s failed", self.name)
-            raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
+            raise Refused(500, _failed(self.name, error)) from None
         try:
             return {"scores": checked(self.name, values, len(images)).tolist()}
         except UserError as error:
@@ -130,6 +131,13 @@ class Worker:
             log.exception("reward %s failed", self.name)
             raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
         return {}
+
+
+def _failed(name: str, error: BaseException) -> str:
+    """Without the place in the reward's file, which is nothing that a client should know."""
+    if writes_to_images(error):
+        return f"reward {name}: {WRITES}"
+    return f"reward {name}: {type(error).__name__}: {error}"
 
 
 def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()) -> FastAPI:
@@ -252,7 +260,7 @@ def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], lis
                 images[i] = np.asarray(image.convert("RGB"))
         except Exception:  # whatever a decoder raises on bytes that somebody sent
             raise Refused(400, f"images: image {i} is a broken PNG") from None
-    return images, prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
+    return read_only(images), prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
 
 
 def _fields(body: bytes, *names: str) -> dict:

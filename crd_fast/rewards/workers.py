@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, failure
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
@@ -298,15 +299,15 @@ class _Memory:
         self._memory: SharedMemory | None = None
 
     def pictures(self, memory: str | None, found: Any) -> np.ndarray:
-        """A copy, which the reward may keep or change."""
+        """A read-only copy, which the reward may keep."""
         if memory is None:
-            return found
+            return read_only(found)
         if self._memory is None or self._memory.name != memory:
             if self._memory is not None:
                 self._memory.close()
             self._memory = SharedMemory(memory)
         shape, dtype = found
-        return np.array(np.ndarray(shape, dtype, buffer=self._memory.buf))
+        return read_only(np.array(np.ndarray(shape, dtype, buffer=self._memory.buf)))
 
 
 def _end_with_parent() -> None:

@@ -50,6 +50,40 @@ def brightness(images, prompts, metadata):
     return [float(image.max()) / 255 for image in images]
 
 
+class Meddler:
+    """Writes wherever it is let."""
+
+    def check(self, metadata):
+        for entry in metadata:
+            entry["prompt"] = "checked"
+
+    def score(self, images, prompts, metadata):
+        self.check(metadata)
+        return [0.0] * len(images)
+
+    def report(self, images, prompts, metadata):
+        self.check(metadata)
+        return {"brightest": float(images.max())}
+
+
+class Painter(Meddler):
+    def report(self, images, prompts, metadata):
+        images[:] = 0
+        return {}
+
+
+def test_check_and_report_get_copies_as_well():
+    images, metadata = pictures(0, 255), entries(2)
+    rewards = Rewards({Meddler: 1.0})
+    rewards.check(metadata)
+    values = rewards.score(images, metadata)
+    assert rewards.report(images, metadata, values)["brightest"] == 255
+    assert metadata == entries(2)
+    with pytest.raises(UserError, match="Painter: writes to its images, which are read-only"):
+        Rewards({Painter: 1.0}).report(images, metadata, {f"{__name__}:Painter": np.zeros(2)})
+    assert images.max() == 255
+
+
 class Constant:
     def __init__(self, value):
         self.value = value

@@ -196,14 +196,56 @@ def test_values_of_any_numeric_type():
 
 
 def test_a_reward_that_changes_its_images_changes_no_other_s():
+    """By torch, which takes no notice that an array is read-only."""
+
     def blacken(images, prompts, metadata):
-        images[:] = 0
+        torch.from_numpy(images).zero_()
         return first_pixel(images, prompts, metadata)
 
-    for _ in range(5):
-        with Scoring([Reward("first", blacken), Reward("second", first_pixel)]) as working:
-            working.put(image(9), entries("a"))
-            assert working.results()["second"].tolist() == [9.0]
+    kept = image(9)
+    for first, second in (("blackens", "reads"), ("reads", "blackens")):
+        functions = {"blackens": blacken, "reads": first_pixel}
+        with Scoring([Reward(name, functions[name]) for name in (first, second)]) as working:
+            working.put(kept, entries("a"))
+            values = working.results()
+        assert values["reads"].tolist() == [9.0] and values["blackens"].tolist() == [0.0]
+    assert (kept == 9).all()
+
+
+def test_a_reward_that_writes_to_its_images_is_named():
+    def marks(images, prompts, metadata):
+        images[:] = 255
+        return first_pixel(images, prompts, metadata)
+
+    with Scoring([Reward("marks", marks)]) as working:
+        working.put(image(9), entries("a"))
+        with pytest.raises(
+            UserError,
+            match=r"^reward marks: writes to its images, which are read-only; .*test_scoring.py line",
+        ):
+            working.results()
+
+
+def test_a_reward_that_edits_its_metadata_edits_its_own():
+    """Not the prompts that are trained on, not another reward's, not that of the prompt's other samples."""
+    seen = []
+
+    def edits(images, prompts, metadata):
+        for entry in metadata:
+            entry["prompt"] = entry["prompt"].upper()
+            entry["include"].append("x")
+        seen.append([len(entry["include"]) for entry in metadata])
+        prompts.clear()
+        return [0.0] * len(images)
+
+    metadata = [{"prompt": "a", "include": []}] * 2
+    for _ in range(2):
+        with Scoring(
+            [Reward("edits", edits), Reward("reads", lambda i, p, m: [len(p[0])] * len(m))]
+        ) as working:
+            working.put(image(1, 2), metadata)
+            assert working.results()["reads"].tolist() == [1.0, 1.0]
+    assert seen == [[1, 1]] * 2 and metadata == [{"prompt": "a", "include": []}] * 2
 
 
 def test_the_threads_end_with_the_scoring():

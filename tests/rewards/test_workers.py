@@ -50,6 +50,11 @@ def wait_for(count, pattern):
         time.sleep(0.01)
 
 
+def paints(images, prompts, metadata):
+    images[:] = 0
+    return [0.0] * len(images)
+
+
 def mean(images, prompts, metadata, scale=1.0):
     return [scale * float(image.mean()) + len(prompt) for image, prompt in zip(images, prompts)]
 
@@ -259,6 +264,12 @@ def test_what_is_remote_is_tried_again(rewards, monkeypatch, folder):
         file.unlink()
     with pytest.raises(UserError, match="ConnectionRefusedError: no one there, 1 retries"):
         scored(rewards("remote", workers=1, retries=1), pictures(1), ["a"])
+
+
+@pytest.mark.parametrize("workers", [{}, {"workers": 1}])
+def test_a_worker_s_pictures_are_read_only_as_well(rewards, workers):
+    with pytest.raises(UserError, match="workers_mine:paints: writes to its images, which are read-only"):
+        scored(rewards("paints", **workers), pictures(1), ["a"])
 
 
 def test_check_and_report_are_the_workers(rewards, folder):
