@@ -1,12 +1,16 @@
 """Where prompts come from: the built-in world, GenEval's categories, a generator of written words, or a file.
 
-A file is `.jsonl` (one object a line with `prompt` and whatever metadata the reward needs, as GenEval's
-files are) or anything else: one prompt a line, empty lines skipped.
+A file is UTF-8 and one of: `.jsonl`, one object a line with `prompt` and whatever metadata the reward needs,
+as GenEval's files are; `.json`, a list of such objects or of texts; `.csv` or `.tsv`, a table with a column
+`prompt`, its other columns metadata as text; `.txt`, one prompt a line, empty lines skipped.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -83,36 +87,102 @@ class PromptSource:
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Raises UserError naming the line if the file is empty, not UTF-8 or malformed."""
+    """Raises UserError naming the line if the file is of no known kind, empty, not UTF-8 or malformed."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"prompts: {path}: cannot be read: {error.strerror}") from None
-    entries = []
-    for number, line in enumerate(data.splitlines(), start=1):
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise UserError(f"prompts: {path}: expected a name that ends in {', '.join(READERS)}")
+    lines = []
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
         try:
-            text = line.decode("utf-8").strip()
+            lines.append(line.decode("utf-8").removeprefix("\ufeff"))  # the mark that some editors begin with
         except UnicodeDecodeError:
             raise UserError(f"prompts: {path} line {number}: expected UTF-8 text") from None
-        if text:
-            entries.append(_entry(text, path, number) if path.suffix == ".jsonl" else {"prompt": text})
+    entries = list(READERS[kind](lines, path))
     if not entries:
         raise UserError(f"prompts: {path}: expected at least one prompt, got an empty file")
     return entries
 
 
-def _entry(text: str, path: Path, number: int) -> dict:
+def _lines(lines: list[str], path: Path) -> Iterator[dict]:
+    return ({"prompt": line.strip()} for line in lines if line.strip())
+
+
+def _json_lines(lines: list[str], path: Path) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield _entry(_parsed(line.strip(), where), where)
+
+
+def _json_list(lines: list[str], path: Path) -> Iterator[dict]:
+    if not any(line.strip() for line in lines):
+        return
+    found = _parsed("".join(lines), str(path))
+    if not isinstance(found, list):
+        raise UserError(f"prompts: {path}: expected a list of prompts, got {type(found).__name__}")
+    for number, item in enumerate(found, start=1):
+        yield _entry({"prompt": item} if isinstance(item, str) else item, f"{path} entry {number}")
+
+
+def _table(lines: list[str], path: Path, delimiter: str) -> Iterator[dict]:
+    """The column `prompt`, however it is capitalised; the others are metadata, as text."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    columns: list[str] = []
     try:
-        entry = json.loads(text)
+        for row in rows:
+            where = f"{path} line {rows.line_num}"
+            if not any(field.strip() for field in row):
+                continue
+            if not columns:
+                columns = [_column(name) for name in row]
+                if columns.count("prompt") != 1 or len(set(columns)) < len(columns):
+                    wanted = "columns that differ with one `prompt` among them"
+                    raise UserError(f"prompts: {where}: expected {wanted}, got {', '.join(row)[:200]!r}")
+                continue
+            if len(row) != len(columns):
+                raise UserError(f"prompts: {where}: expected {len(columns)} fields, got {len(row)}")
+            entry = dict(zip(columns, row)) | {"prompt": row[columns.index("prompt")].strip()}
+            if not entry["prompt"]:
+                raise UserError(f"prompts: {where}: expected a prompt, got none")
+            yield _entry(entry, where)
+    except csv.Error as error:
+        raise UserError(f"prompts: {path} line {rows.line_num}: {error}") from None
+
+
+def _column(name: str) -> str:
+    name = name.strip()
+    return "prompt" if name.lower() == "prompt" else name
+
+
+READERS: dict[str, Callable[[list[str], Path], Iterator[dict]]] = {
+    ".txt": _lines,
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".csv": functools.partial(_table, delimiter=","),
+    ".tsv": functools.partial(_table, delimiter="\t"),
+}
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"prompts: {path} line {number}: not JSON: {error.msg}") from None
+        raise UserError(f"prompts: {where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"prompts: {where}: not JSON: a number or a nesting that is too long") from None
+
+
+def _entry(entry: Any, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(
-            f"prompts: {path} line {number}: expected an object with a `prompt`, got {text[:60]!r}"
-        )
+        got = repr(entry)[:60]
+        raise UserError(f"prompts: {where}: expected an object with a `prompt`, got {got}")
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
         try:
             check_metadata(entry)
         except ValueError as error:
-            raise UserError(f"prompts: {path} line {number}: {error}") from None
+            raise UserError(f"prompts: {where}: {error}") from None
     return entry
