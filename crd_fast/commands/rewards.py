@@ -19,7 +19,9 @@ def score(
             help="A reward that ships (ocr, geneval, ...), package.module:name, or a server's address."
         ),
     ],
-    images: Annotated[Path, typer.Option(help="A folder of pictures, taken in order of their names.")],
+    images: Annotated[
+        Path, typer.Option(help="A folder of pictures, in natural order of names: 2 before 10.")
+    ],
     prompts: Annotated[
         Path,
         typer.Option(

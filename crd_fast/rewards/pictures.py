@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def score_folder(reward: str, settings: dict, folder: Path, prompts: Path) -> list[dict]:
-    """The pictures in order of their names, each with the prompt on the same line and its score.
+    """The pictures in natural order of their names (2 before 10), each with the prompt on the same line and
+    its score.
 
     Returns dicts with `image`, `prompt` and `score`. Pictures of one size are scored together, in calls of
     at most 64 that do not part pictures of one prompt.
@@ -48,10 +51,20 @@ def score_folder(reward: str, settings: dict, folder: Path, prompts: Path) -> li
 def image_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--images {folder}: expected a folder of pictures, found none")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES), key=natural)
     if not paths:
         raise UserError(f"--images {folder}: expected pictures ({', '.join(SUFFIXES)}), found none")
+    for path, other in itertools.pairwise(paths):
+        if natural(path) == natural(other):
+            names = f"{path.name} and {other.name}"
+            raise UserError(f"--images {folder}: expected names in one order, got {names} for one place")
     return paths
+
+
+def natural(path: Path) -> list[tuple[int, str]]:
+    """A name's place in natural order, 2 before 10, whatever its suffix and its leading zeros."""
+    parts = re.split("([0-9]+)", path.stem)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crd_fast.errors import UserError
+from crd_fast.rewards.pictures import image_paths
 from tests.rewards.conftest import assert_refused
 
 
@@ -36,6 +38,16 @@ def test_score_prints_a_table_and_writes_json(inside, mine, folder):
         ],
     }
     assert_refused(inside(*command, "--reward", "mine:redness"), "--json scores.json: already exists")
+
+
+def test_numbered_pictures_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("10.png", "2.png", "a10b.png", "a9b.png", "1.jpg", "001.webp"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"got .*1.* and .*1.* for one place"):
+        image_paths(tmp_path)
+    (tmp_path / "001.webp").unlink()
+    found = [path.name for path in image_paths(tmp_path)]
+    assert found == ["1.jpg", "2.png", "10.png", "a9b.png", "a10b.png"]
 
 
 def test_score_refuses_in_one_line(inside, mine, folder):
