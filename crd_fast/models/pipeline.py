@@ -26,7 +26,6 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
-from crd_fast.models.prompt_checks import PromptChecks, check_tokenizers
 
 
 class PipelineModel(FlowModel):
@@ -198,7 +197,6 @@ class PipelineModel(FlowModel):
 
         Where it lacks any, those of `ahead` as well, as long as all together are within the cache's cap.
         """
-        check_tokenizers(self.folder, self.index)
         cache, now = self._prompts, set(prompts := list(prompts))
         if all(prompt in cache for prompt in now):
             return
@@ -207,19 +205,15 @@ class PipelineModel(FlowModel):
         sizes = list(map(cache.size, wanted))
         held, largest = sum(sizes), max(sizes)
         with self._text_encoders() as pipe:
-            tokens = {name: count for name, (_, count) in self.text_encoders().items()}
-            checks = PromptChecks(pipe, tokens, self.folder)
             for prompt in tracked(missing):
                 if prompt not in now and held + largest > cache.limit:
                     continue
-                checks.see(prompt)
                 # one at a time: how a prompt comes out must not depend on its neighbours
                 embeddings = self._encode(pipe, prompt)
                 cache.put(prompt, {key: v.cpu().contiguous() for key, v in embeddings.items()}, wanted)
                 held += cache.size(prompt)
                 largest = max(largest, cache.size(prompt))
-            checks.say()
-            del pipe, checks
+            del pipe
 
     @contextmanager
     def _text_encoders(self) -> Iterator[DiffusionPipeline]:
