@@ -150,7 +150,7 @@ def mean_curve(runs: Runs, measure: str) -> tuple[np.ndarray, np.ndarray]:
 def plot(study: Study, records: list[dict]) -> Figure:
     """The measure against PFLOP, samples and seconds, a row for each task; thin lines are the seeds."""
     tasks = [task for task in study.tasks if by_arm(study, records, task)]
-    figure = Figure(figsize=(13, 3.9 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(15, 3.9 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(SPENT), squeeze=False, sharey="row")
     for row, task in zip(panels, tasks):
         measure = study.tasks[task].measure
@@ -165,10 +165,10 @@ def plot(study: Study, records: list[dict]) -> Figure:
                         axes.plot(*curve, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
                 mean = [np.mean([c[axis] for c in curves], axis=0) for axis in (0, 1)]
                 axes.plot(*mean, color=color, linestyle=style, linewidth=2, label=f"{arm} ({len(runs)})")
-            axes.set_xlabel({"pflop": "PFLOP", "samples": "samples", "seconds": "seconds"}[spent])
+            axes.set_xlabel({"pflop": "PFLOP"}.get(spent, spent))
             axes.grid(alpha=0.3)
         row[0].set_ylabel(f"{task}: {measure}, held out")
-        row[-1].legend(fontsize="small", title="arm (seeds)", loc="lower right")
+        row[-1].legend(fontsize="small", title="arm (seeds)", loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
 
 
