@@ -1,11 +1,11 @@
 """Recipes for cards of 8 to 80 GB, from plans: `python -m tools.card_recipes [--plan [MODEL ...]]`.
 
-With `--plan` each model is planned with its base in bfloat16, in 4 bits, and in 4 bits with its blocks
-streamed from the host, each where the one before does not fit the smallest card, at micro-batches of 1, 4 and
-24, until one does not fit the largest card: minutes each, written to `benchmarks/results/cards.json`; what is
-there already is not planned again. Then, with or without it, a recipe for each model and card is written to
-`crd_fast/recipes/`, and their plans to `docs/cards.md`. A card gets the first of the three that fits it: each
-costs more than the one before, rounding, then time.
+With `--plan` each model is planned on the common card of each size: its base in bfloat16, or in 4 bits, or
+in 4 bits with its blocks streamed from the host, the first that fits; then what `plan --hours 24` changes so
+that the run ends within a day. And in the published shape on the largest card. Plans are written to
+`benchmarks/results/cards.json`; what is there already is not planned again. Then, with or without it, a
+recipe for each model and card, and one in the published shape, is written to `crd_fast/recipes/`, and their
+plans to `docs/cards.md`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ from pathlib import Path
 
 import yaml
 
-from crd_fast.config import RECIPES, build_recipe
-from crd_fast.models.pipeline import encodes_on_gpu
-from crd_fast.plan.fit import RESERVED
-from crd_fast.plan.gpus import GIB
-from crd_fast.plan.planner import Planner
+from crd_fast.config import RECIPES, Recipe, build_recipe
+from crd_fast.plan.cost import EFFICIENCY, cost
+from crd_fast.plan.fit import RESERVED, Fit, fit
+from crd_fast.plan.gpus import BY_NAME, GIB
+from crd_fast.plan.hours import within
+from crd_fast.plan.text import size_of
 from crd_fast.run.machine import git_commit
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "cards.json", ROOT / "docs" / "cards.md"
-CARDS = (8, 12, 16, 24, 80)
-IN_UPDATE, IN_ROLLOUT = ("measure", "update", "step"), ("rollout", "decode")
-SIZES = (1, 4, 24)  # the whole group at once needs a forward less
-BASES = {
-    "bfloat16": {},
-    "NF4": {"quantization": "nf4"},
-    "NF4, streamed": {"quantization": "nf4", "streaming": True},
-}
+CARDS = {8: "rtx-4060", 12: "rtx-3060", 16: "rtx-4080", 24: "rtx-4090", 80: "h100"}  # of each size, GB
+PAPER = "paper"  # the published shape, on the largest card
+HOURS = 24
+SAVINGS = ("model.quantization=nf4", "model.streaming=true")
 MODELS = {  # name: title, hub id, guidance of the anchor
     "sd3.5-medium": ("Stable Diffusion 3.5 medium", "stabilityai/stable-diffusion-3.5-medium", 4.5),
     "sd3.5-large": ("Stable Diffusion 3.5 large", "stabilityai/stable-diffusion-3.5-large", 4.5),
@@ -46,120 +43,135 @@ MODELS = {  # name: title, hub id, guidance of the anchor
 
 INTRODUCTION = """# Recipes for cards of 8 to 80 GB
 
-512 x 512, groups of 24, 48 prompts an iteration, LoRA of rank 32, activation checkpointing, 8-bit AdamW, the
-prompts and the reward of `ocr`: change `rollout`, `rewards` and `evaluate` to your own. Run one with
-`crd-fast train flux.1-dev-12gb`, look at it with `--print-config`.
+LoRA of rank 32, 8-bit AdamW, the prompts and the reward of `ocr`: change `rollout`, `rewards` and `evaluate`
+to your own. Run one with `crd-fast train flux.1-dev-12gb`, look at it with `--print-config`.
+
+Each is what `crd-fast plan --gpu CARD --hours {hours}` makes of the published shape (48 prompts of 24
+samples, all 10 timesteps, every pair anchored, 400 iterations, 512 x 512; `MODEL-paper`) on the common card
+of its size: first what [costs no reward](cost.md), then smaller groups, down to 8, fewer prompts, fewer
+iterations, smaller pictures. Where all that does not suffice the hours say so.
 
 Written by `python -m tools.card_recipes` from [plans](../benchmarks/results/cards.json), which name their
 commits. They are plans: none of these recipes has been run on a GPU yet. GB are 2^30 bytes; `needs` is the
-highest phase and {reserved} for the driver and libraries, a guess. Micro-batches are those of the update and
-of the rollout, and change no number but by rounding. Text encoders that do not fit work on the host, once for
-each prompt.
+highest phase and {reserved} for the driver and libraries, a guess. Hours: what no program can beat, and at
+{efficiency:.0%} of the card's peak, an assumption; the reward is read on one CPU thread, beside the rollout.
+Micro-batches, of the update and of the rollout, change no number but by rounding. Text encoders that do not
+fit work on the host, once for each prompt.
 """
+COLUMNS = (
+    "card",
+    "base",
+    "prompts x samples x timesteps",
+    "iterations",
+    "pixels",
+    "micro-batches",
+    "needs",
+    "hours",
+    "encoders",
+)
 
 
-def recipe(name: str, base: str, update: int, rollout: int) -> dict:
-    """What the recipe says beside the defaults. update, rollout: micro-batches."""
+def published(name: str) -> Recipe:
+    """The published shape, with the model's base in bfloat16."""
     _, hub_id, guidance = MODELS[name]
+    return build_recipe(
+        {
+            "model": {"path": hub_id},
+            "rollout": {"prompts": "ocr-words", "resolution": 512},
+            "rewards": {"ocr": {"mode": "scene", "workers": "auto"}},
+            "loss": {"guidance_scale": guidance},
+            "evaluate": {"prompts": "ocr-words-heldout", "max_prompts": 96},
+        }
+    )
+
+
+def planned(name: str, size: int | str) -> dict:
+    """What the recipe for this card, or the published shape, changes and takes."""
+    card = BY_NAME[CARDS[max(CARDS) if size == PAPER else int(size)]]
+    start = published(name)
+    found: Fit
+    if size == PAPER:
+        *_, found = fit(start, card.memory, SAVINGS)
+    else:
+        found = within(start, card.memory, card, HOURS, savings=SAVINGS)
+    recipe = build_recipe(start.model_dump(), found.overrides)
+    takes = cost(recipe, found.plan, card)
     return {
-        "model": {"path": hub_id, **BASES[base]},
-        "rollout": {"prompts": "ocr-words", "resolution": 512, "micro_batch": rollout},
-        "rewards": {"ocr": {"mode": "scene"}},
-        "loss": {"guidance_scale": guidance},
-        "train": {"micro_batch": update},
-        "evaluate": {"prompts": "ocr-words-heldout", "max_prompts": 96},
+        "commit": git_commit(),
+        "card": card.name,
+        "overrides": found.overrides,
+        "fits": not found.missing,
+        "needed_bytes": found.needed,
+        "host_bytes": found.plan.host_bytes,
+        "encodes_on_gpu": found.encodes_on_gpu,
+        "phases": {phase: peak.bytes for phase, peak in found.plan.phases.items()},
+        "pflop_per_iteration": sum(found.plan.flops.values()) / 1e15,
+        "hours": {"bound": takes.bound_hours, "estimate": takes.hours},
     }
 
 
 def plan_model(name: str, plans: dict) -> None:
-    """Adds the model's plans, by base and micro-batch: bytes of each phase and of its parts."""
-    for base in BASES:
-        if plans.get(name) and choose(plans[name], min(CARDS)):
-            return
-        done = plans.setdefault(name, {}).setdefault(base, {})
-        planner = None
-        for size in SIZES:
-            if any(smallest(plan) > max(CARDS) * GIB - RESERVED for plan in done.values()):
-                break
-            if str(size) in done:
-                continue
-            planner = planner or Planner(build_recipe(recipe(name, base, 1, 1)))
-            found = planner.plan(size, size).to_json()
-            done[str(size)] = {"commit": git_commit(), "phases": found["phases"]}
-            phases = ", ".join(f"{p} {v['bytes'] / GIB:.2f}" for p, v in found["phases"].items())
-            print(f"{name}, {base}, micro-batch {size}: {phases} GB", flush=True)
-            RESULT.write_text(json.dumps({"reserved_bytes": RESERVED, "plans": plans}, indent=1) + "\n")
+    for size in (*map(str, CARDS), PAPER):
+        done = plans.setdefault(name, {})
+        if size in done:
+            continue
+        done[size] = planned(name, size)
+        hours, needed = done[size]["hours"]["estimate"], done[size]["needed_bytes"] / GIB
+        print(
+            f"{name} {size}: {needed:.1f} GB, {hours:.0f} h: {' '.join(done[size]['overrides'])}", flush=True
+        )
+        RESULT.write_text(json.dumps({"reserved_bytes": RESERVED, "plans": plans}, indent=1) + "\n")
 
 
-def smallest(plan: dict) -> int:
-    """Bytes of the lesser of rollout and update: where this does not fit, neither does with more samples."""
-    return min(plan["phases"]["rollout"]["bytes"], plan["phases"]["update"]["bytes"])
+def recipe_name(name: str, size: str) -> str:
+    return f"{name}-{PAPER}" if size == PAPER else f"{name}-{size}gb"
 
 
-def choose(plans: dict, card: int) -> tuple[str, int, int] | None:
-    """Base and micro-batches of update and rollout, the largest that fit. None if none fits."""
-    room = card * GIB - RESERVED
-    for base in plans:
-        largest = []
-        for phases in (IN_UPDATE, IN_ROLLOUT):
-            sizes = [
-                int(size)
-                for size, plan in plans[base].items()
-                if all(plan["phases"][phase]["bytes"] <= room for phase in phases)
-            ]
-            largest.append(max(sizes, default=0))
-        if min(largest):
-            return base, *largest
-    return None
-
-
-def yaml_text(name: str, card: int, chosen: tuple[str, int, int]) -> str:
-    base, update, rollout = chosen
-    lines = [f"# {MODELS[name][0]} on a card of {card} GB: base in {base}. The plan is in docs/cards.md."]
-    for section, values in recipe(name, base, update, rollout).items():
+def yaml_text(name: str, size: str, plan: dict) -> str:
+    recipe = build_recipe(published(name).model_dump(), plan["overrides"])
+    where = f"on a card of {size} GB, for a day" if size != PAPER else "in the published shape"
+    lines = [f"# {MODELS[name][0]} {where}. The plan is in docs/cards.md."]
+    for section, values in recipe.model_dump(exclude_defaults=True).items():
         text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
         lines.append(f"{section + ':':10} {text}")
     return "\n".join(lines) + "\n"
 
 
-def row(name: str, card: int, plans: dict, chosen: tuple[str, int, int]) -> str:
-    base, update, rollout = chosen
-    at_update, at_rollout = (plans[base][str(size)]["phases"] for size in (update, rollout))
-    phases = {phase: at_update[phase] for phase in IN_UPDATE} | {
-        phase: at_rollout[phase] for phase in IN_ROLLOUT
-    }
-    needed = max(phase["bytes"] for phase in phases.values()) + RESERVED
-    encoders = encodes_on_gpu(at_update["encode"]["parts"]["text encoders"], card * GIB - RESERVED)
+def row(name: str, size: str, plan: dict) -> str:
+    recipe = build_recipe(published(name).model_dump(), plan["overrides"])
+    label = size + " GB" if size != PAPER else "published shape"
+    if not plan["fits"]:
+        return f"| {label}, {plan['card']} | does not fit |" + " |" * (len(COLUMNS) - 2)
+    base = {"none": "bfloat16", "nf4": "NF4", "int8": "int8"}[recipe.model.quantization]
+    rollout, train = recipe.rollout, recipe.train
+    timesteps = len(recipe.training_steps()) if train.timesteps == "all" else train.timesteps
+    host = f" + {size_of(plan['host_bytes'])} of the host" if plan["host_bytes"] else ""
     cells = [
-        f"[{card} GB](../crd_fast/recipes/{name}-{card}gb.yaml)",
-        base,
-        f"{update} / {rollout}",
-        *(f"{phases[phase]['bytes'] / GIB:.1f}" for phase in ("rollout", "decode", "update")),
-        f"{needed / GIB:.1f}",
-        "GPU" if encoders else "host",
+        f"[{label}](../crd_fast/recipes/{recipe_name(name, size)}.yaml), {plan['card']}",
+        base + (", streamed" if recipe.model.streaming else ""),
+        f"{rollout.prompts_per_iteration} x {rollout.samples_per_prompt} x {timesteps}",
+        str(train.iterations),
+        str(rollout.resolution),
+        f"{train.micro_batch} / {rollout.micro_batch}",
+        f"{plan['needed_bytes'] / GIB:.1f} GB{host}",
+        f"{plan['hours']['bound']:.3g} to {plan['hours']['estimate']:.3g}",
+        "GPU" if plan["encodes_on_gpu"] else "host",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def write(plans: dict) -> None:
-    page = [INTRODUCTION.format(reserved=f"{RESERVED / GIB:g}")]
-    for name, bases in plans.items():
-        page += [f"## {MODELS[name][0]}", ""]
-        page += [
-            "| card | base | micro-batches | rollout | decode | update | needs | text encoders |",
-            "|---" * 8 + "|",
-        ]
-        for card in CARDS:
-            path = RECIPES / f"{name}-{card}gb.yaml"
-            chosen = choose(bases, card)
-            if chosen is None:
+    page = [INTRODUCTION.format(reserved=f"{RESERVED / GIB:g}", hours=HOURS, efficiency=EFFICIENCY)]
+    for name, sizes in plans.items():
+        page += [f"## {MODELS[name][0]}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for size, plan in sizes.items():
+            path = RECIPES / f"{recipe_name(name, size)}.yaml"
+            if plan["fits"]:
+                path.write_text(yaml_text(name, size, plan))
+            else:
                 path.unlink(missing_ok=True)
-                page.append(f"| {card} GB | does not fit |" + " |" * 6)
-                continue
-            path.write_text(yaml_text(name, card, chosen))
-            page.append(row(name, card, bases, chosen))
+            page.append(row(name, size, plan))
         page.append("")
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(page).rstrip() + "\n")
 
 

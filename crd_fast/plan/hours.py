@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.cost import EFFICIENCY, cost
-from crd_fast.plan.fit import Fit, fit
+from crd_fast.plan.fit import SAVINGS, Fit, fit
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Planner
 
@@ -28,13 +28,20 @@ FEWER = {
 MICRO_BATCHES = ("train.micro_batch", "rollout.micro_batch", "train.kept_graphs")
 
 
-def within(recipe: Recipe, memory: int, card: Card, hours: float, efficiency: float = EFFICIENCY) -> Fit:
+def within(
+    recipe: Recipe,
+    memory: int,
+    card: Card,
+    hours: float,
+    efficiency: float = EFFICIENCY,
+    savings: tuple[str, ...] = SAVINGS,
+) -> Fit:
     """The recipe with as few changes as bring its estimate under `hours`, or with all of them.
 
     Memory comes first: what does not fit has no hours. Micro-batches are found anew at the end. Raises
     UserError where the recipe has no estimate.
     """
-    *_, found = fit(recipe, memory)
+    *_, found = fit(recipe, memory, savings)
     fitting = [o for o in found.overrides if o.partition("=")[0] not in MICRO_BATCHES]
     base = build_recipe(recipe.model_dump(), fitting)
     planner, planned = Planner(base), base
@@ -53,7 +60,7 @@ def within(recipe: Recipe, memory: int, card: Card, hours: float, efficiency: fl
         if takes.hours <= hours:
             break
     anew = ["train.micro_batch=auto", "rollout.micro_batch=auto"]
-    *_, last = fit(build_recipe(base.model_dump(), [*chosen, *anew]), memory)
+    *_, last = fit(build_recipe(base.model_dump(), [*chosen, *anew]), memory, savings)
     last.overrides = [*fitting, *chosen, *last.overrides]
     return last
 

@@ -5,39 +5,51 @@ import json
 import pytest
 
 from crd_fast.config import RECIPES, build_recipe, load_recipe
-from crd_fast.plan.fit import RESERVED
-from crd_fast.plan.gpus import GIB
-from crd_fast.plan.planner import Planner
-from tools.card_recipes import CARDS, IN_ROLLOUT, IN_UPDATE, MODELS, RESULT, choose, recipe, yaml_text
+from crd_fast.plan.gpus import BY_NAME, GIB
+from tools.card_recipes import (
+    CARDS,
+    HOURS,
+    MODELS,
+    PAPER,
+    RESULT,
+    planned,
+    published,
+    recipe_name,
+    yaml_text,
+)
 
 PLANS = json.loads(RESULT.read_text())["plans"]
 
 
 def test_every_model_has_its_plans():
     assert PLANS.keys() == MODELS.keys()
+    assert all(list(sizes) == [*map(str, CARDS), PAPER] for sizes in PLANS.values())
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("size", [*map(str, CARDS), PAPER])
 @pytest.mark.parametrize("name", MODELS)
-def test_recipe_is_the_one_that_fits(name, card):
-    chosen = choose(PLANS[name], card)
-    path = RECIPES / f"{name}-{card}gb.yaml"
-    assert path.exists() == (chosen is not None)
-    if chosen is None:
+def test_recipe_is_the_one_that_was_planned(name, size):
+    plan, path = PLANS[name][size], RECIPES / f"{recipe_name(name, size)}.yaml"
+    assert path.exists() == plan["fits"]
+    if not plan["fits"]:
         return
-    assert path.read_text() == yaml_text(name, card, chosen)
-    loaded = load_recipe(f"{name}-{card}gb")
-    base, update, rollout = chosen
-    assert loaded == build_recipe(recipe(name, base, update, rollout))
-    for size, phases in ((update, IN_UPDATE), (rollout, IN_ROLLOUT)):
-        planned = PLANS[name][base][str(size)]["phases"]
-        assert max(planned[phase]["bytes"] for phase in phases) <= card * GIB - RESERVED
+    assert path.read_text() == yaml_text(name, size, plan)
+    loaded = load_recipe(recipe_name(name, size))
+    assert loaded == build_recipe(published(name).model_dump(), plan["overrides"])
+    assert plan["needed_bytes"] <= BY_NAME[plan["card"]].memory
+    assert loaded.rollout.samples_per_prompt >= 8
+    if size == PAPER:
+        assert (loaded.rollout.prompts_per_iteration, loaded.rollout.samples_per_prompt) == (48, 24)
+        assert loaded.train.timesteps == "all" and loaded.loss.anchor_fraction == 1
+    elif plan["hours"]["estimate"] > HOURS:  # then nothing was left to take
+        assert (loaded.train.iterations, loaded.rollout.resolution) == (100, 256)
 
 
 @pytest.mark.slow
 def test_committed_plan_still_holds():
     """The smallest model's, planned again."""
-    committed = PLANS["sana-1.6b"]["bfloat16"]["4"]["phases"]
-    planned = Planner(build_recipe(recipe("sana-1.6b", "bfloat16", 1, 1))).plan(4, 4).phases
-    for phase, peak in planned.items():
-        assert peak.bytes == pytest.approx(committed[phase]["bytes"], rel=0.01), phase
+    committed, found = PLANS["sana-1.6b"]["24"], planned("sana-1.6b", "24")
+    assert found["overrides"] == committed["overrides"]
+    assert found["needed_bytes"] == pytest.approx(committed["needed_bytes"], rel=0.01)
+    assert found["hours"]["estimate"] == pytest.approx(committed["hours"]["estimate"], rel=0.01)
+    assert found["needed_bytes"] < 24 * GIB
