@@ -337,7 +337,8 @@ def test_what_nobody_holds_any_more_ends(folder):
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
 import numpy as np
 from crd_fast.rewards import Rewards
 
