@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +24,8 @@ class Ranks:
     def __init__(self):
         self._state = PartialState(cpu=not torch.cuda.is_available())  # also picks backend and device
         self.rank, self.count = self._state.process_index, self._state.num_processes
+        if self.count > 1:
+            atexit.register(end_group)
 
     @property
     def main(self) -> bool:
@@ -102,6 +105,12 @@ class Ranks:
             norm = squared.sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return float(norm)
+
+
+def end_group() -> None:
+    """Ends the group's threads: those that run when the interpreter goes abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:
