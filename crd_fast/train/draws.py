@@ -52,7 +52,5 @@ def drawn_in_groups(size: np.ndarray, group: np.ndarray, offset: np.ndarray, fra
     weight = np.zeros(len(size))
     starts = np.flatnonzero(np.diff(group, prepend=group[0] - 1))
     for run in np.split(np.arange(len(group)), starts[1:]):
-        probability = inclusion(size[run], fraction * len(run))
-        drawn = systematic(probability[None], offset[run[:1]])[0]
-        weight[run[drawn]] = 1 / probability[drawn]
+        weight[run] = drawn_weights(size[run][None], fraction * len(run), offset[run[:1]])[0]
     return weight
