@@ -144,7 +144,8 @@ class Cost:
         own += self.plan.sizes["prompt"] * self.prompts_per_iteration
         own += self.pictures * 3 * self.resolution**2
         encode = self.plan.phases.get("encode")
-        return max(own, encode.bytes if encode and encoders_on_host else 0)
+        encoding = encode.bytes - encode.parts.get("rewards", 0) if encode and encoders_on_host else 0
+        return max(own, encoding)
 
     def to_json(self) -> dict[str, Any]:
         reward = self.reward_seconds * self.pictures

@@ -26,6 +26,7 @@ from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
+from crd_fast.plan.rewards import with_rewards
 from crd_fast.run.row_counts import BACKWARD, kind_of
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
@@ -33,7 +34,7 @@ from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 
-PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint")
+PHASES = ("encode", "rollout", "decode", "measure", "update", "step", "checkpoint", "judge")
 PARTS = (
     "base weights",
     "adapters",
@@ -42,6 +43,7 @@ PARTS = (
     "gradients",
     "text encoders",
     "VAE",
+    "rewards",  # their networks, and what scores a batch
     "latents",  # with the prompts of a micro-batch and the predictions of the frozen branches
     "activations",  # what the policy's forward with gradient leaves
     "workspace",  # the rest: forwards without gradient, recomputed blocks, the backward pass
@@ -187,6 +189,7 @@ class Planner:
             with self.live.in_phase("checkpoint"):
                 pass
         peaks = self.live.peaks | ({"encode": self.encoding} if self.encoding else {})
+        peaks = with_rewards(peaks, recipe)
         result.phases = {name: peaks[name] for name in PHASES if name in peaks}
         return result
 

@@ -47,6 +47,11 @@ class Clip:
         self.size = model.config.vision_config.image_size
         self.length = model.config.text_config.max_position_embeddings
 
+    def to(self, device: str) -> None:
+        """Moves the network."""
+        self.model.to(device)
+        self.device = device
+
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels: preprocessed, (N, 3, size, size). Returns (N, dimension)."""
         pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output

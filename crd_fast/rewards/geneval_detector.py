@@ -61,6 +61,11 @@ class Mask2FormerGenEval(WorldGenEval):
         self.detector = Mask2Former(self.path, device)
         self.colors = ColorClassifier(self.clip, device)
 
+    def to(self, device: str) -> None:
+        self.detector.model.to(device)
+        self.detector.device = device
+        self.colors.clip.to(device)
+
     def check(self, metadata: list[dict]) -> None:
         """Also refuses classes and colours that are never detected."""
         super().check(metadata)

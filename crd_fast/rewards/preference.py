@@ -4,7 +4,8 @@
     eval_rewards: {imagereward: {path: /models/ImageReward, tokenizer: /models/bert-base-uncased}}
 
 Each takes `path` (a local folder, the one file where there is one, or a hub id), `tokenizer` (the same;
-without it the folder of `path`, or the hub's) and `batch`, images at once. `setup` loads weights, in float32.
+without it the folder of `path`, or the hub's) and `batch`, images at once. `setup` loads weights, in float32;
+`to` moves them, as judges wait on the host between evaluations.
 
 | name | model | score of an image | source |
 |---|---|---|---|
@@ -43,7 +44,7 @@ VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class _Scorer:
-    """Batches over the images. Subclasses have `name`, `setup(device)` and `_score(images, prompts)`."""
+    """Batches over the images. Subclasses have `name`, `setup`, `to` and `_score(images, prompts)`."""
 
     name: str
     hub_tokenizer: str | None = None  # None: it is where the model is
@@ -75,6 +76,9 @@ class _ClipScorer(_Scorer):
 
     def setup(self, device: str) -> None:
         self.clip = Clip(self.name, self.path, self.tokenizer, device)
+
+    def to(self, device: str) -> None:
+        self.clip.to(device)
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         return preprocess(images, self.clip.size)
@@ -146,6 +150,10 @@ class Aesthetic(_Scorer):
         model = pretrained(self.name, CLIPVisionModelWithProjection, self.path, MODEL_FILES)
         self.model = model.eval().requires_grad_(False).to(device)
 
+    def to(self, device: str) -> None:
+        self.model.to(device)
+        self.head = moved(self.head, device)
+
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = preprocess(images, self.model.config.image_size).to(self.model.device)
         embeddings = self.model(pixel_values=pixels).image_embeds
@@ -209,6 +217,11 @@ class ImageReward(_Scorer):
         self.head = affine_layers(self.name, head, device)
         self.tokens = load_tokenizer(self.name, self.tokenizer)
 
+    def to(self, device: str) -> None:
+        self.vision.to(device)
+        self.text.to(device)
+        self.head = moved(self.head, device)
+
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = preprocess(images, self.vision.config.image_size).to(self.vision.device)
         seen = self.vision(pixel_values=pixels).last_hidden_state
@@ -238,6 +251,10 @@ def affine_layers(reward: str, state: dict[str, torch.Tensor], device: str) -> l
     if widths[-1] != 1 or any(weight.shape[1] != width for (weight, _), width in zip(layers, widths)):
         raise UserError(f"reward {reward}: expected linear layers down to one number, got widths {widths}")
     return layers
+
+
+def moved(layers: list[tuple], device: str) -> list[tuple]:
+    return [(weight.to(device), bias.to(device)) for weight, bias in layers]
 
 
 def through(layers: list[tuple], states: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -47,11 +48,18 @@ class Rewards:
     """Rewards by name, or themselves: a weight, or settings with a `weight` (1 if there is none).
 
     A key is a name as in a recipe, or a function, a class or an object of one's own; it is then known by
-    `name_of`. device: where rewards with a network put it; the GPU if there is one.
+    `name_of`. device: where rewards with a network put it; the GPU if there is one. waits_on_host: rewards
+    with a method `to(device)` are there only while `score` is at work, on the host before and after.
     Raises UserError for a name that cannot be found or a setting that the reward does not have.
     """
 
-    def __init__(self, config: Mapping[Any, float | Mapping], device: str | None = None):
+    def __init__(
+        self,
+        config: Mapping[Any, float | Mapping],
+        device: str | None = None,
+        waits_on_host: bool = False,
+    ):
+        self._device, self._waits_on_host = device or default_device(), waits_on_host
         self.weights = {name: _weight(value) for name, value in named(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
@@ -59,7 +67,8 @@ class Rewards:
             name = name_of(given)
             reward, engine = load(given, value if isinstance(value, Mapping) else {})
             if hasattr(reward, "setup"):
-                reward.setup(device or default_device())
+                waits = waits_on_host and hasattr(reward, "to")
+                reward.setup("cpu" if waits else self._device)
             self._rewards[name] = reward
             self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
@@ -84,10 +93,24 @@ class Rewards:
 
         Raises UserError for a wrong count, a NaN or no number, a reward that fails or takes too long.
         """
-        with self.start() as scoring:
+        with self._present(), self.start() as scoring:
             for chosen in whole_prompts([entry["prompt"] for entry in metadata]):
                 scoring.put(images[chosen], metadata[chosen])
             return scoring.results()
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Within this context the networks that wait on the host are on their device."""
+        waiting = [
+            reward for reward in self._rewards.values() if self._waits_on_host and hasattr(reward, "to")
+        ]
+        try:
+            for reward in waiting:
+                reward.to(self._device)
+            yield
+        finally:
+            for reward in waiting:
+                reward.to("cpu")
 
     def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """The sum of the rewards by weight, of values as `score` returns them."""

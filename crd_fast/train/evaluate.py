@@ -49,7 +49,7 @@ class HeldOut:
     def __init__(self, recipe: Recipe, rewards: Rewards):
         recipe.check_own(trains=False, evaluates=True)
         self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
-        self.judges = Rewards(recipe.eval_rewards)
+        self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
         for judge in (rewards, self.judges):
             judge.check(self.entries)
 

@@ -232,3 +232,30 @@ def test_ocr_prompts_are_many_distinct_and_disjoint():
     evaluated = held_out.all()
     assert len(evaluated) == 384 and len({entry["text"] for entry in evaluated}) > 100
     assert held_out.all(10) == evaluated[:10]
+
+
+class Travelling:
+    """A reward with a network, as far as the engine knows."""
+
+    def __init__(self):
+        self.places = []
+
+    def setup(self, device):
+        self.places.append(("setup", device))
+
+    def to(self, device):
+        self.places.append(("to", device))
+
+    def score(self, images, prompts, metadata):
+        self.places.append("score")
+        return [1.0] * len(images)
+
+
+def test_judges_are_on_the_device_only_while_they_score():
+    judge, reward = Travelling(), Travelling()
+    images, entries = np.zeros((2, 4, 4, 3), np.uint8), [{"prompt": "a"}] * 2
+    judges = Rewards({judge: 1.0}, device="the device", waits_on_host=True)
+    judges.score(images, entries)
+    assert judge.places == [("setup", "cpu"), ("to", "the device"), "score", ("to", "cpu")]
+    Rewards({reward: 1.0}, device="the device").score(images, entries)
+    assert reward.places == [("setup", "the device"), "score"]

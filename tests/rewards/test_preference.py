@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards
-from crd_fast.rewards.clip import MEAN, STD, preprocess
+from crd_fast.rewards.clip import MEAN, STD, Clip, preprocess
 from crd_fast.rewards.preference import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from tests.rewards.preference_models import (
     SIDE,
@@ -82,8 +82,26 @@ def theirs(clip_folder, images):
 
 
 def scored(reward, images, prompts=PROMPTS):
+    """Its scores. Every one of its tensors can also be moved, as judges are between evaluations."""
     reward.setup("cpu")
-    return reward.score(images, prompts, [{}] * len(prompts))
+    scores = reward.score(images, prompts, [{}] * len(prompts))
+    reward.to("meta")
+    places = {tensor.device.type for tensor in tensors_in(reward)}
+    assert places == {"meta"}
+    return scores
+
+
+def tensors_in(value):
+    """All that an object holds, to any depth."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, nn.Module):
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, Clip):
+        return tensors_in(value.model)
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return tensors_in(list(vars(value).values())) if type(value).__module__.startswith("crd_fast") else []
 
 
 def test_preprocessing_is_the_processors(images, theirs):
