@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ from accelerate import PartialState
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 
+# How long the others wait for one while it encodes prompts, loads a large base or has an evaluation scored. A
+# process that ends takes the others with it, so that none waits this long for nothing.
+PATIENCE = timedelta(hours=6)
+
 
 class Ranks:
     """This process among those that torchrun or `accelerate launch` started; alone where none of them did.
@@ -22,7 +27,8 @@ class Ranks:
     """
 
     def __init__(self):
-        self._state = PartialState(cpu=not torch.cuda.is_available())  # also picks backend and device
+        # also picks backend and device
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank, self.count = self._state.process_index, self._state.num_processes
         if self.count > 1:
             atexit.register(end_group)

@@ -148,7 +148,7 @@ def whole_prompts(prompts: list[str]) -> list[slice]:
 def default_device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def name_of(reward: str | object) -> str:

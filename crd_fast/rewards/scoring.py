@@ -117,6 +117,8 @@ class _Lane:
         self.values: list[np.ndarray] = []
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._ended = False
+        # which GPU is current is a thread's own matter, and the first one's where nothing is said
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._threads = max(reward.workers, 1)
         self._most = max(MAX_WAITING, 2 * reward.workers)
         for _ in range(self._threads):
@@ -152,6 +154,8 @@ class _Lane:
             self._calls.put(None)
 
     def _work(self) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
         while (call := self._calls.get()) is not None and not self._ended:
             try:
                 call.values = self._call(call)

@@ -1,12 +1,16 @@
 """Two processes train as one does at the same global batch."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from crd_fast import ranks
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import check_ranks, own_prompts
@@ -45,6 +49,33 @@ def test_two_processes_are_one(inside, torchrun, small, tmp_path, streaming):
     one, two = (torch.cat([tensors[name].flatten() for name in names]) for tensors in weights)
     assert one.norm() > 0  # lora_B starts at zero
     assert (two - one).norm() < 1e-3 * one.norm()
+
+
+LATE = """
+import datetime, sys, time
+from crd_fast import ranks
+ranks.PATIENCE = datetime.timedelta(seconds=float(sys.argv[1]))
+own = ranks.Ranks()
+with own.main_first():
+    time.sleep(4 if own.main else 0)
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_while_the_first_encodes(tmp_path):
+    """For as long as PATIENCE says, not for what the backend has as its own."""
+    (tmp_path / "late.py").write_text(LATE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert ranks.PATIENCE.total_seconds() >= 3600
+    for patience, patient in ((60, True), (1, False)):
+        done = subprocess.run(
+            [*launch, tmp_path / "late.py", str(patience)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert (done.returncode == 0) == patient, done.stderr[-2000:]
 
 
 def test_every_prompt_has_one_owner():

@@ -11,6 +11,7 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.rewards import scoring
+from crd_fast.rewards.registry import default_device
 from crd_fast.rewards.scoring import MAX_WAITING, PromptScoring, Reward, Scoring
 
 PATIENCE = 60  # seconds until a test that hangs fails
@@ -283,3 +284,23 @@ def test_calls_are_whole_prompts_whatever_the_micro_batch(sizes):
             put(latents[:end])
         assert working.results()["mine"].tolist() == list(range(12))
     assert calls == [(["a"] * 4, [0, 1, 2, 3]), (["b"] * 4, [4, 5, 6, 7]), (["c"] * 4, [8, 9, 10, 11])]
+
+
+def test_threads_work_on_the_process_own_gpu(monkeypatch):
+    """torch starts every thread on the first GPU, whichever the process was given."""
+    chosen, done = [], threading.Event()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: chosen.append((threading.current_thread().name, gpu))
+    )
+
+    def reward(images, prompts, metadata):
+        done.set()
+        return first_pixel(images, prompts, metadata)
+
+    assert default_device() == "cuda:3"
+    with Scoring([Reward("network", reward)]) as working:
+        working.put(image(1), entries("a"))
+        working.results()
+    assert done.is_set() and chosen == [("reward network", 3)]
