@@ -1,4 +1,4 @@
-"""The command line: crd-fast train, plan, study, eval, sample, score, report, serve-reward, doctor."""
+"""The command line: one function for each command, from `crd_fast.commands`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from crd_fast import __version__
 from crd_fast.commands.checkpoints import evaluate, report, sample
 from crd_fast.commands.plan import plan
+from crd_fast.commands.recipes import recipes
 from crd_fast.commands.rewards import score, serve_reward
 from crd_fast.commands.study import study
 from crd_fast.commands.terminal import console, errors
@@ -52,6 +53,7 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "recipes": recipes,
     "train": train,
     "plan": plan,
     "study": study,

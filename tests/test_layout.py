@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "crd_fast"
 # A room may import those in earlier rows, whether at the top, in a function or for types alone.
 ROWS = (
     ("errors", "hints", "sections"),
-    ("seeds", "worlds", "yaml_files"),
+    ("schema", "seeds", "worlds", "yaml_files"),
     ("config",),
     ("ranks", "prompts"),
     ("models", "rewards"),

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from crd_fast.config import ModelConfig
 from crd_fast.models.norms import keep_dtypes
 from crd_fast.models.streaming import Streaming
+from crd_fast.schema import ModelConfig
 
 # The attention projections of a block with an image and a text stream.
 JOINT_ATTENTION = (

@@ -13,7 +13,7 @@ import crd_kernels
 import numpy as np
 import torch
 
-from crd_fast.config import LossConfig
+from crd_fast.schema import LossConfig
 from crd_fast.train.pairs import Pairs
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crd_fast.config import EvaluateConfig, Recipe, RolloutConfig
+from crd_fast.config import Recipe
 from crd_fast.run.observer import NOBODY, Observer
+from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity
 from crd_fast.train.micro_batch import MicroBatch

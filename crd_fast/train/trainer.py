@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crd_fast.config import Recipe, Schedule, build_recipe
+from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
@@ -30,6 +30,7 @@ from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
 from crd_fast.run.watch import Watch, reward_metrics
+from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch

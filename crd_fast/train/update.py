@@ -16,8 +16,8 @@ from functools import partial
 import crd_kernels
 import torch
 
-from crd_fast.config import LossConfig
 from crd_fast.run.observer import NOBODY, Observer, observed
+from crd_fast.schema import LossConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.chunk import Chunk
 from crd_fast.train.draws import drawn_in_groups

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
-from crd_fast.config import LossConfig
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
+from crd_fast.schema import LossConfig
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
 from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crd_fast.config import LossConfig, build_recipe
+from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model, streaming
 from crd_fast.run.metrics import MEASURED, read_metrics
+from crd_fast.schema import LossConfig
 from crd_fast.train.trainer import Trainer
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from crd_fast.config import LossConfig
 from crd_fast.run.observer import NOBODY
+from crd_fast.schema import LossConfig
 from crd_fast.seeds import seed_table
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.update import Updater

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from crd_fast.config import LossConfig
+from crd_fast.schema import LossConfig
 from crd_fast.train.objectives import OBJECTIVES, Objective
 from tests.rewards.test_adding_a_reward import ROOT, listed, package  # noqa: F401
 

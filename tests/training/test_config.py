@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from crd_fast.config import RECIPES, Recipe, Schedule, build_recipe, load_recipe, recipe_names
+from crd_fast.config import RECIPES, Recipe, build_recipe, load_recipe, recipe_names
 from crd_fast.errors import UserError
 from crd_fast.hints import MEANINGS
+from crd_fast.schema import Schedule
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -164,3 +165,36 @@ def test_schedule():
     assert [old(0), old(10), old(1000)] == [0.25, pytest.approx(0.3), 0.999]
     sampler = Schedule.parse("75/0/0.0075/0.999")
     assert [sampler(0), sampler(74), sampler(75), sampler(85)] == [0, 0, 0, pytest.approx(0.075)]
+
+
+def test_a_recipe_extends_another(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: sd3.5-medium-24gb\nrewards: {jpeg_compressibility: 1.0}\ntrain: {iterations: 7}\n"
+    )
+    base, recipe = load_recipe("sd3.5-medium-24gb"), load_recipe(mine)
+    assert recipe.rewards == {"jpeg_compressibility": 1.0}  # replaced, not added to
+    assert recipe.train == base.train.model_copy(update={"iterations": 7})
+    assert (recipe.model, recipe.rollout, recipe.loss) == (base.model, base.rollout, base.loss)
+    (tmp_path / "deeper").mkdir()
+    further = tmp_path / "deeper" / "further.yaml"
+    further.write_text("extends: ../mine.yaml\ntrain: {seed: 5}\n")
+    assert load_recipe(further, ["train.iterations=3"]).train == base.train.model_copy(
+        update={"iterations": 3, "seed": 5}
+    )
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        ("mine.yaml", "mine.yaml: extends: mine.yaml leads back to this file"),
+        ("round.yaml", "round.yaml: extends: mine.yaml leads back to this file"),
+        ("builtn", "no file or recipe called 'builtn'.*builtin"),
+        ("[builtin]", r"extends: expected a recipe's file or name, got \['builtin'\]"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path, base, message):
+    (tmp_path / "mine.yaml").write_text(f"extends: {base}\n")
+    (tmp_path / "round.yaml").write_text("extends: mine.yaml\n")
+    with pytest.raises(UserError, match=message):
+        load_recipe(tmp_path / "mine.yaml")

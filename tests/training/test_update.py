@@ -7,9 +7,9 @@ import crd_kernels
 import pytest
 import torch
 
-from crd_fast.config import LossConfig
 from crd_fast.errors import UserError
 from crd_fast.run.observer import Observer, Observers
+from crd_fast.schema import LossConfig
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.objectives import deviation
 from crd_fast.train.pairs import Pairs

@@ -1,0 +1,287 @@
+"""The sections of a recipe and what each key means: what `crd-fast train --print-config` prints and
+docs/settings.md lists.
+
+The text below a key is its description, kept by pydantic.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from crd_fast.sections import Place, Section
+
+
+class ModelConfig(Section):
+    path: Place = "builtin"
+    """A folder of a diffusers pipeline, its id on the Hugging Face hub, the short name of a model that
+    recipes ship for, or `builtin` and `builtin-ocr`."""
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters on a frozen base; `full` every weight, which takes several times the memory."""
+    dtype: Literal["default", "bf16"] = "default"
+    """Of weights that are all trained (`full`): float32, or bfloat16 with updates rounded at random, for half
+    the memory. With it goes `snapshots: host`."""
+    snapshots: Literal["device", "host"] = "device"
+    """Where `full` keeps its copies of the weights (`old`, `sampler`, reference). `host` frees GPU memory and
+    copies them each time they are used."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """`fsdp` cuts every trained weight over the processes of torchrun; for `full` alone."""
+    lora_rank: int = Field(32, ge=1)
+    """Of the adapters. Raise it where a LoRA stays below `full`; memory grows little."""
+    lora_alpha: float = Field(64, gt=0)
+    """The adapters are scaled by alpha / rank. Twice the rank is usual."""
+    lora_targets: Literal["default"] | list[str] = "default"
+    """Names of layers that get adapters, as in peft. By default the attention projections."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Of the frozen layers under the adapters: `nf4` takes a quarter of bfloat16's memory and `int8` half,
+    for slower forwards and a slightly other reference."""
+    streaming: bool = False
+    """Frozen weights stay in host memory and come to the GPU a block at a time. For models that do not fit
+    otherwise; the link to the host is then the limit."""
+    text_length: Literal["default"] | int = "default"
+    """Tokens a prompt is padded or cut to; by default the pipeline's own. Shorter is faster where prompts are
+    short."""
+    guidance_embedding: float = Field(3.5, ge=0)
+    """Of models with distilled guidance (FLUX.1-dev), in rollout, training and evaluation."""
+    attention: str = "default"
+    """A backend of diffusers: `native`, `flash`, `sage`, ...; by default what the model has."""
+    prompt_cache: Place = "default"
+    """The folder of encoded prompts. By default one for each text encoder in `~/.cache/crd-fast`."""
+    prompt_cache_gb: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """The most that it holds, in GB of 2^30 bytes; what was not asked for the longest goes first."""
+
+    @model_validator(mode="after")
+    def _sensible(self):
+        if self.method == "full" and self.quantization != "none":
+            raise ValueError(
+                f"quantization: expected none with method full (quantized weights cannot be trained), "
+                f"got {self.quantization}"
+            )
+        if self.method == "lora" and (self.dtype, self.snapshots) != ("default", "device"):
+            raise ValueError("dtype, snapshots: expected default and device with method lora")
+        if self.dtype == "bf16" and self.snapshots == "device":
+            raise ValueError("snapshots: expected host with dtype bf16, got device")
+        if self.sharding == "fsdp" and self.method != "full":
+            raise ValueError(f"sharding: expected none with method {self.method}, got fsdp")
+        if self.sharding == "fsdp" and self.dtype == "bf16":
+            raise ValueError("dtype: expected default with sharding fsdp, got bf16")
+        if self.method == "full" and self.streaming:
+            raise ValueError("streaming: expected false with method full (trained weights stay), got true")
+        if self.text_length != "default" and self.text_length < 1:
+            raise ValueError(f"text_length: expected default or at least 1, got {self.text_length}")
+        return self
+
+
+class RolloutConfig(Section):
+    prompts: Place = "builtin"
+    """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`) or the name of a list that ships."""
+    prompts_per_iteration: int = Field(48, ge=1)
+    """Groups of one iteration. More make steadier steps; fewer make more of them."""
+    samples_per_prompt: int = Field(24, ge=2)
+    """Pictures of each prompt, the group that is centered. With less than 8 the baseline is noisy."""
+    steps: int = Field(10, ge=1)
+    """Of the solver that makes the training pictures. Few suffice: they need not be pretty, only ranked
+    rightly."""
+    solver: Literal["euler", "ab2"] = "euler"
+    """`ab2` is of second order: five of its steps did as well as ten of Euler's (docs/cost.md)."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Of the sampler. 1 is none: the method trains the model to do without guidance."""
+    resolution: int = Field(512, ge=8)
+    """Side of the training pictures in pixels. Half the side takes a quarter of the time or
+    less, and a reward sees less."""
+    micro_batch: Literal["auto"] | int = "auto"
+    """Pictures made at once. `auto` begins with all and halves where memory runs out."""
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) or re.fullmatch(r"\s*\d+\s*[xX*]\s*\d+\s*", str(value)):
+            raise ValueError(f"expected one number, the side in pixels (pictures are square), got {value}")
+        return value
+
+
+class AdvantageConfig(Section):
+    std: Literal["global", "group"] = "global"
+    """What a centered reward is divided by: the standard deviation of the whole iteration, or of its group.
+    """
+    aggregate: Literal["sum", "gdpo"] = "sum"
+    """Of several rewards: `sum` of them, or `gdpo`, each normalised within its group first, so that none
+    drowns another."""
+    clip: float = Field(5.0, gt=0)
+    """Advantages beyond this are cut, in standard deviations."""
+
+
+SETTINGS_OF = {  # those of one method alone
+    "crd": ("type", "temperature", "centering"),
+    "awm": ("weighting", "clip_range", "old_kl_beta"),
+}
+
+
+class LossConfig(Section):
+    method: Literal["crd", "nft", "awm", "flow_matching"] = "crd"
+    """`crd`, or `nft` (DiffusionNFT), `awm` (advantage-weighted matching), `flow_matching` (weighed by the
+    reward)."""
+    beta: float = Field(1.0, gt=0)
+    """Strength of the regularisation to `old`. Large: small careful steps. Watch `implicit_variance` against
+    `external_variance`."""
+    kl_beta: float = Field(0.1, ge=0)
+    """Strength of the anchor to the guided pretrained model for the best samples. Raise it where pictures
+    drift, lower it where the reward stands still."""
+    kl_min: float = Field(1.0e-4, ge=0)
+    """Its strength for the worst samples."""
+    guidance_scale: float = Field(4.5, ge=0)
+    """Of the reference that the anchor pulls to; usually what the model is used with."""
+    adaptive_weighting: bool = True
+    """Errors are divided by their own mean size, so that all noise levels count alike."""
+    reward_adaptive_kl: bool = True
+    """The anchor's strength follows the sample's advantage, from `kl_min` to `kl_beta`; else it is `kl_beta`
+    for all."""
+    anchor_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the samples that are anchored, drawn without bias. A quarter cost nothing that showed and
+    saves most reference forwards."""
+    type: Literal["mse", "bce"] = "mse"
+    """`mse`, or `bce`: cross-entropy of the centered log-ratio and the reward."""
+    temperature: float = Field(math.inf, gt=0, allow_inf_nan=True)
+    """How much the best and worst of a group weigh in its baseline; infinite: all alike."""
+    centering: Literal["prompt", "batch"] = "prompt"
+    """`prompt` is the method. `batch` is for comparison: it mixes prompts."""
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
+    """Of `awm`'s matching error over noise levels."""
+    clip_range: float | None = Field(None, gt=0)
+    """Bounds `awm`'s ratio to `old`; null: the error alone."""
+    old_kl_beta: float = Field(0.0, ge=0)
+    """Strength of `awm`'s anchor to `old`."""
+    impl: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Which kernels: `triton` on a GPU and `cpu` without by default; `reference` is plain torch."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.method == "crd" and self.reward_adaptive_kl and self.kl_min > self.kl_beta:
+            raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
+        for method, names in SETTINGS_OF.items():
+            for name in names if method != self.method else ():
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if value != default:
+                    wanted = "null" if default is None else default
+                    raise ValueError(f"{name}: expected {wanted} with method {self.method}, got {value}")
+        return self
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the KL anchor has any weight; if not, the reference is never computed."""
+        return self.kl_beta > 0
+
+
+class Schedule(Section):
+    """d(step) = min(start + slope * (step - begin), end) from `begin` on, `start` before."""
+
+    begin: int
+    start: float
+    slope: float
+    end: float
+
+    def __call__(self, step: int) -> float:
+        if step < self.begin:
+            return self.start
+        return min(self.start + self.slope * (step - self.begin), self.end)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From `begin/start/slope/end`."""
+        parts = str(text).split("/")
+        try:
+            begin, start, slope, end = int(parts[0]), *map(float, parts[1:])
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"expected begin/start/slope/end like 0/0.25/0.005/0.999, got {text!r}"
+            ) from None
+        if begin < 0 or not 0 <= start <= 1 or not 0 <= end <= 1:
+            raise ValueError(f"expected begin >= 0 and decays between 0 and 1, got {text!r}")
+        if not 0 <= slope < math.inf:  # a negative one leads below 0
+            raise ValueError(f"expected a finite slope of at least 0, got {text!r}")
+        return cls(begin=begin, start=start, slope=slope, end=end)
+
+
+class SnapshotsConfig(Section):
+    old: str = "0/0.25/0.005/0.999"
+    """How `old` follows the policy, as begin/start/slope/end of the decay: from step `begin` on it is start +
+    slope per step, at most `end`. 0 follows at once, 1 never."""
+    sampler: str = "75/0/0.0075/0.999"
+    """The same for the weights that make the pictures."""
+
+    @field_validator("old", "sampler")
+    @classmethod
+    def _parses(cls, text: str) -> str:
+        Schedule.parse(text)
+        return text
+
+
+class TrainConfig(Section):
+    iterations: int = Field(400, ge=1)
+    """Of rollout, scoring and update."""
+    steps_per_iteration: int = Field(2, ge=1)
+    """Optimizer steps that share one iteration's pictures."""
+    timesteps: Literal["all"] | int = "all"
+    """How many of the rollout's noise levels each picture is trained at. Two or three did as well as all ten,
+    for a fraction of the time."""
+    timestep_range: float = Field(0.99, gt=0, le=1)
+    """Share of the denoising that is trained, from the noise on."""
+    timestep_sampling: Literal["uniform", "high-noise", "by-signal"] = "uniform"
+    """Where they are drawn: everywhere alike, in the noisier half, or where gradients were large. `high-
+    noise` suits rewards of layout and hurts fine detail."""
+    backward_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of each group that goes backward, drawn without bias. Below 1 it saves little and learns more
+    slowly with groups of 8."""
+    skip_equal_groups: bool = False
+    """No policy term where all rewards of a group are equal; they teach nothing."""
+    kept_graphs: Literal["none", "device", "host"] = "none"
+    """A group larger than the micro-batch is run forward twice, unless the graphs are kept, on the device or
+    in pinned host memory. Same numbers."""
+    micro_batch: Literal["auto"] | int = "auto"
+    """Samples that are trained at once. Any gives the same gradient, to rounding. `auto` begins with a group
+    and halves where memory runs out."""
+    checkpointing: bool = True
+    """Activations are computed again in the backward pass: much less memory for a third more time."""
+    compile: bool = False
+    """`torch.compile` of the blocks that repeat."""
+    profile: bool = False
+    """NVTX ranges around the phases, for Nsight Systems."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw8bit"
+    """AdamW in float32, or with 8-bit moments of bitsandbytes, also paged to the host."""
+    learning_rate: float = Field(3.0e-4, gt=0)
+    """3e-4 suits a LoRA of rank 32; lower it where `grad_norm` jumps."""
+    weight_decay: float = Field(1.0e-4, ge=0)
+    """Of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Longer gradients are shortened to this."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of forwards and backwards. `bf16` needs a GPU from Ampere on."""
+    seed: int = Field(42, ge=0)
+    """Of prompts, noise, timesteps and everything else that is drawn."""
+
+
+class EvaluateConfig(Section):
+    every: int = Field(20, ge=0)
+    """Iterations between evaluations; 0: none at all."""
+    prompts: Place = "builtin-heldout"
+    """A file or a list that ships, best one that is never trained on."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Pictures of each held-out prompt, of the same seeds every time."""
+    steps: int = Field(40, ge=1)
+    """Of Euler's solver for the evaluation's pictures."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Of the evaluation's pictures. 1: as the trained model is meant to be used."""
+    max_prompts: int | None = Field(None, ge=1)
+    """The first so many of them; null: all."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=1)
+    """Iterations between checkpoints."""
+    minutes: float = Field(20.0, gt=0)
+    """And after an iteration that ends this long after the last one."""
+    keep: int = Field(3, ge=1)
+    """How many of the newest are kept."""
