@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from crd_fast import __version__
 from crd_fast.commands.checkpoints import evaluate, report, sample
+from crd_fast.commands.init import init
 from crd_fast.commands.plan import plan
 from crd_fast.commands.recipes import recipes
 from crd_fast.commands.rewards import score, serve_reward
@@ -53,6 +54,7 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "recipes": recipes,
     "train": train,
     "plan": plan,

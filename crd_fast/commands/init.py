@@ -1,0 +1,129 @@
+"""crd-fast init."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crd_fast.commands.terminal import say
+from crd_fast.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from crd_fast.plan.gpus import Card
+
+TEMPLATES = Path(__file__).with_name("templates")
+# Whose weights are given only to those who accepted a licence at the model's page.
+GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
+WORLDS_OWN = {"builtin": "geneval", "builtin-ocr": "ocr"}  # what suits the small models that ship
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write. Nothing in it is overwritten.")] = Path("."),
+    model: Annotated[
+        str, typer.Option(help="A model that recipes ship for, like sd3.5-medium, flux.1-dev, or builtin.")
+    ] = "sd3.5-medium",
+    gpu: Annotated[
+        str, typer.Option(metavar="CARD|SIZE", help="The card you have, like rtx-4090, or its memory, 24GB.")
+    ] = "rtx-4090",
+    reward: Annotated[
+        str, typer.Option(help="mine: a function to write; or one that ships, like ocr or pickscore.")
+    ] = "mine",
+) -> None:
+    """Write a commented recipe, a reward with a test, and prompts; say what comes next."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from crd_fast.config import load_recipe
+
+    base, card = base_recipe(model, gpu)
+    files, extended = chosen(model, reward), load_recipe(base)
+    settings = {
+        "model": model,
+        "card": gpu,
+        "reward": "your own" if reward == "mine" else reward,
+        "base": base,
+        "for_card": "" if card is None else " for this card",
+        "extended": extended,
+        **files,
+    }
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    written = {"recipe.yaml": templates.get_template("recipe.yaml").render(settings)}
+    names = ["my_reward.py", "test_my_reward.py"] if reward == "mine" else []
+    names += [name for name in (files["prompts"], files["heldout"]) if name.endswith(".txt")]
+    written |= {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in names}
+    if existing := [name for name in written if (folder / name).exists()]:
+        raise UserError(f"{folder / existing[0]}: already exists; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        with (folder / name).open("x", encoding="utf-8") as file:
+            file.write(text)
+    say(f"wrote {', '.join(written)} in {folder}")
+    for line in next_steps(folder, gpu, reward, extended.model.path, card is not None):
+        say(line)
+
+
+def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
+    """The recipe that ships for the model and at most the card's memory; the card where one is named."""
+    from crd_fast.config import recipe_names
+    from crd_fast.plan.gpus import GIB, parse_gpu
+
+    if model in WORLDS_OWN:
+        return model, None
+    memory, card = parse_gpu(gpu)
+    sizes: dict[str, list[int]] = {}
+    for name in recipe_names():
+        if found := re.fullmatch(r"(.+)-(\d+)gb", name):
+            sizes.setdefault(found.group(1), []).append(int(found.group(2)))
+    if model not in sizes:
+        known = [*WORLDS_OWN, *sizes]
+        hint = did_you_mean(model, known) or f"; known: {', '.join(known)}"
+        raise UserError(f"--model: no recipe ships for {model!r}{hint}")
+    fitting = [size for size in sizes[model] if size * GIB <= memory]
+    if not fitting:
+        raise UserError(
+            f"--gpu {gpu}: the smallest recipe of {model} is for {min(sizes[model])} GB, expected such a card"
+        )
+    return f"{model}-{max(fitting)}gb", card
+
+
+def chosen(model: str, reward: str) -> dict[str, str]:
+    """What the recipe says of reward and prompts."""
+    from crd_fast.rewards import REWARDS
+
+    if reward != "mine" and reward not in REWARDS:
+        hint = did_you_mean(reward, REWARDS) or f"; known: mine, {', '.join(REWARDS)}"
+        raise UserError(f"--reward: unknown reward {reward!r}{hint}")
+    own = {"prompts": "prompts.txt", "heldout": "heldout.txt", "kinds": "; also .csv, .jsonl, .json"}
+    if reward == "mine":
+        return own | {"key": '"my_reward.py:score"', "settings": "1.0"}
+    listed = {"key": reward, "settings": "1.0", "kinds": ""}
+    if model in WORLDS_OWN:
+        if reward != WORLDS_OWN[model]:
+            return own | listed
+        settings = "{mode: word}" if reward == "ocr" else "1.0"
+        return listed | {"prompts": model, "heldout": f"{model}-heldout", "settings": settings}
+    if reward.startswith("ocr"):
+        settings = "{mode: scene, workers: auto}"
+        return listed | {"prompts": "ocr-words", "heldout": "ocr-words-heldout", "settings": settings}
+    if reward.startswith("geneval"):
+        return listed | {"prompts": "geneval", "heldout": "geneval-heldout"}
+    return own | listed
+
+
+def next_steps(folder: Path, gpu: str, reward: str, path: str, named: bool) -> list[str]:
+    """The commands that follow."""
+    steps = [] if folder == Path(".") else [f"cd {folder}"]
+    if any(name in path for name in GATED):
+        steps += [f"# accept the licence at https://huggingface.co/{path}, once, and then", "hf auth login"]
+    if reward == "mine":
+        steps += ["# write my_reward.py, and", "pytest"]
+    if path not in WORLDS_OWN:
+        steps.append(f"crd-fast plan recipe.yaml --gpu {gpu}" + ("   # memory, hours, disk" if named else ""))
+    return ["next:", *(f"  {step}" for step in [*steps, "crd-fast train recipe.yaml"])]

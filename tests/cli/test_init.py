@@ -1,0 +1,86 @@
+"""What `crd-fast init` writes can be used as it is."""
+
+import subprocess
+import sys
+
+import pytest
+
+from crd_fast.config import load_recipe
+from crd_fast.plan.planner import Planner
+
+SMALL = (
+    *("--set", "rollout.prompts_per_iteration=2", "--set", "rollout.samples_per_prompt=2"),
+    *("--set", "rollout.steps=2", "--set", "evaluate.steps=2", "--set", "evaluate.max_prompts=2"),
+    *("--set", "train.iterations=1", "--set", "train.timesteps=1"),
+)
+
+
+def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    code, out, errors = inside("init", folder, "--model", "builtin")
+    assert code == 0, errors
+    assert {path.name for path in folder.iterdir()} == {
+        *("recipe.yaml", "my_reward.py", "test_my_reward.py", "prompts.txt", "heldout.txt")
+    }
+    assert f"cd {folder}" in out and "crd-fast train recipe.yaml" in out
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], capture_output=True
+    )
+    assert own.returncode == 0, own.stdout
+    code, _, errors = inside("train", "recipe.yaml", *SMALL, "--output", tmp_path / "run")
+    assert code == 0, errors
+    assert '"reward/my_reward.py:score"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, base, path",
+    [
+        (("--gpu", "rtx-4090"), "sd3.5-medium-24gb", "stabilityai/stable-diffusion-3.5-medium"),
+        (
+            ("--gpu", "h100", "--reward", "ocr"),
+            "sd3.5-medium-80gb",
+            "stabilityai/stable-diffusion-3.5-medium",
+        ),
+        (("--model", "flux.1-dev", "--gpu", "20GB"), "flux.1-dev-16gb", "black-forest-labs/FLUX.1-dev"),
+        (("--model", "builtin-ocr", "--reward", "ocr"), "builtin-ocr", "builtin-ocr"),
+        (("--model", "sana-1.6b", "--reward", "geneval_mask2former"), "sana-1.6b-24gb", None),
+    ],
+)
+def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
+    code, out, errors = inside("init", tmp_path, *options)
+    assert code == 0, errors
+    monkeypatch.chdir(tmp_path)
+    recipe, extended = load_recipe("recipe.yaml"), load_recipe(base)
+    assert recipe.model == extended.model and recipe.model.path == (path or extended.model.path)
+    assert recipe.train == extended.train and recipe.loss == extended.loss
+    assert recipe.rollout.model_copy(update={"prompts": ""}) == extended.rollout.model_copy(
+        update={"prompts": ""}
+    )
+    recipe.check_own(trains=True, evaluates=True)
+    assert ("hf auth login" in out) == (path is not None and path.startswith(("stabilityai", "black-forest")))
+    if base == "builtin-ocr":
+        assert recipe.rewards == extended.rewards and Planner(recipe).plan().peak > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--model", "flux1"), "--model: no recipe ships for 'flux1', did you mean 'flux.1-dev'?"),
+        (("--gpu", "6GB"), "the smallest recipe of sd3.5-medium is for 8 GB"),
+        (("--gpu", "rtx-4091"), "rtx-4090"),
+        (("--reward", "picscore"), "unknown reward 'picscore', did you mean 'pickscore'?"),
+    ],
+)
+def test_what_is_refused_writes_nothing(inside, tmp_path, options, message):
+    code, _, errors = inside("init", tmp_path / "new", *options)
+    assert code == 2 and message in errors
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(inside, tmp_path):
+    (tmp_path / "prompts.txt").write_text("mine\n")
+    code, _, errors = inside("init", tmp_path)
+    assert code == 2 and "prompts.txt: already exists" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
