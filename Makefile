@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env train test test-level check benchmarks gpu clean
+.PHONY: env train test test-level check benchmarks gpu docs clean
 
 env: $(STAMP)
 
@@ -34,6 +34,10 @@ benchmarks: env
 # On a machine with a GPU: its tests, the benchmarks and a training run, one result page.
 gpu: env
 	$(BIN)/python -m tools.gpu_check $(ARGS)
+
+# The site, under build/site; a link that leads nowhere is an error.
+docs: env
+	$(BIN)/mkdocs build $(ARGS)
 
 # What CI asks of every file before it runs a test; mypy's settings are in pyproject.toml.
 check: env

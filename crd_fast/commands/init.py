@@ -14,7 +14,7 @@ from crd_fast.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from crd_fast.plan.gpus import Card
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).with_name("templates")  # Python there ends in .py.txt: it is no module of ours
 # Whose weights are given only to those who accepted a licence at the model's page.
 GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
 WORLDS_OWN = {"builtin": "geneval", "builtin-ocr": "ocr"}  # what suits the small models that ship
@@ -57,7 +57,9 @@ def init(
     written = {"recipe.yaml": templates.get_template("recipe.yaml").render(settings)}
     names = ["my_reward.py", "test_my_reward.py"] if reward == "mine" else []
     names += [name for name in (files["prompts"], files["heldout"]) if name.endswith(".txt")]
-    written |= {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in names}
+    for name in names:
+        template = TEMPLATES / (f"{name}.txt" if name.endswith(".py") else name)
+        written[name] = template.read_text(encoding="utf-8")
     if existing := [name for name in written if (folder / name).exists()]:
         raise UserError(f"{folder / existing[0]}: already exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
