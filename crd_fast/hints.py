@@ -8,7 +8,7 @@ _PICTURES = (
 )
 _STEPS = "train.iterations, each with train.steps_per_iteration optimizer steps"
 _LOGS = "nothing to set: a run writes metrics.jsonl and tensorboard/ by itself"
-_LORA = "nothing: training begins at the base; `crd-fast train --resume RUN` goes on with a run"
+_LORA = "model.init_lora"
 _SQUARE = "rollout.resolution, one number: pictures are square, in evaluations too"
 
 # A name, in small letters with underscores: what serves here.

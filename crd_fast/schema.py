@@ -35,6 +35,9 @@ class ModelConfig(Section):
     """The adapters are scaled by alpha / rank. Twice the rank is usual."""
     lora_targets: Literal["default"] | list[str] = "default"
     """Names of layers that get adapters, as in peft. By default the attention projections."""
+    init_lora: Place | None = None
+    """A LoRA that training starts from, in the style of diffusers, kohya or ai-toolkit; null: from the base.
+    The reference stays the base."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Of the frozen layers under the adapters: `nf4` takes a quarter of bfloat16's memory and `int8` half,
     for slower forwards and a slightly other reference."""
@@ -62,6 +65,8 @@ class ModelConfig(Section):
             )
         if self.method == "lora" and (self.dtype, self.snapshots) != ("default", "device"):
             raise ValueError("dtype, snapshots: expected default and device with method lora")
+        if self.method == "full" and self.init_lora is not None:
+            raise ValueError(f"init_lora: expected null with method full, got {self.init_lora}")
         if self.dtype == "bf16" and self.snapshots == "device":
             raise ValueError("snapshots: expected host with dtype bf16, got device")
         if self.sharding == "fsdp" and self.method != "full":

@@ -96,6 +96,8 @@ class Trainer:
             checkpoint.check_same_model(state, self.model, newest)
         self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
+        if recipe.model.init_lora is not None and not newest:
+            self.weights.start_from(Path(recipe.model.init_lora))
         if recipe.train.compile:
             compile_blocks(self.model.transformer)
         self.optimizer = make_optimizer(recipe, self.weights.trained())

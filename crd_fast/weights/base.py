@@ -59,6 +59,10 @@ class Weights(ABC):
         """Within this context each row of a batch has the weights of its name. Without gradient."""
         raise NotImplementedError(f"{type(self).__name__}: one set of weights for all rows of a batch")
 
+    def start_from(self, file: Path) -> None:
+        """Policy and snapshots become the LoRA in a file."""
+        raise NotImplementedError(f"{type(self).__name__}: no adapters")
+
     def stepped(self) -> None:  # noqa: B027
         """To be called after each optimizer step, of which torch may count no write."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from crd_fast.errors import UserError
 from crd_fast.models.targets import check_targets
 from crd_fast.weights.base import Weights
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+BESIDE = "read"  # name of the adapter that a file is read into
 
 
 class LoraWeights(Weights):
@@ -80,6 +84,74 @@ class LoraWeights(Weights):
             for key, parameter in self.network.named_parameters()
             if marker in key and "lora_" in key
         }
+
+    @torch.no_grad()
+    def start_from(self, file: Path) -> None:
+        """Policy and snapshots become the LoRA in a file, at the strength that diffusers gives it.
+
+        diffusers reads it: its own, kohya's and ai-toolkit's names, with alpha in tensors or metadata. A file
+        of lower rank leaves the rest of the rank as it was made, with no effect. Raises UserError, one line,
+        for what is no LoRA of this transformer, has a higher rank, or adapts layers that are not trained.
+        """
+        for key, (down, up, scaling) in self._read(file).items():
+            for parameters in self._parameters.values():
+                a, b = parameters[f"{key}.lora_A.weight"], parameters[f"{key}.lora_B.weight"]
+                rank = down.shape[0]
+                a[:rank] = down.to(a)
+                b[:, :rank] = up.to(b) * (scaling * self.config.r / self.config.lora_alpha)
+
+    def _read(self, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+        """A, B and scaling of each layer that a file adapts, of the layers here."""
+        if not file.is_file():
+            raise UserError(f"model.init_lora: {file}: no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._load_beside(file)
+                found = {
+                    name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
+                    for name, layer in self.network.named_modules()
+                    if isinstance(layer, BaseTunerLayer) and BESIDE in layer.lora_A
+                }
+            except Exception as error:  # whatever diffusers and peft raise for a file that is none
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"model.init_lora: {file}: expected a LoRA of this transformer: {reason}"
+                ) from error
+            finally:
+                if BESIDE in self.network.peft_config:
+                    self.network.delete_adapters(BESIDE)
+                for parameters in self._parameters.values():  # the adapter that came last had frozen them
+                    for parameter in parameters.values():
+                        parameter.requires_grad_(True)
+                self._activate("policy")
+        if not found:
+            raise UserError(f"model.init_lora: {file}: found no adapter of this transformer in it")
+        foreign = [name for name in found if f"{name}.lora_A.weight" not in self._parameters["policy"]]
+        if foreign:
+            raise UserError(
+                f"model.init_lora: {file} adapts {foreign[0]} and {len(foreign) - 1} more layers that are "
+                "not trained; name them in model.lora_targets"
+            )
+        highest = max(down.shape[0] for down, _, _ in found.values())
+        if highest > self.config.r:
+            raise UserError(
+                f"model.lora_rank: expected at least {highest}, as {file} has, got {self.config.r}"
+            )
+        return found
+
+    def _load_beside(self, file: Path) -> None:
+        reads_alphas = "return_alphas" in inspect.signature(self.loader.lora_state_dict).parameters
+        alphas: Any = None
+        if reads_alphas:
+            state, alphas, metadata = self.loader.lora_state_dict(
+                str(file), return_alphas=True, return_lora_metadata=True
+            )
+        else:
+            state, metadata = self.loader.lora_state_dict(str(file), return_lora_metadata=True)
+        self.network.load_lora_adapter(
+            state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
+        )
 
     def trained(self) -> list[torch.nn.Parameter]:
         return list(self._parameters["policy"].values())

@@ -90,7 +90,7 @@ def test_mistakes_are_named(overrides, message):
         ("train.batch_size=8", "rollout.prompts_per_iteration and rollout.samples_per_prompt"),
         ("train.max_steps=5", "train.iterations"),
         ("model.rank=8", "model.lora_rank"),
-        ("model.lora_path=x", "`crd-fast train --resume RUN`"),
+        ("model.lora_path=x", "model.init_lora"),
         ("train.gradient_accumulation_steps=4", "train.micro_batch"),
         ("train.gradient-accumulation-steps=4", "train.micro_batch"),
         ("train.report_to=wandb", "tensorboard/"),

@@ -1,0 +1,104 @@
+"""Training that starts from a LoRA: at the strength that the pipeline gives the same file."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crd_fast.errors import UserError
+from crd_fast.models import load_model
+from crd_fast.train.trainer import Trainer
+from crd_fast.weights import checkpoint
+from crd_fast.weights.make import make_weights
+from tests.models.conftest import PROMPTS, load_pipeline
+from tests.models.test_families import ALL, by_pipeline, by_rollout
+
+
+def written(folder, recipe, path):
+    """A LoRA of rank 2 that matters, as diffusers writes it, with a strength of its own in its metadata."""
+    model = load_model(recipe(folder, "model.lora_rank=2", "model.lora_alpha=3"), PROMPTS)
+    weights = make_weights(model, recipe(folder, "model.lora_rank=2", "model.lora_alpha=3"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in weights.trained():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    weights.save_policy(path)
+    (file,) = (path / "diffusers").glob("*.safetensors")
+    return file
+
+
+def drawn_from(file, folder, recipe, *overrides):
+    """Pictures of a run's policy before its first step."""
+    trainer = Trainer(recipe(folder, f"model.init_lora={file}", *overrides), file.parent / "run")
+    return by_rollout(trainer.model)[0], trainer
+
+
+def drawn_by_pipeline(file, folder, family):
+    pipe = load_pipeline(folder)
+    pipe.load_lora_weights(str(file))
+    return by_pipeline(pipe, family)[0]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_it_draws_as_the_pipeline_with_the_file(tiny, recipe, tmp_path, family):
+    file = written(tiny(family), recipe, tmp_path)
+    images, trainer = drawn_from(file, tiny(family), recipe)  # of rank 4 and alpha 8
+    torch.testing.assert_close(images, drawn_by_pipeline(file, tiny(family), family), rtol=1e-4, atol=1e-4)
+    assert (images - by_pipeline(load_pipeline(tiny(family)), family)[0]).abs().max() > 1e-3
+    assert all(trainer.weights.is_policy(name) for name in ("old", "sampler"))
+    assert "read" not in str(list(trainer.weights.state()))
+
+
+def test_kohya_names_and_alpha(tiny, recipe, tmp_path):
+    """As sd-scripts writes FLUX: names of the original code, alpha beside the tensors."""
+    generator = torch.Generator().manual_seed(1)
+    width = load_pipeline(tiny("flux")).transformer.inner_dim
+    state = {
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.randn(
+            2, width, generator=generator
+        ),
+        "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.randn(width, 2, generator=generator),
+        "lora_unet_double_blocks_0_img_attn_proj.alpha": torch.tensor(1.0),
+    }
+    save_file(state, tmp_path / "kohya.safetensors")
+    images, _ = drawn_from(tmp_path / "kohya.safetensors", tiny("flux"), recipe)
+    expected = drawn_by_pipeline(tmp_path / "kohya.safetensors", tiny("flux"), "flux")
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_does_not_start_over(tiny, recipe, tmp_path):
+    file = written(tiny("sd3"), recipe, tmp_path)
+    settings = recipe(tiny("sd3"), f"model.init_lora={file}", "checkpoint.every=1", "train.iterations=1")
+    assert Trainer(settings, tmp_path / "run").run()
+    trained = load_file(checkpoint.find(tmp_path / "run") / "training.safetensors")
+    file.unlink()
+    resumed = Trainer(settings, tmp_path / "run", resume=True)
+    assert all(
+        torch.equal(value, trained[f"weights/{name}"]) for name, value in resumed.weights.state().items()
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("model.lora_rank=1",), "model.lora_rank: expected at least 2, as .* has, got 1"),
+        (
+            ("model.lora_targets=[attn.to_q]",),
+            "more layers that are not trained; name them in model.lora_targets",
+        ),
+        (("model.init_lora=nowhere.safetensors",), "model.init_lora: nowhere.safetensors: no such file"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny, recipe, tmp_path, overrides, message):
+    file = written(tiny("sd3"), recipe, tmp_path)
+    with pytest.raises(UserError, match=message):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}", *overrides), tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["other", "none"])
+def test_files_that_are_none(tiny, recipe, tmp_path, content):
+    file = tmp_path / "file.safetensors"
+    if content == "other":
+        save_file({"text_encoder.layer.lora_A.weight": torch.ones(2, 3)}, file)
+    else:
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"model.init_lora: .*file.safetensors"):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
