@@ -17,7 +17,7 @@ from crd_fast.rewards import Rewards
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
-from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch, decoded
 from crd_fast.train.rollout import Sampling, generate
 
 EVALUATION_SEED = 20_260_314
@@ -98,7 +98,7 @@ class Evaluation:
             observer=observer,
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
-        images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])
+        images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
         images = self.ranks.gather(images)[: len(self)]
         if not self.ranks.main:
             return {}, images
