@@ -15,6 +15,10 @@ Source = Annotated[
     str,
     typer.Argument(help="A run's folder, a checkpoint's folder, builtin or builtin-ocr.", metavar="SOURCE"),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Where the model is that the run began with, if it has moved.", metavar="FOLDER"),
+]
 
 
 def evaluate(
@@ -35,6 +39,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark's reward. Repeatable."),
     ] = None,
+    model: Model = None,
 ) -> None:
     """Score a checkpoint on prompts it was not trained on.
 
@@ -54,7 +59,7 @@ def evaluate(
     if benchmark not in (None, benchmarks.GENEVAL):
         raise UserError(f"--benchmark: expected {benchmarks.GENEVAL}, got {benchmark!r}")
     if benchmark is None and settings:
-        raise UserError("--set: is for the reward of a --benchmark")
+        raise UserError("--set: is for the reward of a --benchmark; where the model is now: --model FOLDER")
     with console.status("evaluating"):
         metrics = evaluate_checkpoint(
             source,
@@ -63,6 +68,7 @@ def evaluate(
             samples_per_prompt=samples,
             guidance_scale=guidance_scale,
             steps=steps,
+            base=model,
         )
     if benchmark:
         console.print(benchmarks.geneval_table(source, metrics))
@@ -85,15 +91,25 @@ def sample(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's evaluation.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Model = None,
 ) -> None:
     """Draw pictures with a checkpoint's trained weights, or with the built-in model."""
+    from crd_fast.run.new_files import check_new
+
+    out = out.expanduser()
+    check_new(out, "--out")
     from crd_fast.train.inference import sample_grid
 
-    if out.exists():
-        raise UserError(f"--out {out}: already exists; choose another name")
     with console.status("sampling"):
         sample_grid(
-            source, prompt, out, samples=samples, guidance_scale=guidance_scale, steps=steps, seed=seed
+            source,
+            prompt,
+            out,
+            samples=samples,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            seed=seed,
+            base=model,
         )
     say(f"wrote {out}")
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from crd_fast.commands.terminal import console, parse_settings, say
 from crd_fast.errors import UserError
+from crd_fast.run.new_files import check_new, write_new
 
 
 def score(
@@ -54,8 +55,8 @@ def score(
 
     from crd_fast.rewards.pictures import score_folder
 
-    if json_ is not None and json_.exists():
-        raise UserError(f"--json {json_}: already exists; choose another name")
+    if json_ is not None:
+        check_new(json_, "--json")
     settings = parse_settings(set_ or [])
     with console.status("scoring"):
         rows = score_folder(reward, settings, images, prompts)
@@ -70,7 +71,7 @@ def score(
     say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
     if json_ is not None:
         result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
-        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_new(json_, "--json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def serve_reward(

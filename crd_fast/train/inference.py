@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,20 +14,23 @@ from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
+from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import Evaluation, tile, to_uint8
-from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.micro_batch import decoded, resolve_micro_batch
+from crd_fast.train.places import check_base
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
 
 
-def load_source(source: str, prompts: Iterable[str] = ()):
+def load_source(source: str, prompts: Iterable[str] = (), base: str | None = None):
     """The model with the policy's weights active, and the recipe that made it.
 
     source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
-    prompts: those that will be needed and were not in the run.
+    prompts: those that will be needed and were not in the run. base: where the model is that the run began
+    with, if it has moved.
     """
     if source in WORLDS:
         recipe = load_recipe(source)
@@ -35,7 +39,11 @@ def load_source(source: str, prompts: Iterable[str] = ()):
         raise UserError(f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(WORLDS)})")
     folder = checkpoint.find(Path(source))
     state = checkpoint.read_state(folder)
-    recipe = build_recipe(state["recipe"], ["model.sharding=none"], str(folder))
+    values = state["recipe"]
+    if base is not None:
+        values = values | {"model": values["model"] | {"path": base}}
+    recipe = build_recipe(values, ["model.sharding=none"], str(folder))
+    check_base(recipe, folder)
     model = load_model(recipe, prompts)
     checkpoint.check_same_model(state, model, folder)
     checkpoint.load(folder, make_weights(model, recipe))
@@ -46,14 +54,15 @@ def evaluate_checkpoint(
     source: str,
     prompts: str | None = None,
     change: Callable[[dict], dict] = lambda values: values,
+    base: str | None = None,
     **overrides,
 ) -> dict[str, float]:
     """Metrics named `eval/...`.
 
-    change: the recipe's values to those that are used, before the overrides. overrides: keys of the section
-    `evaluate`; None keeps it.
+    change: the recipe's values to those that are used, before the overrides. base: as of
+    `load_source`. overrides: keys of the section `evaluate`; None keeps it.
     """
-    model, recipe = load_source(source)
+    model, recipe = load_source(source, base=base)
     values = change(recipe.model_dump())
     overrides = {"prompts": prompts, **overrides}
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
@@ -74,9 +83,10 @@ def sample_grid(
     guidance_scale: float | None = None,
     steps: int | None = None,
     seed: int = 0,
+    base: str | None = None,
 ) -> None:
-    """Writes a PNG: a row of `samples` pictures for each prompt."""
-    model, recipe = load_source(source, prompts)
+    """Writes a new PNG: a row of `samples` pictures for each prompt. base: as of `load_source`."""
+    model, recipe = load_source(source, prompts, base)
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
@@ -87,5 +97,7 @@ def sample_grid(
         seed_table(seed, count=len(prompts) * samples),
         Sampling.of(recipe, config, model.encode_prompts([""]), micro_batch),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(tile(to_uint8(model.decode(latents)), columns=samples)).save(out)
+    grid = Image.fromarray(tile(to_uint8(decoded(model, latents)), columns=samples))
+    png = BytesIO()
+    grid.save(png, "PNG")
+    write_new(out, "--out", png.getvalue())
