@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -46,6 +47,10 @@ def train(
         str | None,
         typer.Option(metavar="CARD", help="Say first what it takes on this card. Default: the GPU here."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Same as --set model.path=FOLDER: where the model is now."),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
     ] = False,
@@ -59,7 +64,9 @@ def train(
     `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
 
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
-    present micro-batch. `--resume` goes on as if it had not stopped.
+    present micro-batch. `--resume` goes on as if it had not stopped; what may be changed by `--set` or in the
+    run's `config.yaml` is where things are (`--model`, prompts, addresses of rewards), iterations,
+    micro-batches, evaluation, checkpoints and the learning rate.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 
@@ -68,15 +75,13 @@ def train(
         overrides.append(f"train.iterations={max_iterations}")
     if seed is not None:
         overrides.append(f"train.seed={seed}")
+    if model is not None:
+        overrides.append(f"model.path={json.dumps(model)}")  # JSON is YAML
     if resume is not None:
-        if (
-            recipe is not None
-            or output is not None
-            or gpu_memory is not None
-            or any(not o.startswith("train.iterations=") for o in overrides)
-        ):
+        resume = resume.expanduser()
+        if recipe is not None or output is not None or gpu_memory is not None:
             raise UserError(
-                "--resume: goes on with the run's own recipe and folder; only --max-iterations can change"
+                "--resume: goes on with the run's own recipe and folder: no recipe, --output or --gpu-memory"
             )
         config_file = resume / "config.yaml"
         if not config_file.exists():
@@ -86,7 +91,7 @@ def train(
     else:
         loaded = load_recipe(recipe or "builtin", overrides)
         name = Path(recipe or "builtin").name.removesuffix(".yaml")
-        output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        output = output.expanduser() if output else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     if gpu_memory is not None:
         from crd_fast.plan.fit import for_training
         from crd_fast.plan.gpus import parse_memory

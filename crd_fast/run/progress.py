@@ -67,7 +67,9 @@ class Bars(Observer):
         self._bars.advance(self._phase, count)
 
     def iteration_done(self, record: dict) -> None:
-        note = f"reward {record['reward_mean']:.3f}  KL {record['kl']:.4f}"
+        note = f"reward {record['reward_mean']:.3f}"
+        if "kl" in record:  # not where all optimizer steps were left out
+            note += f"  KL {record['kl']:.4f}"
         self._bars.update(self._run, completed=record["iteration"], note=note)
         seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
         self._seconds.append(seconds + record.get("seconds_eval", 0.0))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from crd_fast.weights import durable
 from tests.cli.conftest import SMALL
 
 
@@ -185,6 +186,7 @@ def test_a_checkpoint_of_another_model(run, copied):
     state = json.loads(path.read_text())
     state["model"]["parameters"] += 1
     path.write_text(json.dumps(state))
+    durable.seal(path.parent)
     assert_refused(run("eval", copied), "a checkpoint of another model")
     assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "a checkpoint of another model")
 
@@ -192,12 +194,12 @@ def test_a_checkpoint_of_another_model(run, copied):
 def test_a_checkpoint_with_another_adapter(run, copied):
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("lora_rank: 4", "lora_rank: 8"))
-    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "expected shape")
+    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "model.lora_rank 4 -> 8")
 
 
 def test_damaged_state(run, copied):
     (copied / "checkpoints" / "iteration-000001" / "state.json").write_text("{")
-    assert_refused(run("eval", copied), "state.json", "cannot be read")
+    assert_refused(run("eval", copied), "state.json", "missing or damaged")
 
 
 def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
@@ -209,7 +211,7 @@ def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
     recipe = load_recipe(copied / "config.yaml", ["train.iterations=2"])
     trainer = Trainer(recipe, copied, resume=True)
     trainer.weights.trained()[0].data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"expected a finite number, got nan; checkpoints .* intact"):
+    with pytest.raises(UserError, match=r"weights/policy.*expected finite numbers, got NaN"):
         trainer.run()
     assert (copied / "checkpoints" / "iteration-000001" / "state.json").exists()
     assert not (copied / "checkpoints" / "iteration-000002").exists()
