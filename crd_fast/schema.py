@@ -284,4 +284,4 @@ class CheckpointConfig(Section):
     minutes: float = Field(20.0, gt=0)
     """And after an iteration that ends this long after the last one."""
     keep: int = Field(3, ge=1)
-    """How many of the newest are kept."""
+    """How many of the newest are kept, beside the best by its held-out score."""

@@ -228,3 +228,52 @@ def test_killed_at_each_write_there_is_a_whole_checkpoint(tmp_path):
             break
         killed += 1
     assert killed > 20 and os.WIFEXITED(status)
+
+
+class Buffers:
+    """Marks the moments that are made as bitsandbytes marks those in paged memory, which only a GPU has."""
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    def prefetch_state(self, p):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_paged_optimizer_is_paged_after_a_resume(tmp_path, kind):
+    from crd_fast.weights import bf16, paged
+
+    base = bf16.RoundedPagedAdamW8bit if kind == "bfloat16" else paged.PagedAdamW8bit
+    optimizers = []
+    for _ in range(2):
+        parameter = torch.nn.Parameter(torch.ones(64, 128, dtype=getattr(torch, kind)))
+        optimizer = type("Optimizer", (Buffers, base), {})([parameter], lr=1e-2)
+        optimizer.seed = 1
+        if kind == "bfloat16":
+            bf16.widen_gradients([parameter])
+        optimizers.append((parameter, optimizer))
+
+    def step(parameter, optimizer, seed):
+        gradient = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed))
+        parameter.grad = gradient
+        optimizer.step()
+
+    (parameter, optimizer), (again, resumed) = optimizers
+    step(parameter, optimizer, 1)
+    path = tmp_path / "iteration-000001"
+    checkpoint.save(path, Policy(1), optimizer, {}, keep=1)
+    again.data.copy_(parameter.data)
+
+    class Loaded(Policy):
+        def load_state(self, state):
+            pass
+
+    checkpoint.load(path, Loaded(1), resumed)
+    for name in ("state1", "state2"):
+        assert resumed.state[again][name].is_paged and resumed.state[again][name].dtype == torch.uint8
+    step(parameter, optimizer, 2)
+    step(again, resumed, 2)
+    assert torch.equal(parameter, again)
