@@ -24,11 +24,15 @@ class RunLock:
     """Held from here to `close`, or to the end of the process, however it ends.
 
     The operating system holds it for the process, not for its children and not for the file, which stays.
-    Raises UserError where another process has it.
+    Raises UserError where another process has it, or nothing can be written in the folder.
     """
 
     def __init__(self, run: Path):
-        self._file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  open as long as it is held
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self._file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  open as long as it is held
+        except OSError as error:
+            raise UserError(f"{run}: cannot be written to: {error.strerror}") from None
         try:
             if fcntl is not None:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,7 +60,6 @@ class Checkpoints:
     def hold(self) -> None:
         """From now on no other process may write to the run."""
         if self._lock is None:
-            self.output.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.output)
 
     def close(self) -> None:

@@ -374,6 +374,21 @@ def test_no_run(tmp_path, content):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nothing"])
+def test_a_page_of_somebody_elses_is_left_alone(tmp_path, kind):
+    fake_run(tmp_path, metrics(2))
+    path = tmp_path / "report.html"
+    {
+        "file": lambda: path.write_text("<title>mine</title>"),
+        "folder": path.mkdir,
+        "link to nothing": lambda: path.symlink_to("nothing"),
+    }[kind]()
+    with pytest.raises(UserError, match="not written by crd-fast"):
+        write_report(tmp_path)
+    assert path.is_dir() or path.is_symlink() or path.read_text() == "<title>mine</title>"
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_written_again(tmp_path):
     first = write_report(fake_run(tmp_path, metrics(2))).read_text()
     assert write_report(tmp_path).read_text() == first

@@ -253,3 +253,9 @@ def test_another_process_is_kept_out_until_it_is_dead(copied):
     assert (copied / LOCK).exists()
     RunLock(copied).close()
     assert Trainer(recipe(), copied, resume=True).run()
+
+
+def test_a_folder_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written to: Not a directory"):
+        RunLock(tmp_path / "file" / "run")

@@ -17,10 +17,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from crd_fast.errors import UserError
 from crd_fast.run.report.charts import TEMPLATES, charts
 from crd_fast.run.report.run import Run, changes, headline, number, read_json, read_run, warnings
 from crd_fast.run.report.words import duration, label, signed
 
+OURS = "· crd-fast"  # how the page's title ends
 COLUMNS = 8  # tiles a row in samples/*.png
 MAX_TILES = 24
 MAX_TILE_PIXELS = 256
@@ -121,13 +123,25 @@ def settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a page was written here, by its title."""
+    try:
+        return f"{OURS}</title>" in path.read_text(encoding="utf-8", errors="replace")[:10_000]
+    except OSError:
+        return False
+
+
 def write_report(run: Path) -> Path:
     """Writes `run`/report.html and returns its path.
 
     run: a folder that `crd-fast train` writes: config.yaml, and as far as they are there metrics.jsonl,
-    samples/ and environment.json. Raises UserError if the folder is no run.
+    samples/ and environment.json. Raises UserError if the folder is no run, or has a report.html that is none
+    of ours.
     """
     read = read_run(Path(run))
+    path = read.folder / "report.html"
+    if os.path.lexists(path) and not _is_ours(path):
+        raise UserError(f"{path}: is there already and was not written by crd-fast; it is left alone")
     found = changes(read)
     tiles = samples(read)
     config = {
@@ -149,7 +163,6 @@ def write_report(run: Path) -> Path:
         label=label,
         signed=signed,
     )
-    path = read.folder / "report.html"
     unfinished = path.with_suffix(".html.part")
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
