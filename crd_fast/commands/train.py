@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.commands.boundary import leaving_traceback
+from crd_fast.commands.terminal import AllowCode, Overrides, console, say, with_consent
 from crd_fast.errors import UserError
 from crd_fast.worlds import WORLDS
 
@@ -49,6 +50,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Fine-tune a model with a reward.
 
@@ -59,7 +61,8 @@ def train(
     `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
 
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
-    present micro-batch. `--resume` goes on as if it had not stopped.
+    present micro-batch. `--resume` goes on as if it had not stopped. Rewards of your own in the run's
+    `config.yaml` run only with `--allow-code`: the file may have come from somebody else.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 
@@ -96,7 +99,13 @@ def train(
     if print_config:
         print(loaded.to_yaml(), end="")
         return
-    _run_training(loaded, output, resume is not None, gpu)
+    if resume is not None and not allow_code:
+        from crd_fast.rewards import check_consent
+
+        with with_consent():
+            check_consent(loaded, str(resume / "config.yaml"))
+    with leaving_traceback(output):
+        _run_training(loaded, output, resume is not None, gpu)
 
 
 def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
@@ -171,5 +180,5 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             console.print(table)
         say(f"report: {write_report(output)}")
     if not finished:
-        say(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        say(f"stopped after iteration {trainer.iteration}; go on with: {trainer.resume_command}")
         raise typer.Exit(130)

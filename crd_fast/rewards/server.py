@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import ipaddress
 import json
 import logging
 import socket
@@ -34,6 +33,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.foreign import is_loopback
 from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import checked
@@ -284,13 +284,6 @@ def _size(file: bytes, i: int) -> tuple[int, int]:
     if not file.startswith(PNG_START) or file[12:16] != b"IHDR" or len(file) < 24:
         raise Refused(400, f"images: image {i} is not a PNG")
     return struct.unpack(">II", file[16:24])
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int, token: str | None) -> socket.socket:

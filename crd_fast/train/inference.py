@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from crd_fast.config import build_recipe, load_recipe
+from crd_fast.config import Recipe, build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
+from crd_fast.models.base import FlowModel
 from crd_fast.ranks import Ranks
-from crd_fast.rewards import Rewards
+from crd_fast.rewards import Rewards, check_consent
 from crd_fast.seeds import seed_table
-from crd_fast.train.evaluate import Evaluation, tile, to_uint8
+from crd_fast.train.evaluate import Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
@@ -22,46 +24,61 @@ from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
 
 
-def load_source(source: str, prompts: Iterable[str] = ()):
-    """The model with the policy's weights active, and the recipe that made it.
+@dataclass(frozen=True)
+class Source:
+    """Trained weights on disk, or a built-in model: what they are of, before any are loaded.
 
-    source: the folder of a run or of a checkpoint, or `builtin` for the model that ships, untrained.
-    prompts: those that will be needed and were not in the run.
+    folder: of the checkpoint; None for a built-in model, untrained.
     """
-    if source in WORLDS:
-        recipe = load_recipe(source)
-        return load_model(recipe, prompts), recipe
-    if not Path(source).exists():
-        raise UserError(f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(WORLDS)})")
-    folder = checkpoint.find(Path(source))
-    state = checkpoint.read_state(folder)
-    recipe = build_recipe(state["recipe"], ["model.sharding=none"], str(folder))
-    model = load_model(recipe, prompts)
-    checkpoint.check_same_model(state, model, folder)
-    checkpoint.load(folder, make_weights(model, recipe))
-    return model, recipe
+
+    recipe: Recipe
+    folder: Path | None
+
+    @classmethod
+    def of(cls, source: str) -> Source:
+        """From the folder of a run or of a checkpoint, or the name of a model that ships."""
+        if source in WORLDS:
+            return cls(load_recipe(source), None)
+        if not Path(source).exists():
+            raise UserError(f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(WORLDS)})")
+        folder = checkpoint.find(Path(source))
+        values = checkpoint.read_state(folder)["recipe"]
+        return cls(build_recipe(values, ["model.sharding=none"], str(folder)), folder)
+
+    def load(self, prompts: Iterable[str] = ()) -> FlowModel:
+        """The model with the policy's weights active. prompts: those that will be needed."""
+        model = load_model(self.recipe, prompts)
+        if self.folder is not None:
+            checkpoint.check_same_model(checkpoint.read_state(self.folder), model, self.folder)
+            checkpoint.load(self.folder, make_weights(model, self.recipe))
+        return model
 
 
 def evaluate_checkpoint(
     source: str,
     prompts: str | None = None,
     change: Callable[[dict], dict] = lambda values: values,
+    allow_code: bool = False,
     **overrides,
 ) -> dict[str, float]:
     """Metrics named `eval/...`.
 
-    change: the recipe's values to those that are used, before the overrides. overrides: keys of the section
-    `evaluate`; None keeps it.
+    change: the recipe's values to those that are used, before the overrides. allow_code: whether rewards that
+    do not ship may run, where a checkpoint names them. overrides: keys of the section `evaluate`; None keeps
+    it.
     """
-    model, recipe = load_source(source)
-    values = change(recipe.model_dump())
+    found = Source.of(source)
+    values = change(found.recipe.model_dump())
     overrides = {"prompts": prompts, **overrides}
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
-    evaluation = Evaluation(
-        model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch), Ranks()
-    )
-    metrics, _ = evaluation.run()
+    if not allow_code:
+        check_consent(recipe, str(found.folder))
+    rewards = Rewards(recipe.rewards)
+    held_out = HeldOut(recipe, rewards)
+    model = found.load(entry["prompt"] for entry in held_out.entries)
+    micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
+    metrics, _ = Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()
     return metrics
 
 
@@ -76,7 +93,8 @@ def sample_grid(
     seed: int = 0,
 ) -> None:
     """Writes a PNG: a row of `samples` pictures for each prompt."""
-    model, recipe = load_source(source, prompts)
+    found = Source.of(source)
+    model, recipe = found.load(prompts), found.recipe
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)

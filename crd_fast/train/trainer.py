@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
-from crd_fast.rewards import Rewards, named
+from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
 from crd_fast.run.log import RunLog
@@ -164,7 +166,13 @@ class Trainer:
             parameter.grad = None
         if self._saved != self.iteration:
             self.save()
-            logger.warning("saved iteration %d: crd-fast train --resume %s", self.iteration, self.output)
+            logger.warning("saved iteration %d: %s", self.iteration, self.resume_command)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, as it can be typed."""
+        consent = [OPTION] if needs_consent(self.recipe) else []
+        return shlex.join(["crd-fast", "train", "--resume", str(self.output), *consent])
 
     def _run(self) -> None:
         if self.iteration == 0 and self.evaluation is not None:
