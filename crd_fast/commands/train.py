@@ -141,7 +141,7 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
 
 
 def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
-    from crd_fast.run.log import refuse_existing
+    from crd_fast.run.log import refuse_existing, refuse_full
 
     main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
     console.quiet = not main
@@ -152,6 +152,9 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     if takes is not None:
         from crd_fast.plan.text import card_lines
 
+        refuse_full(
+            output, takes.disk["checkpoints"] * (takes.keep + 1) / takes.keep
+        )  # one while it is written
         for line in card_lines(takes):
             say(line)
     with console.status("loading torch"):

@@ -37,11 +37,11 @@ class Connection(H11Protocol):
         self._since = self.loop.time()
         self._expect_head()
         host = self.client[0] if self.client else None
-        others = [other for other in self.connections if other is not self]
+        others = [one for one in self.connections if isinstance(one, Connection) and one is not self]
         of_client = [other for other in others if other.client and other.client[0] == host]
         for found, most in ((of_client, MAX_OF_A_CLIENT), (others, MAX_CONNECTIONS)):
             if len(found) >= most:
-                waiting = [other for other in found if isinstance(other, Connection) and other.waits]
+                waiting = [other for other in found if other.waits]
                 min(waiting, key=lambda other: other._since, default=self).drop()
                 return
 

@@ -40,6 +40,7 @@ REWARDS = {
     "http": "crd_fast.rewards.http:HttpReward",
 }
 CALL_IMAGES = 64
+TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers")
 
 
@@ -78,6 +79,16 @@ class Rewards:
             if hasattr(reward, "check"):
                 with answers_for(name):
                     reward.check(lent_metadata(metadata))
+
+    def try_out(self, entry: dict, resolution: int, samples: int = TRIED) -> None:
+        """A call of every reward with pictures of noise, before anything is encoded or loaded for real ones.
+
+        entry: a prompt with its metadata. Raises UserError as `score` does.
+        """
+        side = min(resolution, LARGEST_TRIED)  # whether a model can draw so large is found out later
+        shape = (min(samples, TRIED), side, side, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.score(noise, [entry] * len(noise))
 
     def close(self) -> None:
         """Ends the workers, which end with this process at the latest."""

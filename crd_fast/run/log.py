@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
 
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
+SMALLEST_SPACE = 2**27  # bytes without which no run begins; a plan knows how many its checkpoints take
 
 
 class RunLog:
@@ -63,6 +65,20 @@ def refuse_existing(output: Path) -> None:
             raise UserError(
                 f"--output {output}: already holds a run; choose another folder or --resume {output}"
             )
+
+
+def refuse_full(output: Path, needed: float) -> None:
+    """Raises UserError where the disk of a folder that may not be there yet has fewer bytes free."""
+    folder = output.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return  # writing will say what is the matter
+    if free < needed:
+        wanted, found = (f"{count / 2**30:.2f} GB" for count in (needed, free))
+        raise UserError(f"--output {output}: expected {wanted} free on its disk for checkpoints, got {found}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -76,6 +76,7 @@ def evaluate_checkpoint(
         check_consent(recipe, str(found.folder))
     rewards = Rewards(recipe.rewards)
     held_out = HeldOut(recipe, rewards)
+    rewards.try_out(held_out.entries[0], recipe.rollout.resolution, recipe.evaluate.samples_per_prompt)
     model = found.load(entry["prompt"] for entry in held_out.entries)
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
     metrics, _ = Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()

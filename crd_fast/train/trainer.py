@@ -26,7 +26,7 @@ from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
-from crd_fast.run.log import RunLog
+from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
@@ -87,9 +87,13 @@ class Trainer:
             sharded.check_resumes(state, self.ranks.count, newest)
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
+        refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
+        self.rewards.try_out(
+            self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
+        )
         evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts

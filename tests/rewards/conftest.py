@@ -58,6 +58,10 @@ def third_time(images, prompts, metadata):
     return [float(i) for i in range(len(images))]
 
 
+def fails(images, prompts, metadata):
+    raise RuntimeError("broken")
+
+
 constant = 3
 '''
 

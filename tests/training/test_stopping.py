@@ -110,7 +110,7 @@ def without_evaluation(record):
 
 def fails_in_the_third_iteration(images, prompts, metadata):
     fails_in_the_third_iteration.calls += 1
-    if fails_in_the_third_iteration.calls > 2 * 4:  # a call for each prompt
+    if fails_in_the_third_iteration.calls > 1 + 2 * 4:  # tried out, then a call for each prompt
         raise RuntimeError("no more")
     return [float(image.mean()) / 255 for image in images]
 
@@ -126,6 +126,8 @@ def test_a_reward_that_fails_costs_no_finished_iteration(tmp_path, caplog):
         trainer.run()
     assert checkpoint.newest(tmp_path / "checkpoints").name == "iteration-000002"
     assert "saved iteration 2: crd-fast train --resume" in caplog.text
+    fails_in_the_third_iteration.calls = 2 * 4
+    again = Trainer(load_recipe("builtin", settings), tmp_path, resume=True, rewards=REWARDS)
     with pytest.raises(UserError):  # nothing new to save
-        Trainer(load_recipe("builtin", settings), tmp_path, resume=True, rewards=REWARDS).run()
+        again.run()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
