@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -17,9 +18,10 @@ from crd_fast.commands.plan import plan
 from crd_fast.commands.recipes import recipes
 from crd_fast.commands.rewards import score, serve_reward
 from crd_fast.commands.study import study
-from crd_fast.commands.terminal import console, say_error
+from crd_fast.commands.terminal import console, say_error, say_warning
 from crd_fast.commands.train import train
 from crd_fast.errors import UserError
+from crd_fast.once import warnings_once
 
 app = typer.Typer(
     help="Fine-tune a flow model with a black-box reward (Centered Reward Distillation) on one GPU, or none.",
@@ -74,8 +76,11 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers of image processors, that torchvision is not there
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers gives huggingface_hub an argument that it no longer takes
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     try:
-        app()
+        with warnings_once(say_warning):
+            app()
     except UserError as error:
         say_error(str(error))
         sys.exit(2)

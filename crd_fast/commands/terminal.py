@@ -47,6 +47,11 @@ def say_error(line: str) -> None:
     errors.print(Text.assemble(("error:", "red"), f" {line}"), soft_wrap=True)
 
 
+def say_warning(line: str) -> None:
+    """One line on standard error."""
+    errors.print(Text.assemble(("warning:", "yellow"), f" {plain(line)}"), soft_wrap=True)
+
+
 @contextmanager
 def with_consent() -> Iterator[None]:
     """Where a loaded file names code: the command that allows it, as it can be typed."""
