@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from crd_fast.commands.terminal import console, parse_settings, say
+from crd_fast.commands.terminal import AllowCode, console, parse_settings, plain, say, with_consent
 from crd_fast.errors import UserError
 
 Source = Annotated[
@@ -40,6 +39,7 @@ def evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark's reward. Repeatable."),
     ] = None,
     model: Model = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Score a checkpoint on prompts it was not trained on.
 
@@ -60,11 +60,12 @@ def evaluate(
         raise UserError(f"--benchmark: expected {benchmarks.GENEVAL}, got {benchmark!r}")
     if benchmark is None and settings:
         raise UserError("--set: is for the reward of a --benchmark; where the model is now: --model FOLDER")
-    with console.status("evaluating"):
+    with console.status("evaluating"), with_consent():
         metrics = evaluate_checkpoint(
             source,
             prompts=prompts,
             change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
+            allow_code=allow_code,
             samples_per_prompt=samples,
             guidance_scale=guidance_scale,
             steps=steps,
@@ -73,7 +74,7 @@ def evaluate(
     if benchmark:
         console.print(benchmarks.geneval_table(source, metrics))
         return
-    table = Table(title=escape(f"{source}: {metrics.pop('eval/images')} images"))
+    table = Table(title=f"{plain(source)}: {metrics.pop('eval/images')} images")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.commands.terminal import Overrides, console, plain, say
 from crd_fast.errors import UserError
 from crd_fast.run.new_files import check_new, write_new
 
@@ -86,7 +85,7 @@ def plan(
         if fits:
             loaded = build_recipe(loaded.model_dump(), fits[-1].overrides)
         takes = cost(loaded, found, card, efficiency)
-    console.print(text.table(found, escape(loaded.model.path)))
+    console.print(text.table(found, plain(loaded.model.path)))
     on_host = bool(fits) and not fits[-1].encodes_on_gpu
     lines = [*text.summary(found).splitlines(), *text.time_lines(takes)]
     if memory is not None and card is None:

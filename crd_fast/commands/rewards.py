@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from crd_fast.commands.terminal import console, parse_settings, say
+from crd_fast.commands.terminal import console, parse_settings, plain, say
 from crd_fast.errors import UserError
 from crd_fast.run.new_files import check_new, write_new
 
@@ -66,7 +65,7 @@ def score(
         table.add_column(column, overflow="fold")
     table.add_column("score", justify="right")
     for row in rows:
-        table.add_row(escape(row["image"]), escape(row["prompt"]), f"{row['score']:.4f}")
+        table.add_row(plain(row["image"]), plain(row["prompt"]), f"{row['score']:.4f}")
     console.print(table)
     say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
     if json_ is not None:

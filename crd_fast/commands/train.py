@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.commands.boundary import leaving_traceback
+from crd_fast.commands.terminal import AllowCode, Overrides, console, say, with_consent
 from crd_fast.errors import UserError
 from crd_fast.worlds import WORLDS
 
@@ -54,6 +55,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Fine-tune a model with a reward.
 
@@ -66,7 +68,8 @@ def train(
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
     present micro-batch. `--resume` goes on as if it had not stopped; what may be changed by `--set` or in the
     run's `config.yaml` is where things are (`--model`, prompts, addresses of rewards), iterations,
-    micro-batches, evaluation, checkpoints and the learning rate.
+    micro-batches, evaluation, checkpoints and the learning rate. Rewards of your own in that file run
+    only with `--allow-code`: it may have come from somebody else.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 
@@ -101,7 +104,13 @@ def train(
     if print_config:
         print(loaded.to_yaml(), end="")
         return
-    _run_training(loaded, output, resume is not None, gpu)
+    if resume is not None and not allow_code:
+        from crd_fast.rewards import check_consent
+
+        with with_consent():
+            check_consent(loaded, str(resume / "config.yaml"))
+    with leaving_traceback(output):
+        _run_training(loaded, output, resume is not None, gpu)
 
 
 def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
@@ -137,7 +146,7 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
 
 
 def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
-    from crd_fast.run.log import refuse_existing
+    from crd_fast.run.log import refuse_existing, refuse_full
 
     main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
     console.quiet = not main
@@ -148,6 +157,9 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     if takes is not None:
         from crd_fast.plan.text import card_lines
 
+        refuse_full(
+            output, takes.disk["checkpoints"] * (takes.keep + 1) / takes.keep
+        )  # one while it is written
         for line in card_lines(takes):
             say(line)
     with console.status("loading torch"):
@@ -176,5 +188,5 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             console.print(table)
         say(f"report: {write_report(output)}")
     if not finished:
-        say(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        say(f"stopped after iteration {trainer.iteration}; go on with: {trainer.resume_command}")
         raise typer.Exit(130)

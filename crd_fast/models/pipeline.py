@@ -24,7 +24,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import prompt_cache
+from crd_fast.models import checks, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 
 
@@ -218,8 +218,11 @@ class PipelineModel(FlowModel):
     @contextmanager
     def _text_encoders(self) -> Iterator[DiffusionPipeline]:
         """The pipeline with its text encoders, which are gone afterwards, on the GPU if they fit there."""
+        absent = {name: None for name, part in self.index.items() if isinstance(part, list) and not part[0]}
+        given = absent | {"transformer": self.pipe.transformer, "vae": None}
+        variants = map(checks.variant, (self.folder / name for name in self.text_encoders()))
         pipe = self.pipeline.from_pretrained(
-            self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
+            self.folder, **given, dtype=self.dtype, variant=next(filter(None, variants), None)
         )
         encoders = [
             module
@@ -267,7 +270,9 @@ class PipelineModel(FlowModel):
 
     def pretrained(self, component: str, dtype: torch.dtype) -> torch.nn.Module:
         """A component of diffusers with its weights. A plan puts one without them in its place."""
-        return self.component_class(component).from_pretrained(self.folder, subfolder=component, dtype=dtype)
+        return self.component_class(component).from_pretrained(
+            self.folder, subfolder=component, dtype=dtype, variant=checks.variant(self.folder / component)
+        )
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
         return {

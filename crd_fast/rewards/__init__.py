@@ -22,6 +22,14 @@ generated; in an evaluation with up to 64 images, no prompt's samples parted. Wi
 same ones, several at work at once, each in a process that has loaded the reward for itself.
 """
 
-from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named
+from crd_fast.rewards.registry import (
+    REWARDS,
+    Rewards,
+    check_consent,
+    load,
+    name_of,
+    named,
+    needs_consent,
+)
 
-__all__ = ["REWARDS", "Rewards", "load", "name_of", "named"]
+__all__ = ["REWARDS", "Rewards", "check_consent", "load", "name_of", "named", "needs_consent"]

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ FILES = (
     *(METRICS, RECIPE, ENVIRONMENT, "checkpoints", "samples", "tensorboard", "warnings.txt", "report.html"),
     "flops.jsonl",
 )
+SMALLEST_SPACE = 2**27  # bytes without which no run begins; a plan knows how many its checkpoints take
 
 logger = logging.getLogger("crd_fast")
 
@@ -81,6 +83,20 @@ def refuse_existing(output: Path) -> None:
                     f"--output {output}: already holds a run; choose another folder or --resume {output}"
                 )
             raise UserError(f"--output {output}: {name} is there already; choose another folder")
+
+
+def refuse_full(output: Path, needed: float) -> None:
+    """Raises UserError where the disk of a folder that may not be there yet has fewer bytes free."""
+    folder = output.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return  # writing will say what is the matter
+    if free < needed:
+        wanted, found = (f"{count / 2**30:.2f} GB" for count in (needed, free))
+        raise UserError(f"--output {output}: expected {wanted} free on its disk for checkpoints, got {found}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -40,7 +40,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 class HeldOut:
-    """What an evaluation asks for and who judges it, checked before anything is encoded or loaded.
+    """What an evaluation asks for and who judges it: checked, and tried out, before anything is loaded.
 
     entries: the prompts with their metadata. judges: the recipe's `eval_rewards`.
     Raises UserError for prompts or judges that are none, or not for this model.
@@ -52,6 +52,8 @@ class HeldOut:
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
         for judge in (rewards, self.judges):
             judge.check(self.entries)
+        if recipe.eval_rewards:
+            self.judges.try_out(self.entries[0], recipe.rollout.resolution)
 
 
 class Evaluation:

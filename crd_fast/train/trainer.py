@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,11 +21,12 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
-from crd_fast.rewards import Rewards, named
+from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
-from crd_fast.run.log import RunLog
+from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
@@ -85,9 +87,13 @@ class Trainer:
         newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
+        refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
+        self.rewards.try_out(
+            self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
+        )
         evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
@@ -177,7 +183,13 @@ class Trainer:
             parameter.grad = None
         if self.checkpoints.saved != self.iteration:
             self.save()
-            logger.warning("saved iteration %d: crd-fast train --resume %s", self.iteration, self.output)
+            logger.warning("saved iteration %d: %s", self.iteration, self.resume_command)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, as it can be typed."""
+        consent = [OPTION] if needs_consent(self.recipe) else []
+        return shlex.join(["crd-fast", "train", "--resume", str(self.output), *consent])
 
     def _run(self) -> None:
         if self._unlogged:

@@ -248,7 +248,7 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     [
         ("fails", "key", r"reward workers_mine:fails: KeyError: 'x' \(.*workers_mine.py line \d+\)$"),
         ("fails", "user", "^reward mine: no$"),
-        ("fails", "exit", "reward workers_mine:fails: SystemExit: 3"),
+        ("fails", "exit", r"reward workers_mine:fails: wanted to end the process \(SystemExit: 3\)"),
         ("nothing", "a", "reward workers_mine:nothing: expected finite numbers, got nan for image 0"),
     ],
 )

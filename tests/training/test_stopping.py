@@ -104,7 +104,7 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
 
 def fails_in_the_third_iteration(images, prompts, metadata):
     fails_in_the_third_iteration.calls += 1
-    if fails_in_the_third_iteration.calls > 2 * 4:  # a call for each prompt
+    if fails_in_the_third_iteration.calls > 1 + 2 * 4:  # tried out, then a call for each prompt
         raise RuntimeError("no more")
     return [float(image.mean()) / 255 for image in images]
 
@@ -120,6 +120,8 @@ def test_a_reward_that_fails_costs_no_finished_iteration(tmp_path, caplog):
         trainer.run()
     assert checkpoint.newest(tmp_path / "checkpoints").name == "iteration-000002"
     assert "saved iteration 2: crd-fast train --resume" in caplog.text
+    fails_in_the_third_iteration.calls = 2 * 4
+    again = Trainer(load_recipe("builtin", settings), tmp_path, resume=True, rewards=REWARDS)
     with pytest.raises(UserError):  # nothing new to save
-        Trainer(load_recipe("builtin", settings), tmp_path, resume=True, rewards=REWARDS).run()
+        again.run()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
