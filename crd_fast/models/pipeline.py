@@ -26,6 +26,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
+from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
 
 
 class PipelineModel(FlowModel):
@@ -77,6 +78,10 @@ class PipelineModel(FlowModel):
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
         """One prompt, tensors without a batch axis. pipe: with text encoders, on `self.device`."""
+
+    def _reading(self, tokenizer: Any, tokens: int) -> Reading:
+        """How the pipeline gives prompts to a tokenizer whose text encoder reads so many tokens."""
+        return Reading(tokenizer, str, tokens)
 
     def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE decodes them."""
@@ -181,6 +186,22 @@ class PipelineModel(FlowModel):
     # -- loading --------------------------------------------------------------------------------------
 
     @functools.cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """By name. Raises UserError for one without a vocabulary."""
+        return load_tokenizers(self.folder, self.index)
+
+    @functools.cached_property
+    def prompt_reader(self) -> PromptReader:  # type: ignore[override]
+        encoders = {
+            name.replace("text_encoder", "tokenizer"): n for name, (_, n) in self.text_encoders().items()
+        }
+        return PromptReader(
+            self._reading(tokenizer, encoders[name])
+            for name, tokenizer in self.tokenizers.items()
+            if name in encoders
+        )
+
+    @functools.cached_property
     def _prompts(self) -> prompt_cache.PromptCache:
         return prompt_cache.open_cache(
             self.config.prompt_cache, self.encoder_identity(), self.config.prompt_cache_gb
@@ -219,7 +240,7 @@ class PipelineModel(FlowModel):
     def _text_encoders(self) -> Iterator[DiffusionPipeline]:
         """The pipeline with its text encoders, which are gone afterwards, on the GPU if they fit there."""
         pipe = self.pipeline.from_pretrained(
-            self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
+            self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype, **self.tokenizers
         )
         encoders = [
             module
@@ -231,12 +252,16 @@ class PipelineModel(FlowModel):
             torch.cuda.empty_cache()
             if not encodes_on_gpu(size, torch.cuda.mem_get_info()[0]):
                 self._device = torch.device("cpu")  # slow, but only once
+        logs = diffusers.utils.logging
+        verbosity = logs.get_verbosity()
+        logs.set_verbosity_error()  # it warns of what is truncated, prompt by prompt
         try:
             for encoder in encoders:
                 encoder.to(self.device)
             yield pipe
         finally:
             self._device = device
+            logs.set_verbosity(verbosity)
         encoders.clear()
         del pipe, encoder
         gc.collect()

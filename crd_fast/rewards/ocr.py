@@ -31,8 +31,9 @@ def target_text(prompt: str) -> str:
     """What stands in the first pair of double quotes. Raises UserError if the prompt has none."""
     found = _QUOTED.search(prompt)
     if not found or not normalized(found[1]):
+        shown = prompt if len(prompt) <= 200 else f"{prompt[:95]} ... {prompt[-95:]}"
         raise UserError(
-            f'reward ocr: expected a text in double quotes, like a sign that says "CAT", got {prompt!r}'
+            f'reward ocr: expected a text in double quotes, like a sign that says "CAT", got {shown!r}'
         )
     return found[1].strip()
 

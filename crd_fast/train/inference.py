@@ -14,8 +14,9 @@ from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.seeds import seed_table
-from crd_fast.train.evaluate import Evaluation, tile, to_uint8
+from crd_fast.train.evaluate import Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
@@ -58,9 +59,11 @@ def evaluate_checkpoint(
     overrides = {"prompts": prompts, **overrides}
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
-    evaluation = Evaluation(
-        model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch), Ranks()
-    )
+    rewards = Rewards(recipe.rewards)
+    held_out = HeldOut(recipe, rewards)
+    check_lengths(model.prompt_reader, held_out.asked)
+    micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
+    evaluation = Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out)
     metrics, _ = evaluation.run()
     return metrics
 
@@ -77,6 +80,7 @@ def sample_grid(
 ) -> None:
     """Writes a PNG: a row of `samples` pictures for each prompt."""
     model, recipe = load_source(source, prompts)
+    check_lengths(model.prompt_reader, [([{"prompt": prompt} for prompt in prompts], Rewards({}))])
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
