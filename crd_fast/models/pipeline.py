@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from crd_fast.errors import UserError
 from crd_fast.models import prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
+
+logger = logging.getLogger("crd_fast")
 
 
 class PipelineModel(FlowModel):
@@ -169,16 +172,33 @@ class PipelineModel(FlowModel):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, height, width, 3), float32 in [0, 1], on the host.
 
-        The VAE is on the device only meanwhile, and decodes one image at a time.
+        The VAE is on the device only meanwhile, and decodes one image at a time: whole, as the pipeline does,
+        and from the first for which there is no memory on in tiles, whose seams change pictures a little.
         """
         vae = self.pipe.vae.to(self.device)
         images = []
         for latent in latents.to(self.device, vae.dtype).split(1):
-            image = vae.decode(self._to_vae(latent), return_dict=False)[0]
+            image = self._decoded(vae, latent)
             images.append(self._pixels(image).cpu())
         if self.device.type != "cpu":
             vae.to("cpu")
         return torch.cat(images)
+
+    def _decoded(self, vae: Any, latent: torch.Tensor) -> torch.Tensor:
+        try:
+            return vae.decode(self._to_vae(latent), return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        # here, where the error no longer holds what the failed attempt computed
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        vae.enable_tiling()
+        logger.warning(
+            "warning: no memory to decode pictures whole; from now on they are decoded in tiles, which "
+            "changes them a little (model.vae_tiling)"
+        )
+        return vae.decode(self._to_vae(latent), return_dict=False)[0]
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         return self.pipe.image_processor.postprocess(images, output_type="pt").permute(0, 2, 3, 1)
@@ -287,7 +307,8 @@ class PipelineModel(FlowModel):
         self.place(transformer, self.config, self.device, checkpointing)
         vae: Any = self.pretrained("vae", torch.float32)
         vae.requires_grad_(False).eval()
-        vae.enable_tiling()
+        if self.config.vae_tiling == "always":
+            vae.enable_tiling()
         self.pipe.register_modules(transformer=transformer, vae=vae)
 
     def pretrained(self, component: str, dtype: torch.dtype) -> torch.nn.Module:
