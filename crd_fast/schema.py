@@ -48,6 +48,10 @@ class ModelConfig(Section):
     """Of models with distilled guidance (FLUX.1-dev), in rollout, training and evaluation."""
     attention: str = "default"
     """A backend of diffusers: `native`, `flash`, `sage`, ...; by default what the model has."""
+    vae_tiling: Literal["auto", "always"] = "auto"
+    """`auto` decodes pictures whole, as the pipeline does, and goes on in tiles when there is no memory for
+    one, which changes pictures a little. `always` takes tiles at once, and less memory; plans say where it is
+    needed."""
     prompt_cache: Place = "default"
     """The folder of encoded prompts. By default one for each text encoder in `~/.cache/crd-fast`."""
     prompt_cache_gb: float = Field(10.0, gt=0, allow_inf_nan=False)

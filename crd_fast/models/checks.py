@@ -12,6 +12,15 @@ from crd_fast.errors import UserError
 
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # of weights, by diffusers and by transformers
+# All files of one row must be there: where none is, transformers makes an empty vocabulary without a word.
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+)
 
 
 def check_gpu(recipe: Recipe) -> None:
@@ -45,6 +54,8 @@ def check_files(folder: Path) -> None:
         if not (folder / name).is_dir():
             raise UserError(f"model.path: {folder}: {name} ({part[1]}) is missing")
         needed = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        if name.startswith("tokenizer"):
+            _check_vocabulary(folder / name)
         if name.startswith(("tokenizer", "feature_extractor")):
             continue
         _must_exist(folder / name / needed)
@@ -61,6 +72,12 @@ def _refuse_quantized(folder: Path) -> None:
             f"model.path: {folder} is quantised already ({method}); expected the original weights, which "
             "model.quantization: int8 or nf4 quantises here"
         )
+
+
+def _check_vocabulary(folder: Path) -> None:
+    if not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES):
+        wanted = ", or ".join(" and ".join(files) for files in VOCABULARIES)
+        raise UserError(f"model.path: {folder / 'tokenizer.json'} is missing (expected {wanted})")
 
 
 def _check_weights(folder: Path) -> None:

@@ -73,6 +73,11 @@ class Rewards:
             self._rewards[name] = reward
             self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
+    @property
+    def can_check(self) -> bool:
+        """Whether any of them may refuse prompts."""
+        return any(hasattr(reward, "check") for reward in self._rewards.values())
+
     def check(self, metadata: list[dict]) -> None:
         """Raises UserError, before any work, if a reward cannot score one of these prompts."""
         for name, reward in self._rewards.items():

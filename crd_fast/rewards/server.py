@@ -42,6 +42,7 @@ from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind, host
 from crd_fast.rewards.foreign import is_loopback
 from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
 from crd_fast.rewards.registry import default_device, load
+from crd_fast.rewards.rgb import to_rgb
 from crd_fast.rewards.scoring import TIMEOUT, checked
 from crd_fast.rewards.workers import RewardFailed, Workers
 
@@ -312,16 +313,25 @@ def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], lis
     width, height = _size(files[0], 0)
     if len(files) * width * height > limits.pixels:
         raise Refused(413, f"images: expected at most {limits.pixels} pixels in all")
-    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
+    images = np.empty((0,))
     for i, file in enumerate(files):
-        try:
-            with Image.open(BytesIO(file), formats=["PNG"]) as image:
-                if image.size != (width, height):  # by a second header, which the decoder goes by
-                    raise ValueError("two headers")
-                images[i] = np.asarray(image.convert("RGB"))
-        except Exception:  # whatever a decoder raises on bytes that somebody sent
-            raise Refused(400, f"images: image {i} is a broken PNG") from None
+        pixels = _pixels(file, i, (width, height))
+        if not i:
+            images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
+        elif pixels.shape != images.shape[1:]:  # turned by its EXIF
+            raise Refused(400, f"images: image {i} has another size than the first")
+        images[i] = pixels
     return read_only(images), prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
+
+
+def _pixels(file: bytes, i: int, size: tuple[int, int]) -> np.ndarray:
+    try:
+        with Image.open(BytesIO(file), formats=["PNG"]) as image:
+            if image.size != size:  # by a second header, which the decoder goes by
+                raise ValueError("two headers")
+            return to_rgb(image)
+    except Exception:  # whatever a decoder raises on bytes that somebody sent
+        raise Refused(400, f"images: image {i} is a broken PNG, or has several frames") from None
 
 
 def _fields(body: bytes, *names: str) -> dict:

@@ -42,7 +42,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 class HeldOut:
     """What an evaluation asks for and who judges it: checked, and tried out, before anything is loaded.
 
-    entries: the prompts with their metadata. judges: the recipe's `eval_rewards`.
+    entries: the prompts with their metadata. judges: the recipe's `eval_rewards`. asked: the prompts with the
+    rewards, and with the judges.
     Raises UserError for prompts or judges that are none, or not for this model.
     """
 
@@ -50,8 +51,9 @@ class HeldOut:
         recipe.check_own(trains=False, evaluates=True)
         self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
-        for judge in (rewards, self.judges):
-            judge.check(self.entries)
+        self.asked = [(self.entries, rewards), (self.entries, self.judges)]
+        for entries, judge in self.asked:
+            judge.check(entries)
         if recipe.eval_rewards:
             self.judges.try_out(self.entries[0], recipe.rollout.resolution)
 

@@ -21,6 +21,7 @@ from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import decoded, resolve_micro_batch
 from crd_fast.train.places import check_base
+from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
@@ -89,6 +90,7 @@ def evaluate_checkpoint(
     held_out = HeldOut(recipe, rewards)
     rewards.try_out(held_out.entries[0], recipe.rollout.resolution, recipe.evaluate.samples_per_prompt)
     model = found.load(entry["prompt"] for entry in held_out.entries)
+    check_lengths(model.prompt_reader, held_out.asked)
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
     metrics, _ = Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()
     return metrics
@@ -108,6 +110,7 @@ def sample_grid(
     """Writes a new PNG: a row of `samples` pictures for each prompt. base: as of `Source.of`."""
     found = Source.of(source, base)
     model, recipe = found.load(prompts), found.recipe
+    check_lengths(model.prompt_reader, [([{"prompt": prompt} for prompt in prompts], Rewards({}))])
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)

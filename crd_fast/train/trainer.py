@@ -39,6 +39,7 @@ from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
 from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.places import absolute
+from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.signal import Signal
 from crd_fast.train.steps import FiniteSteps
@@ -97,7 +98,17 @@ class Trainer:
         evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
-            self.model = load_model(recipe, now, self._drawn(begin, None), self._encoding)
+            self.model = load_model(
+                recipe,
+                now,
+                self._drawn(begin, None),
+                self._encoding,
+                lambda reader: check_lengths(
+                    reader,
+                    [(self.prompts.entries(), self.rewards), *(held_out.asked if held_out else [])],
+                    say=self.ranks.main,
+                ),
+            )
         if newest and state:
             checkpoint.check_same_model(state, self.model, newest)
         self.description = checkpoint.describe(self.model)
