@@ -61,8 +61,7 @@ def evaluate_checkpoint(
     evaluation = Evaluation(
         model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch), Ranks()
     )
-    metrics, _ = evaluation.run()
-    return metrics
+    return evaluation.run().metrics
 
 
 def sample_grid(

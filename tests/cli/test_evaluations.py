@@ -1,0 +1,69 @@
+"""What a run leaves of every picture it evaluates, through the real command line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from crd_fast.run.scores import read_scores, scores_path
+from tests.cli.conftest import metrics
+
+SETTINGS = ("eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2", "evaluate.max_prompts=6")
+
+
+def options(*settings):
+    return [option for setting in settings for option in ("--set", setting)]
+
+
+def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume(inside, small, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = inside("train", small, "--output", run, *options(*SETTINGS))
+    assert code == 0, err
+    assert sorted(path.name for path in (run / "evaluations").iterdir()) == ["000000.jsonl", "000002.jsonl"]
+    for record in (metrics(run)[0], metrics(run)[-1]):
+        scores = read_scores(scores_path(run, record["iteration"]))
+        assert list(scores.index) == [i // 2 for i in range(12)] and len(set(scores.seeds)) == 12
+        for measure, name in [
+            ("reward", "reward_mean"),
+            ("reward/geneval", "reward/geneval"),
+            ("judge/colorfulness", "judge/colorfulness"),
+        ]:
+            assert scores.values[measure].mean() == pytest.approx(record[f"eval/{name}"], rel=1e-12)
+        for measure in ("overall", "clean"):
+            by_category = {}
+            for category, value in zip(scores.categories, scores.values[measure]):
+                by_category.setdefault(category, []).append(value)
+            means = {category: np.mean(values) for category, values in by_category.items()}
+            assert np.mean(list(means.values())) == pytest.approx(record[f"eval/{measure}"], rel=1e-12)
+            if measure == "overall":
+                assert all(record[f"eval/{category}"] == mean for category, mean in means.items())
+    first = scores_path(run, 0).read_bytes()
+    last = scores_path(run, 2).read_bytes()
+
+    # what a run killed in the middle of its second iteration would leave, and a try of it with other weights
+    shutil.rmtree(run / "checkpoints" / "iteration-000002")
+    scores_path(run, 2).write_bytes(first)
+    code, _, err = inside("train", "--resume", run)
+    assert code == 0, err
+    assert scores_path(run, 0).read_bytes() == first and scores_path(run, 2).read_bytes() == last
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_prompts_that_are_trained_on_as_well_are_known(inside, small, tmp_path, shared):
+    words = {"train.txt": ["a red circle", "a blue ring"], "held.txt": ["a green cross", "a red square"]}
+    if shared:
+        words["held.txt"] = [" A  red CIRCLE", "a blue ring", "a green cross"]
+    for name, lines in words.items():
+        (tmp_path / name).write_text("\n".join(lines))
+    settings = [
+        f"rollout.prompts={tmp_path / 'train.txt'}",
+        f"evaluate.prompts={tmp_path / 'held.txt'}",
+        "rewards={colorfulness: 0.01}",
+    ]
+    run = tmp_path / "run"
+    code, _, err = inside("train", small, "--output", run, "--max-iterations", 1, *options(*settings))
+    assert code == 0, err
+    found = [json.loads(line) for line in (run / "evaluations" / "000000.jsonl").read_text().splitlines()]
+    assert [line["trained_on"] for line in found] == ([True, True, False] if shared else [False, False])
+    assert read_scores(scores_path(run, 0)).trained_on() == (shared, len(found))
