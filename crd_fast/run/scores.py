@@ -144,28 +144,36 @@ def compare(before: Scores, after: Scores, name: str, category: str | None = Non
     return Comparison(mean, mean + difference, error, prompts, int(chosen.sum()))
 
 
+def mean_of(scores: Scores, name: str, category: str | None = None) -> tuple[float, float]:
+    """A measure's mean in one evaluation and its standard error, NaN for one prompt."""
+    chosen = _chosen(scores, category)
+    weights = weights_of(scores, name, chosen)
+    mean, error, _ = mean_and_error(scores.values[name][chosen], _units(scores)[chosen], weights)
+    return mean, error
+
+
 def gap(before: Scores, after: Scores, name: str, other: str) -> Comparison | None:
     """How much further `name` rose than `other`, both in standard deviations of `before`'s pictures.
 
     before is 0 in the result. None where one of them is the same for all pictures, which has no deviation.
     Raises UserError as `compare` does.
     """
-    both = [in_deviations(before, after, measure) for measure in (name, other)]
-    if both[0] is None or both[1] is None:
-        return None
-    chosen = _chosen(before, None)
-    parts = [weights_of(before, measure, chosen) * len(chosen) for measure in (name, other)]
-    rise = both[0] * parts[0] - both[1] * parts[1]
+    matched, all_of_them = _matched(before, after), _chosen(before, None)
+    rise = np.zeros(len(before))
+    for measure, sign in ((name, 1), (other, -1)):
+        size = deviation(before, measure)
+        if size is None:
+            return None
+        weights = weights_of(before, measure, all_of_them) * len(before)
+        rise += sign * weights * (after.values[measure][matched] - before.values[measure]) / size
     mean, error, prompts = mean_and_error(rise, _units(before), np.full(len(rise), 1 / len(rise)))
     return Comparison(0.0, mean, error, prompts, len(rise))
 
 
-def in_deviations(before: Scores, after: Scores, name: str) -> np.ndarray | None:
-    """Each picture's difference in standard deviations of `before`'s pictures, (N,); None where that is 0."""
-    deviation = before.values[name].std()
-    if np.ptp(before.values[name]) == 0:
-        return None
-    return (after.values[name][_matched(before, after)] - before.values[name]) / deviation
+def deviation(scores: Scores, name: str) -> float | None:
+    """Of the pictures; None where all have one value."""
+    values = scores.values[name]
+    return float(values.std()) if np.ptp(values) else None
 
 
 def mean_and_error(values: np.ndarray, units: np.ndarray, weights: np.ndarray) -> tuple[float, float, int]:
