@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from crd_fast.commands.terminal import console, parse_settings, say
 from crd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from crd_fast.run.scores import Scores
 
 Source = Annotated[
     str,
@@ -36,10 +40,11 @@ def evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark's reward. Repeatable."),
     ] = None,
 ) -> None:
-    """Score a checkpoint on prompts it was not trained on.
+    """Score a checkpoint on the recipe's evaluation prompts.
 
     Prints every reward's mean and what the rewards report, for GenEval the share of correct images by
-    category.
+    category; with standard errors, and for a run's checkpoint, on the prompts and seeds of its first
+    evaluation, with the difference from that one, paired picture by picture.
 
     `--benchmark geneval` takes the recipe's GenEval reward, or else the built-in world's detector for the
     built-in model and Mask2Former with CLIP for others, and held-out prompts of the six categories; with
@@ -56,7 +61,7 @@ def evaluate(
     if benchmark is None and settings:
         raise UserError("--set: is for the reward of a --benchmark")
     with console.status("evaluating"):
-        metrics = evaluate_checkpoint(
+        found = evaluate_checkpoint(
             source,
             prompts=prompts,
             change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
@@ -65,14 +70,52 @@ def evaluate(
             steps=steps,
         )
     if benchmark:
-        console.print(benchmarks.geneval_table(source, metrics))
+        console.print(benchmarks.geneval_table(source, found.metrics))
         return
-    table = Table(title=escape(f"{source}: {metrics.pop('eval/images')} images"))
+    base = base_scores(source)
+    table = Table(title=escape(f"{source}: {found.metrics.pop('eval/images')} images"))
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name.removeprefix("eval/"), f"{value:.3f}")
+    for title in ("value", "± error", *(["since iteration 0"] if base else [])):
+        table.add_column(title, justify="right")
+    for name, value in found.metrics.items():
+        if name.startswith("standard_error/"):
+            continue
+        name = name.removeprefix("eval/")
+        errors = with_errors(found.scores, base, name) if found.scores else []
+        table.add_row(name, f"{value:.3f}", *errors)
     console.print(table)
+    say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if base else ""))
+
+
+def base_scores(source: str) -> Scores | None:
+    """What the pictures of a run's first evaluation got. source: its folder, or that of its checkpoint."""
+    from crd_fast.run.scores import read_scores, scores_path
+
+    folders = (Path(source), Path(source).parent.parent) if Path(source).is_dir() else ()
+    for folder in folders:
+        try:
+            return read_scores(scores_path(folder, 0))
+        except (OSError, UserError):
+            continue
+    return None
+
+
+def with_errors(scores: Scores, base: Scores | None, name: str) -> list[str]:
+    """The cells beside a metric: its error and, where there is a base, the paired difference from it."""
+    from crd_fast.run.scores import compare, mean_of, measure_of
+
+    measure = measure_of(scores, name)
+    error = mean_of(scores, *measure)[1] if measure else math.nan
+    cells = ["" if math.isnan(error) else f"{error:.3f}"]
+    if base is None:
+        return cells
+    try:
+        both = compare(base, scores, *measure) if measure else None
+    except UserError:  # other prompts or seeds
+        both = None
+    sure = "*" if both and both.significant else " "
+    known = both is not None and not math.isnan(both.error)
+    return [*cells, f"{both.difference:+.3f} ± {both.error:.3f}{sure}" if both and known else ""]
 
 
 def sample(

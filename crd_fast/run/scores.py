@@ -144,6 +144,20 @@ def compare(before: Scores, after: Scores, name: str, category: str | None = Non
     return Comparison(mean, mean + difference, error, prompts, int(chosen.sum()))
 
 
+def measure_of(scores: Scores, metric: str) -> tuple[str, str | None] | None:
+    """Under which name, and of which category, the pictures have a metric (without `eval/`).
+
+    None where it is not a mean of what the pictures got.
+    """
+    if metric == "reward_mean":
+        return "reward", None
+    if metric in scores.values:
+        return metric, None
+    if metric in scores.categories and "overall" in scores.values:
+        return "overall", metric
+    return None
+
+
 def mean_of(scores: Scores, name: str, category: str | None = None) -> tuple[float, float]:
     """A measure's mean in one evaluation and its standard error, NaN for one prompt."""
     chosen = _chosen(scores, category)

@@ -14,7 +14,7 @@ from crd_fast.models import load_model
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.seeds import seed_table
-from crd_fast.train.evaluate import Evaluation, tile, to_uint8
+from crd_fast.train.evaluate import Evaluated, Evaluation, tile, to_uint8
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
@@ -47,8 +47,8 @@ def evaluate_checkpoint(
     prompts: str | None = None,
     change: Callable[[dict], dict] = lambda values: values,
     **overrides,
-) -> dict[str, float]:
-    """Metrics named `eval/...`.
+) -> Evaluated:
+    """Its metrics and what each picture got.
 
     change: the recipe's values to those that are used, before the overrides. overrides: keys of the section
     `evaluate`; None keeps it.
@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     evaluation = Evaluation(
         model, recipe, Rewards(recipe.rewards), resolve_micro_batch(recipe.rollout.micro_batch), Ranks()
     )
-    return evaluation.run().metrics
+    return evaluation.run()
 
 
 def sample_grid(

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from crd_fast.run.scores import read_scores, scores_path
 from tests.cli.conftest import metrics
@@ -47,6 +48,23 @@ def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume
     code, _, err = inside("train", "--resume", run)
     assert code == 0, err
     assert scores_path(run, 0).read_bytes() == first and scores_path(run, 2).read_bytes() == last
+
+    # the checkpoint, scored again, is paired with the first evaluation
+    both = [read_scores(scores_path(run, iteration)) for iteration in (0, 2)]
+    for source in (run, run / "checkpoints" / "iteration-000002"):
+        code, out, err = inside("eval", source)
+        assert code == 0, err
+        cells = {
+            line.split()[1]: line.replace("│", "").split()[1:] for line in out.splitlines() if "│" in line
+        }
+        for name, measure in [("reward_mean", "reward"), ("judge/colorfulness", "judge/colorfulness")]:
+            # 6 prompts of 2 pictures, in float64
+            before, after = (s.values[measure].reshape(6, 2).mean(axis=1) for s in both)
+            expected = [f"{after.mean():.3f}", f"{stats.sem(after):.3f}", f"{(after - before).mean():+.3f}"]
+            sure = "*" if stats.ttest_rel(after, before).pvalue < 0.05 else ""
+            assert cells[name] == [*expected, "±", f"{stats.sem(after - before):.3f}{sure}"]
+    code, out, err = inside("eval", run, "--samples", 1)  # other pictures
+    assert code == 0 and "since iteration 0" in out and "±" not in out.split("reward_mean")[1].split("\n")[0]
 
 
 @pytest.mark.parametrize("shared", [0, 2])

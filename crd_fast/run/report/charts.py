@@ -19,10 +19,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crd_fast.run.report.held_out import Judged, compared, measure_of
+from crd_fast.run.report.held_out import Judged, compared
 from crd_fast.run.report.run import PHASES, Run, series
 from crd_fast.run.report.words import label
-from crd_fast.run.scores import deviation
+from crd_fast.run.scores import deviation, measure_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Charts are drawn in the stand-in colours of report.mplstyle; the page's style sheet has the real ones.
@@ -97,7 +97,8 @@ def draw_judges(figure: Figure, run: Run, rows: Sequence[Judged]) -> None:
     """How far the reward and each judge are from their first value, in deviations of its pictures."""
     axes, first = figure.subplots(), run.evaluated[0]["iteration"]
     for row, (color, marker, line) in zip(rows, LINES):
-        size = deviation(run.scores[first], measure_of(run, first, row.change.name)[0])
+        measure, _ = measure_of(run.scores[first], row.change.name) or (row.change.name, None)
+        size = deviation(run.scores[first], measure)
         points = [(first, 0.0, 0.0)]
         for iteration in (other["iteration"] for other in run.evaluated[1:]):
             both = compared(run, first, iteration, row.change.name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from crd_fast.errors import UserError
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
-from crd_fast.run.scores import LEVEL, Comparison, compare, deviation, gap, mean_of
+from crd_fast.run.scores import LEVEL, Comparison, compare, deviation, gap, mean_of, measure_of
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 REWARD = "reward_mean"
@@ -91,31 +91,19 @@ def compared(run: Run, first: int, last: int, name: str) -> Comparison | None:
     """A metric at two iterations by single pictures; None where they cannot be paired."""
     if first == last or first not in run.scores or last not in run.scores:
         return None
-    measure, category = measure_of(run, first, name)
+    found = measure_of(run.scores[first], name)
     try:
-        return compare(run.scores[first], run.scores[last], measure, category)
+        return compare(run.scores[first], run.scores[last], *found) if found else None
     except UserError:
         return None
-
-
-def measure_of(run: Run, iteration: int, name: str) -> tuple[str, str | None]:
-    """Under which name, and of which category, the pictures' scores have a metric."""
-    scores = run.scores[iteration]
-    if name == REWARD:
-        return "reward", None
-    if name not in scores.values and name in scores.categories:
-        return "overall", name
-    return name, None
 
 
 def standard_error(run: Run, iteration: int, name: str) -> float | None:
     """Of a metric in one evaluation, None where it is not known."""
     if iteration not in run.scores:
         return None
-    measure, category = measure_of(run, iteration, name)
-    if measure not in run.scores[iteration].values:
-        return None
-    error = mean_of(run.scores[iteration], measure, category)[1]
+    found = measure_of(run.scores[iteration], name)
+    error = mean_of(run.scores[iteration], *found)[1] if found else math.nan
     return None if math.isnan(error) else error
 
 
@@ -242,7 +230,8 @@ def _behind(run: Run, name: str) -> tuple[float | None, Comparison | None]:
     both = compared(run, first, last, name)
     if both is None:
         return None, None
-    scores, measure = run.scores[first], measure_of(run, first, name)[0]
+    scores = run.scores[first]
+    measure, _ = measure_of(scores, name) or (name, None)
     size = deviation(scores, measure)
     rise = None if size is None else both.difference / size
     behind = None if name == REWARD else gap(scores, run.scores[last], "reward", measure)
