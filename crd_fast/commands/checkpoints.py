@@ -89,33 +89,26 @@ def evaluate(
 
 def base_scores(source: str) -> Scores | None:
     """What the pictures of a run's first evaluation got. source: its folder, or that of its checkpoint."""
-    from crd_fast.run.scores import read_scores, scores_path
+    from crd_fast.run.scores import scores_of
 
-    folders = (Path(source), Path(source).parent.parent) if Path(source).is_dir() else ()
-    for folder in folders:
-        try:
-            return read_scores(scores_path(folder, 0))
-        except (OSError, UserError):
-            continue
-    return None
+    if not Path(source).is_dir():
+        return None
+    return scores_of(Path(source), 0) or scores_of(Path(source).parent.parent, 0)
 
 
 def with_errors(scores: Scores, base: Scores | None, name: str) -> list[str]:
     """The cells beside a metric: its error and, where there is a base, the paired difference from it."""
-    from crd_fast.run.scores import compare, mean_of, measure_of
+    from crd_fast.run.scores import compare_metric, mean_of, measure_of
 
     measure = measure_of(scores, name)
     error = mean_of(scores, *measure)[1] if measure else math.nan
     cells = ["" if math.isnan(error) else f"{error:.3f}"]
     if base is None:
         return cells
-    try:
-        both = compare(base, scores, *measure) if measure else None
-    except UserError:  # other prompts or seeds
-        both = None
-    sure = "*" if both and both.significant else " "
-    known = both is not None and not math.isnan(both.error)
-    return [*cells, f"{both.difference:+.3f} ± {both.error:.3f}{sure}" if both and known else ""]
+    both = compare_metric(base, scores, name)
+    if both is None or math.isnan(both.error):
+        return [*cells, ""]
+    return [*cells, f"{both.difference:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"]
 
 
 def sample(

@@ -78,6 +78,14 @@ def write_scores(path: Path, scores: Scores) -> None:
     partial.replace(path)
 
 
+def scores_of(run: Path, iteration: int) -> Scores | None:
+    """Those of a run's folder; None where they are not there or damaged."""
+    try:
+        return read_scores(scores_path(run, iteration))
+    except (OSError, UserError):
+        return None
+
+
 def read_scores(path: Path) -> Scores:
     """Raises UserError where the file is not what `write_scores` writes, OSError where there is none."""
     try:
@@ -139,7 +147,9 @@ def compare(before: Scores, after: Scores, name: str, category: str | None = Non
     first, last = before.values[name], after.values[name][matched]
     chosen = _chosen(before, category)
     weights = weights_of(before, name, chosen)
-    difference, error, prompts = mean_and_error((last - first)[chosen], _units(before)[chosen], weights)
+    difference, error, prompts = mean_and_error(
+        (last - first)[chosen], units_of(before.prompts)[chosen], weights
+    )
     mean = float(weights @ first[chosen])
     return Comparison(mean, mean + difference, error, prompts, int(chosen.sum()))
 
@@ -158,11 +168,22 @@ def measure_of(scores: Scores, metric: str) -> tuple[str, str | None] | None:
     return None
 
 
+def compare_metric(before: Scores | None, after: Scores | None, metric: str) -> Comparison | None:
+    """A metric of two evaluations; None where it cannot be said of single pictures, or they are no pairs."""
+    measure = measure_of(before, metric) if before is not None else None
+    if before is None or after is None or measure is None:
+        return None
+    try:
+        return compare(before, after, *measure)
+    except UserError:
+        return None
+
+
 def mean_of(scores: Scores, name: str, category: str | None = None) -> tuple[float, float]:
     """A measure's mean in one evaluation and its standard error, NaN for one prompt."""
     chosen = _chosen(scores, category)
     weights = weights_of(scores, name, chosen)
-    mean, error, _ = mean_and_error(scores.values[name][chosen], _units(scores)[chosen], weights)
+    mean, error, _ = mean_and_error(scores.values[name][chosen], units_of(scores.prompts)[chosen], weights)
     return mean, error
 
 
@@ -180,7 +201,7 @@ def gap(before: Scores, after: Scores, name: str, other: str) -> Comparison | No
             return None
         weights = weights_of(before, measure, all_of_them) * len(before)
         rise += sign * weights * (after.values[measure][matched] - before.values[measure]) / size
-    mean, error, prompts = mean_and_error(rise, _units(before), np.full(len(rise), 1 / len(rise)))
+    mean, error, prompts = mean_and_error(rise, units_of(before.prompts), np.full(len(rise), 1 / len(rise)))
     return Comparison(0.0, mean, error, prompts, len(rise))
 
 
@@ -232,10 +253,10 @@ def _chosen(scores: Scores, category: str | None) -> np.ndarray:
     return found
 
 
-def _units(scores: Scores) -> np.ndarray:
-    """A number for each picture's prompt: pictures of one text are one unit, wherever it stands."""
+def units_of(prompts: Sequence[str]) -> np.ndarray:
+    """A number for each picture's prompt, (N,): pictures of one text are one unit, wherever it stands."""
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in scores.prompts])
+    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
 
 
 def _matched(before: Scores, after: Scores) -> np.ndarray:

@@ -126,7 +126,7 @@ class Evaluation:
         each |= {f"reward/{name}": of for name, of in values.items()}
         if self.recipe.eval_rewards:
             judged = self.judges.score(images, self.metadata)
-            metrics |= judge_metrics(reward, judged)
+            metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
             each |= {f"judge/{name}": of for name, of in judged.items()}
         return Evaluated(metrics, images, self._scores(each))
 

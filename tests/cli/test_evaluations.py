@@ -80,8 +80,10 @@ def test_prompts_that_are_trained_on_as_well_are_known(inside, small, tmp_path, 
         "rewards={colorfulness: 0.01}",
     ]
     run = tmp_path / "run"
-    code, _, err = inside("train", small, "--output", run, "--max-iterations", 1, *options(*settings))
+    code, out, err = inside("train", small, "--output", run, "--max-iterations", 1, *options(*settings))
     assert code == 0, err
+    assert ("2 of the prompts are trained on as well" in " ".join(out.split())) == bool(shared)
+    assert ("Held-out prompts" in out) != bool(shared)
     found = [json.loads(line) for line in (run / "evaluations" / "000000.jsonl").read_text().splitlines()]
     assert [line["trained_on"] for line in found] == ([True, True, False] if shared else [False, False])
     assert read_scores(scores_path(run, 0)).trained_on() == (shared, len(found))

@@ -6,10 +6,9 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from crd_fast.errors import UserError
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
-from crd_fast.run.scores import LEVEL, Comparison, compare, deviation, gap, mean_of, measure_of
+from crd_fast.run.scores import LEVEL, Comparison, compare_metric, deviation, gap, mean_of, measure_of
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 REWARD = "reward_mean"
@@ -89,13 +88,9 @@ def change_of(run: Run, name: str) -> Change | None:
 
 def compared(run: Run, first: int, last: int, name: str) -> Comparison | None:
     """A metric at two iterations by single pictures; None where they cannot be paired."""
-    if first == last or first not in run.scores or last not in run.scores:
+    if first == last:
         return None
-    found = measure_of(run.scores[first], name)
-    try:
-        return compare(run.scores[first], run.scores[last], *found) if found else None
-    except UserError:
-        return None
+    return compare_metric(run.scores.get(first), run.scores.get(last), name)
 
 
 def standard_error(run: Run, iteration: int, name: str) -> float | None:
