@@ -183,7 +183,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:
-        table = before_and_after(read_metrics(output))
+        table = before_and_after(output, read_metrics(output))
         if table is not None:
             console.print(table)
         say(f"report: {write_report(output)}")

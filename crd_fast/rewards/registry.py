@@ -17,7 +17,7 @@ import numpy as np
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
 from crd_fast.rewards.workers import Workers, cores
 
 # name: where the class is, imported when it is asked for
@@ -41,6 +41,7 @@ REWARDS = {
 }
 CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
+PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
 ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers")
 
 
@@ -135,19 +136,24 @@ class Rewards:
 
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report.
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report; and
+        what they report of each picture, float64 (N,).
 
-        values: what `score` returned for the images.
+        values: what `score` returned for the images. Raises UserError for a report that is none.
         """
         metrics = {"images": len(images), "reward_mean": float(self.combined(values).mean())}
+        per_image: dict[str, np.ndarray] = {}
         for name, reward in self._rewards.items():
             metrics[f"reward/{name}"] = float(values[name].mean())
             if hasattr(reward, "report"):
                 prompts = [entry["prompt"] for entry in metadata]
                 with answers_for(name):
-                    metrics |= reward.report(lent_images(images), prompts, lent_metadata(metadata))
-        return metrics
+                    reported = dict(reward.report(lent_images(images), prompts, lent_metadata(metadata)))
+                    each = dict(reported.pop(PER_IMAGE, {}))
+                metrics |= reported
+                per_image |= {key: checked(f"{name}: {key}", of, len(images)) for key, of in each.items()}
+        return metrics, per_image
 
 
 def whole_prompts(prompts: list[str]) -> list[slice]:

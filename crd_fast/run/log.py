@@ -19,7 +19,17 @@ from crd_fast.run.metrics import METRICS, read_metrics
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
 # what a run and its report write
 FILES = (
-    *(METRICS, RECIPE, ENVIRONMENT, "checkpoints", "samples", "tensorboard", "warnings.txt", "report.html"),
+    *(
+        METRICS,
+        RECIPE,
+        ENVIRONMENT,
+        "checkpoints",
+        "samples",
+        "evaluations",
+        "tensorboard",
+        "warnings.txt",
+        "report.html",
+    ),
     "flops.jsonl",
 )
 SMALLEST_SPACE = 2**27  # bytes without which no run begins; a plan knows how many its checkpoints take

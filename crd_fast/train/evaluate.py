@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.observer import NOBODY, Observer
+from crd_fast.run.scores import Scores
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
 from crd_fast.train.micro_batch import MicroBatch, decoded
@@ -58,8 +61,21 @@ class HeldOut:
             self.judges.try_out(self.entries[0], recipe.rollout.resolution)
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found. metrics: named `eval/...`; images: uint8 (N, height, width, 3); scores: of
+    each. Metrics are empty and scores None on all processes but the main one."""
+
+    metrics: dict[str, float]
+    images: np.ndarray
+    scores: Scores | None = None
+
+
 class Evaluation:
-    """The held-out prompts of a recipe, encoded once. held_out: where they have been read before."""
+    """The held-out prompts of a recipe, encoded once.
+
+    held_out: where they have been read before. trained: the prompts that are trained on, where known.
+    """
 
     def __init__(
         self,
@@ -69,6 +85,7 @@ class Evaluation:
         micro_batch: MicroBatch,
         ranks: Ranks,
         held_out: HeldOut | None = None,
+        trained: Collection[str] | None = None,
     ):
         config = recipe.evaluate
         self.model, self.recipe, self.rewards = model, recipe, rewards
@@ -80,15 +97,14 @@ class Evaluation:
         self.empty = model.encode_prompts([""])
         self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
         self.seeds = seed_table(EVALUATION_SEED, count=len(self.metadata))
+        known = None if trained is None else {same_prompt(prompt) for prompt in trained}
+        self.trained = [None if known is None else same_prompt(e["prompt"]) in known for e in self.metadata]
 
     def __len__(self) -> int:
         return len(self.metadata)
 
-    def run(self, observer: Observer = NOBODY) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights.
-
-        Each rank makes its part of the images; the main process scores them and alone returns metrics.
-        """
+    def run(self, observer: Observer = NOBODY) -> Evaluated:
+        """With the active weights. Each rank makes its part of the images; the main process scores them."""
         config = self.recipe.evaluate
         # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
         each = -(-len(self) // self.ranks.count)
@@ -105,14 +121,28 @@ class Evaluation:
         images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
         images = self.ranks.gather(images)[: len(self)]
         if not self.ranks.main:
-            return {}, images
+            return Evaluated({}, images)
         values = self.rewards.score(images, self.metadata)
-        metrics = self.rewards.report(images, self.metadata, values)
+        metrics, per_image = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        reward = self.rewards.combined(values)
+        each = {"reward": reward, **per_image}
+        each |= {f"reward/{name}": of for name, of in values.items()}
         if self.recipe.eval_rewards:
             judged = self.judges.score(images, self.metadata)
-            metrics |= judge_metrics(self.rewards.combined(values), judged)
-        return metrics, images
+            metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
+            each |= {f"judge/{name}": of for name, of in judged.items()}
+        return Evaluated(metrics, images, self._scores(each))
+
+    def _scores(self, values: dict[str, np.ndarray]) -> Scores:
+        return Scores(
+            index=self.prompt_index.tolist(),
+            prompts=[entry["prompt"] for entry in self.metadata],
+            seeds=self.seeds.tolist(),
+            categories=[str(entry.get("tag", "")) for entry in self.metadata],
+            trained=self.trained,
+            values=values,
+        )
 
     def save_grid(self, images: np.ndarray, folder: Path, name: str) -> np.ndarray:
         """The first tiles as one picture, and what was asked for beside it. Returns the picture."""
@@ -123,6 +153,11 @@ class Evaluation:
         prompts = [entry["prompt"] for entry in self.metadata[:count]]
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
         return grid
+
+
+def same_prompt(prompt: str) -> str:
+    """Alike for prompts that differ in case and white space alone."""
+    return " ".join(prompt.split()).casefold()
 
 
 def tile(images: np.ndarray, columns: int = GRID_COLUMNS) -> np.ndarray:

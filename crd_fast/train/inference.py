@@ -18,7 +18,7 @@ from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
-from crd_fast.train.evaluate import Evaluation, HeldOut, tile, to_uint8
+from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import decoded, resolve_micro_batch
 from crd_fast.train.places import check_base
 from crd_fast.train.prompt_lengths import check_lengths
@@ -72,8 +72,8 @@ def evaluate_checkpoint(
     base: str | None = None,
     allow_code: bool = False,
     **overrides,
-) -> dict[str, float]:
-    """Metrics named `eval/...`.
+) -> Evaluated:
+    """Its metrics and what each picture got.
 
     change: the recipe's values to those that are used, before the overrides. base: as of `Source.of`.
     allow_code: whether rewards that do not ship may run, where a checkpoint names them. overrides: keys of
@@ -92,8 +92,7 @@ def evaluate_checkpoint(
     model = found.load(entry["prompt"] for entry in held_out.entries)
     check_lengths(model.prompt_reader, held_out.asked)
     micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
-    metrics, _ = Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()
-    return metrics
+    return Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()
 
 
 def sample_grid(

@@ -31,6 +31,7 @@ from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
+from crd_fast.run.scores import scores_path, write_scores
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
@@ -138,8 +139,9 @@ class Trainer:
         self.empty = self.model.encode_prompts([""])
         self.evaluation = None
         if held_out:
+            trained = {entry["prompt"] for entry in self.prompts.entries()}
             self.evaluation = Evaluation(
-                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out
+                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out, trained
             )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
@@ -376,15 +378,16 @@ class Trainer:
         started = time.perf_counter()
         try:
             with self.observer.phase("evaluation", len(evaluation)):
-                metrics, images = evaluation.run(self.observer)
+                found = evaluation.run(self.observer)
         except StopNow:
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
-        if not self.ranks.main:
+        if found.scores is None:
             return
-        record |= metrics | {"seconds_eval": time.perf_counter() - started}
-        grid = evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
+        record |= found.metrics | {"seconds_eval": time.perf_counter() - started}
+        grid = evaluation.save_grid(found.images, self.output / "samples", f"{self.iteration:06d}")
+        write_scores(scores_path(self.output, self.iteration), found.scores)
         self._log(record, grid)
         self.checkpoints.evaluated(record)
 
