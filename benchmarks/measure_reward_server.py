@@ -1,23 +1,31 @@
 """Load on the reward server: `python -m benchmarks.measure_reward_server`; writes results/reward-server.json.
 
 Starts `crd-fast serve-reward` in a process of its own and sends it 1,000 requests of 8 images from 8 clients
-on this machine, with malformed, oversized and unauthorised requests in between. Every answer is compared with
-the score computed here, the server's resident memory is read as it goes, and what is wrong ends the script
-with exit code 1.
+on this machine, with four times as many hostile ones in between: malformed, oversized, unauthorised, pictures
+with a second header, bodies that end early, and connections that are left with half a head. Every answer is
+compared with the score computed here, the server's resident memory is read as it goes, and what is wrong (a
+good request lost, a hostile one answered otherwise than by 4xx, more than 10 % of memory gained after the
+first fifth) ends the script with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+import zlib
+from collections import Counter, deque
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -31,7 +39,9 @@ REWARD = "colorfulness"
 RESULT = Path(__file__).parent / "results" / "reward-server.json"
 TOKEN = "loopback-only"
 IMAGES = 8
-BAD_EVERY = 5  # good requests between the bad ones of a client
+HOSTILE = 4  # requests for each good one
+GAIN = 1.1  # of memory, at most
+LEFT_OPEN = 16  # connections of a client that ask nothing
 
 
 def main() -> None:
@@ -56,8 +66,9 @@ def main() -> None:
         server.wait(30)
     print(json.dumps(result, indent=1))
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    good = result["lost"] == 0 and result["bad_requests_not_refused"] == 0 and result["alive_at_the_end"]
-    sys.exit(not good)
+    good = result["lost"] == 0 and result["hostile_not_refused"] == 0 and result["alive_at_the_end"]
+    kept = result["rss_bytes_highest"] <= GAIN * result["rss_bytes_after_a_fifth"]
+    sys.exit(not (good and kept))
 
 
 def put_under_load(address: str, server: subprocess.Popen, arguments: argparse.Namespace) -> dict:
@@ -68,6 +79,7 @@ def put_under_load(address: str, server: subprocess.Popen, arguments: argparse.N
     def client(number: int) -> None:
         rng = np.random.default_rng(number)
         reward = HttpReward(address, token_env="REWARD_TOKEN", retries=20, batch=IMAGES)
+        hostile = Hostile(address)
         for turn in range(arguments.requests // arguments.clients):
             images = rng.integers(0, 256, (IMAGES, arguments.size, arguments.size, 3), dtype=np.uint8)
             started = time.perf_counter()
@@ -80,10 +92,11 @@ def put_under_load(address: str, server: subprocess.Popen, arguments: argparse.N
             with lock:
                 answered["right" if got == expected(images) else "lost"] += 1
                 seconds.append(took)
-            if turn % BAD_EVERY == 0:
-                status = bad_request(address, turn // BAD_EVERY + number)
+            for kind in range(HOSTILE):
+                refused = hostile.ask(HOSTILE * turn + kind + number)
                 with lock:
-                    answered["refused" if 400 <= status < 500 else "not refused"] += 1
+                    answered["refused" if refused else "not refused"] += 1
+        hostile.close()
 
     def watch() -> None:
         while not done.wait(0.2):
@@ -108,8 +121,8 @@ def put_under_load(address: str, server: subprocess.Popen, arguments: argparse.N
         "size": arguments.size,
         "right": answered["right"],
         "lost": answered["lost"],
-        "bad_requests_refused": answered["refused"],
-        "bad_requests_not_refused": answered["not refused"],
+        "hostile_refused": answered["refused"],
+        "hostile_not_refused": answered["not refused"],
         "alive_at_the_end": server.poll() is None,
         "seconds": round(total, 2),
         "requests_a_second": round(len(seconds) / total, 1),
@@ -127,27 +140,72 @@ def expected(images: np.ndarray) -> list[float]:
     return [float(value) for value in getattr(reward, "score", reward)(images, [""] * IMAGES, [{}] * IMAGES)]
 
 
-def bad_request(address: str, kind: int) -> int:
-    """Malformed, oversized or unauthorised in turn; the status of the answer."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-    content = {"images": ["iVBORw0KGgo="], "prompts": [""], "metadata": [{}]}
-    bodies = (
-        b"\x80\x04not JSON",
-        json.dumps(content).encode(),
-        json.dumps(content | {"prompts": ["x" * 5 * 2**20]}).encode(),
-        json.dumps(content).encode(),
-    )
-    if kind % len(bodies) == 3:
-        headers["Authorization"] = "Bearer guess"
-    response = urllib3.request(
-        "POST",
-        f"{address}/score",
-        body=bodies[kind % len(bodies)],
-        headers=headers,
-        retries=False,
-        timeout=60,
-    )
-    return response.status
+class Hostile:
+    """A client that means no good: eight kinds of requests in turn."""
+
+    def __init__(self, address: str):
+        self.address, self.host, self.open = address, urlsplit(address), deque[socket.socket]()
+        content = {"images": ["iVBORw0KGgo="], "prompts": [""], "metadata": [{}]}
+        self.bodies = (
+            b"\x80\x04not JSON",
+            json.dumps(content).encode(),
+            json.dumps(content | {"prompts": ["x" * 5 * 2**20]}).encode(),
+            json.dumps(content).encode(),  # with another token
+            json.dumps(content | {"images": ["?" * 3 * 2**20]}).encode(),  # refused once it has been parsed
+            json.dumps(content | {"images": [two_headers()]}).encode(),
+        )
+
+    def ask(self, number: int) -> bool:
+        """Whether the answer was 4xx, or there can be none."""
+        kind = number % (len(self.bodies) + 2)
+        if kind == len(self.bodies):
+            with self.connection() as connection:
+                connection.sendall(self.head(100) + b"{")  # 99 bytes short
+            return True
+        if kind > len(self.bodies):
+            self.open.append(connection := self.connection())
+            with suppress(OSError):  # it may be closed already
+                connection.sendall(self.head(100)[:40])
+            if len(self.open) > LEFT_OPEN:
+                self.open.popleft().close()
+            return True
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+        if kind == 3:
+            headers["Authorization"] = "Bearer guess"
+        body = self.bodies[kind]
+        while True:
+            response = urllib3.request(
+                "POST", f"{self.address}/score", body=body, headers=headers, retries=False, timeout=60
+            )
+            if response.status != 503:  # a full queue
+                return 400 <= response.status < 500
+            time.sleep(0.02)
+
+    def connection(self) -> socket.socket:
+        return socket.create_connection((self.host.hostname, self.host.port), timeout=60)
+
+    def head(self, length: int) -> bytes:
+        lines = ("POST /score HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+        return "\r\n".join(
+            [*lines, f"Authorization: Bearer {TOKEN}", f"Content-Length: {length}", "", ""]
+        ).encode()
+
+    def close(self) -> None:
+        for connection in self.open:
+            connection.close()
+
+
+def two_headers() -> str:
+    """A PNG, in base64, that claims 8 x 8 pixels first and 8,000 x 8,000 then."""
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", 8000, 8000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(8000 * 24001))),
+        (b"IEND", b""),
+    ):
+        parts.append(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+    return base64.b64encode(b"".join(parts)).decode()
 
 
 if __name__ == "__main__":

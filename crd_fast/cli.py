@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from crd_fast import __version__
+from crd_fast.commands.boundary import bounded
 from crd_fast.commands.checkpoints import evaluate, report, sample
 from crd_fast.commands.init import init
 from crd_fast.commands.plan import plan
 from crd_fast.commands.recipes import recipes
 from crd_fast.commands.rewards import score, serve_reward
 from crd_fast.commands.study import study
-from crd_fast.commands.terminal import console, errors
+from crd_fast.commands.terminal import console, say_error, say_warning
 from crd_fast.commands.train import train
 from crd_fast.errors import UserError
+from crd_fast.once import warnings_once
 
 app = typer.Typer(
     help="Fine-tune a flow model with a black-box reward (Centered Reward Distillation) on one GPU, or none.",
@@ -67,24 +69,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for name, command in COMMANDS.items():
-    app.command(name=name)(command)
+    app.command(name=name)(bounded(command))
 
 
 def main() -> None:
-    """Entry point: a UserError is one line and exit code 2, never a traceback."""
+    """Entry point: whatever is raised is one line and exit code 2, never a traceback."""
     # bitsandbytes reports at import that an optional download for 4-bit layers on the CPU is not there
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers of image processors, that torchvision is not there
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers gives huggingface_hub an argument that it no longer takes
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     try:
-        app()
+        with warnings_once(say_warning):
+            app()
     except UserError as error:
-        errors.print(
-            f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True
-        )
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("stopped")
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -51,6 +51,10 @@ class ModelConfig(Section):
     """Of models with distilled guidance (FLUX.1-dev), in rollout, training and evaluation."""
     attention: str = "default"
     """A backend of diffusers: `native`, `flash`, `sage`, ...; by default what the model has."""
+    vae_tiling: Literal["auto", "always"] = "auto"
+    """`auto` decodes pictures whole, as the pipeline does, and goes on in tiles when there is no memory for
+    one, which changes pictures a little. `always` takes tiles at once, and less memory; plans say where it is
+    needed."""
     prompt_cache: Place = "default"
     """The folder of encoded prompts. By default one for each text encoder in `~/.cache/crd-fast`."""
     prompt_cache_gb: float = Field(10.0, gt=0, allow_inf_nan=False)
@@ -289,4 +293,4 @@ class CheckpointConfig(Section):
     minutes: float = Field(20.0, gt=0)
     """And after an iteration that ends this long after the last one."""
     keep: int = Field(3, ge=1)
-    """How many of the newest are kept."""
+    """How many of the newest are kept, beside the best by its held-out score."""

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.commands.terminal import Overrides, console, plain, say
 from crd_fast.errors import UserError
+from crd_fast.run.new_files import check_new, write_new
 
 
 def plan(
@@ -57,8 +57,8 @@ def plan(
     from crd_fast.config import build_recipe, load_recipe
     from crd_fast.plan.gpus import parse_gpu
 
-    if json_ is not None and json_.exists():
-        raise UserError(f"--json {json_}: already exists; choose another name")
+    if json_ is not None:
+        check_new(json_, "--json")
     loaded = load_recipe(recipe or "builtin", set_ or [])
     memory, card = parse_gpu(gpu) if gpu is not None else (None, None)
     if efficiency is not None and card is None:
@@ -85,7 +85,7 @@ def plan(
         if fits:
             loaded = build_recipe(loaded.model_dump(), fits[-1].overrides)
         takes = cost(loaded, found, card, efficiency)
-    console.print(text.table(found, escape(loaded.model.path)))
+    console.print(text.table(found, plain(loaded.model.path)))
     on_host = bool(fits) and not fits[-1].encodes_on_gpu
     lines = [*text.summary(found).splitlines(), *text.time_lines(takes)]
     if memory is not None and card is None:
@@ -99,7 +99,7 @@ def plan(
         if fits:
             result |= {"gpu_bytes": fits[-1].memory, "needed_bytes": fits[-1].needed, "verdicts": verdicts}
             result["overrides"] = fits[-1].overrides
-        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_new(json_, "--json", (json.dumps(result, indent=1) + "\n").encode())
     if hours is not None and takes.hours is not None and takes.hours > hours:
         say(f"--hours {hours:g}: not reached; fewer iterations or a smaller model would be")
         raise typer.Exit(1)

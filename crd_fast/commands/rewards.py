@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from crd_fast.commands.terminal import console, parse_settings, say
+from crd_fast.commands.terminal import console, parse_settings, plain, say
 from crd_fast.errors import UserError
+from crd_fast.run.new_files import check_new, write_new
 
 
 def score(
@@ -20,14 +20,19 @@ def score(
         ),
     ],
     images: Annotated[
-        Path, typer.Option(help="A folder of pictures, in natural order of names: 2 before 10.")
-    ],
-    prompts: Annotated[
         Path,
         typer.Option(
-            help="A line for each picture: text, or .jsonl with the metadata that the reward needs."
+            help="A folder of pictures, in natural order of names: 2 before 10. Or GenEval's folders, or a "
+            ".jsonl manifest, `image` and `prompt` on a line."
         ),
     ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A line for each picture: text, or .jsonl with the metadata that the reward needs; with an "
+            "`image` on each line, a manifest. Not needed where the pictures come with their prompts."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,10 +46,12 @@ def score(
 ) -> None:
     """Score pictures with any reward, without a model or a run.
 
-    The first picture by name belongs to the first prompt, and so on. Prints each picture's score and their
-    mean; what comes out is what training and evaluation would see.
+    The first picture by name belongs to the first prompt, and so on, unless a manifest says which is whose.
+    Prints each picture's score and their mean; what comes out is what training and evaluation would see.
 
     - `crd-fast score --reward ocr --images pictures --prompts prompts.txt`
+    - `crd-fast score --reward ocr --images manifest.jsonl`, or a folder with `00000/samples/0000.png` and
+      `00000/metadata.jsonl`, as GenEval has it
     - `crd-fast score --reward ocr --set mode=word ...` reads pictures that show one word and nothing else
     - `crd-fast score --reward my_module:my_reward ...` tries a reward of your own
     """
@@ -52,25 +59,25 @@ def score(
 
     from rich.table import Table
 
-    from crd_fast.rewards.pictures import score_folder
+    from crd_fast.rewards.pictures import score_pictures
 
-    if json_ is not None and json_.exists():
-        raise UserError(f"--json {json_}: already exists; choose another name")
+    if json_ is not None:
+        check_new(json_, "--json")
     settings = parse_settings(set_ or [])
     with console.status("scoring"):
-        rows = score_folder(reward, settings, images, prompts)
+        rows = score_pictures(reward, settings, images, prompts)
     mean = sum(row["score"] for row in rows) / len(rows)
     table = Table()
     for column in ("picture", "prompt"):
         table.add_column(column, overflow="fold")
     table.add_column("score", justify="right")
     for row in rows:
-        table.add_row(escape(row["image"]), escape(row["prompt"]), f"{row['score']:.4f}")
+        table.add_row(plain(row["image"]), plain(row["prompt"]), f"{row['score']:.4f}")
     console.print(table)
     say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
     if json_ is not None:
         result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
-        json_.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_new(json_, "--json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def serve_reward(

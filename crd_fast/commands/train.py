@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crd_fast.commands.terminal import Overrides, console, say
+from crd_fast.commands.boundary import leaving_traceback
+from crd_fast.commands.terminal import AllowCode, Overrides, console, say, with_consent
 from crd_fast.errors import UserError
 from crd_fast.worlds import WORLDS
 
@@ -46,9 +48,14 @@ def train(
         str | None,
         typer.Option(metavar="CARD", help="Say first what it takes on this card. Default: the GPU here."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Same as --set model.path=FOLDER: where the model is now."),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the effective recipe as YAML and stop.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Fine-tune a model with a reward.
 
@@ -59,7 +66,10 @@ def train(
     `config.yaml`, `metrics.jsonl`, `tensorboard/`, `samples/`, `checkpoints/` and `report.html`.
 
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
-    present micro-batch. `--resume` goes on as if it had not stopped.
+    present micro-batch. `--resume` goes on as if it had not stopped; what may be changed by `--set` or in the
+    run's `config.yaml` is where things are (`--model`, prompts, addresses of rewards), iterations,
+    micro-batches, evaluation, checkpoints and the learning rate. Rewards of your own in that file run
+    only with `--allow-code`: it may have come from somebody else.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 
@@ -68,15 +78,13 @@ def train(
         overrides.append(f"train.iterations={max_iterations}")
     if seed is not None:
         overrides.append(f"train.seed={seed}")
+    if model is not None:
+        overrides.append(f"model.path={json.dumps(model)}")  # JSON is YAML
     if resume is not None:
-        if (
-            recipe is not None
-            or output is not None
-            or gpu_memory is not None
-            or any(not o.startswith("train.iterations=") for o in overrides)
-        ):
+        resume = resume.expanduser()
+        if recipe is not None or output is not None or gpu_memory is not None:
             raise UserError(
-                "--resume: goes on with the run's own recipe and folder; only --max-iterations can change"
+                "--resume: goes on with the run's own recipe and folder: no recipe, --output or --gpu-memory"
             )
         config_file = resume / "config.yaml"
         if not config_file.exists():
@@ -86,7 +94,7 @@ def train(
     else:
         loaded = load_recipe(recipe or "builtin", overrides)
         name = Path(recipe or "builtin").name.removesuffix(".yaml")
-        output = output or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        output = output.expanduser() if output else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     if gpu_memory is not None:
         from crd_fast.plan.fit import for_training
         from crd_fast.plan.gpus import parse_memory
@@ -96,7 +104,13 @@ def train(
     if print_config:
         print(loaded.to_yaml(), end="")
         return
-    _run_training(loaded, output, resume is not None, gpu)
+    if resume is not None and not allow_code:
+        from crd_fast.rewards import check_consent
+
+        with with_consent():
+            check_consent(loaded, str(resume / "config.yaml"))
+    with leaving_traceback(output):
+        _run_training(loaded, output, resume is not None, gpu)
 
 
 def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
@@ -132,7 +146,7 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
 
 
 def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
-    from crd_fast.run.log import refuse_existing
+    from crd_fast.run.log import refuse_existing, refuse_full
 
     main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
     console.quiet = not main
@@ -143,6 +157,9 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     if takes is not None:
         from crd_fast.plan.text import card_lines
 
+        refuse_full(
+            output, takes.disk["checkpoints"] * (takes.keep + 1) / takes.keep
+        )  # one while it is written
         for line in card_lines(takes):
             say(line)
     with console.status("loading torch"):
@@ -166,10 +183,10 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:
-        table = before_and_after(read_metrics(output))
+        table = before_and_after(output, read_metrics(output))
         if table is not None:
             console.print(table)
         say(f"report: {write_report(output)}")
     if not finished:
-        say(f"stopped after iteration {trainer.iteration}; go on with: crd-fast train --resume {output}")
+        say(f"stopped after iteration {trainer.iteration}; go on with: {trainer.resume_command}")
         raise typer.Exit(130)

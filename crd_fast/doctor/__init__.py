@@ -8,14 +8,14 @@ is read.
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from crd_fast.doctor import machine, packages
 from crd_fast.doctor.check import Check, attempt
 from crd_fast.worlds import WORLDS
 
-MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "missing": "[red]missing[/red]"}
+MARKS = {"ok": "green", "warning": "yellow", "missing": "red"}
 
 
 def checks() -> list[Check]:
@@ -73,14 +73,13 @@ def render(console: Console) -> int:
     for column in ("", "what", "found", "note"):
         table.add_column(column, overflow="fold")
     for check in found:
-        table.add_row(MARKS[check.status], escape(check.name), escape(check.found), escape(check.note))
+        mark = Text(check.status, style=MARKS[check.status])
+        table.add_row(mark, Text(check.name), Text(check.found), Text(check.note))
     console.print(table)
     if missing:
-        console.print(
-            f"Training cannot run here yet. Missing: {escape(', '.join(missing))}.", highlight=False
-        )
+        console.print(Text(f"Training cannot run here yet. Missing: {', '.join(missing)}."))
         return 2
     console.print("Training can run here, and will use:", highlight=False)
     for purpose, choice in used.items():
-        console.print(f"  {purpose:<10}{escape(choice)}", highlight=False)
+        console.print(Text(f"  {purpose:<10}{choice}"))
     return 0

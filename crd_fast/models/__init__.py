@@ -15,10 +15,13 @@ from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.streaming import repeated_blocks
 from crd_fast.models.targets import check_targets, lora_targets
+from crd_fast.once import hush
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+    from crd_fast.models.prompt_reader import PromptReader
 
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
@@ -36,14 +39,15 @@ def load_model(
     prompts: Iterable[str] = (),
     ahead: Iterable[str] = (),
     tracked: Callable[[list[str]], Iterable[str]] = iter,
+    look: Callable[[PromptReader], object] = id,
 ) -> FlowModel:
     """The model that `model.path` names, on the GPU if there is one.
 
     prompts, ahead, tracked: as of `FlowModel.encode`; they are encoded first, while no transformer is in
-    memory.
+    memory. look: is given what says how much of prompts is read, where not all may be, before that.
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
-    family, if a file of it is missing or cut short, if the resolution or the LoRA targets do not fit, if the
-    GPU has no bfloat16 where the recipe wants it.
+    family, if a file of it is missing or cut short, if a tokenizer has no vocabulary, if the resolution or
+    the LoRA targets do not fit, if the GPU has no bfloat16 where the recipe wants it.
     """
     from crd_fast.models import checks
 
@@ -55,12 +59,14 @@ def load_model(
 
     for library in (diffusers, transformers):  # bars of their own would run through ours
         library.utils.logging.disable_progress_bar()
+    hush("diffusers", "transformers")
     transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
     folder, model_class = _find(recipe.model.path)
     checks.check_files(folder)
     model = model_class(folder, recipe)
     if recipe.model.method == "lora":
         check_targets(model.transformer, lora_targets(model, recipe))
+    look(model.prompt_reader)
     model.encode([*prompts, ""], ahead, tracked)
     model.load(recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)
@@ -142,10 +148,24 @@ def _find(path: str) -> tuple[Path, type]:
         found = family_of(path, DiffusionPipeline.load_config(path))
         return Path(DiffusionPipeline.download(path)), found
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"model.path: {path!r} is no folder here, and cannot be downloaded: {reason}"
-        ) from None
+        raise UserError(f"model.path: {path!r} {_refusal(path, error)}") from None
+
+
+def _refusal(path: str, error: BaseException) -> str:
+    """Why a hub id could not be had, and what to do: the reason lies below what diffusers raises."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"{constants.ENDPOINT}/{path}"
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, GatedRepoError):
+            return f"asks for its licence to be accepted: do so at {page}, then `hf auth login`"
+        if isinstance(below, RepositoryNotFoundError):
+            return f"is no folder here, and not to be seen at {page}: if it is private, `hf auth login`"
+        below = below.__cause__ or below.__context__
+    reason = str(error).strip().splitlines()[0][:200]
+    return f"is no folder here, and cannot be downloaded: {reason}"
 
 
 def family_of(path: str, index: dict) -> type:

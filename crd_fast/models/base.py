@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from crd_fast.models.norms import keep_dtypes
 from crd_fast.models.streaming import Streaming
 from crd_fast.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from crd_fast.models.prompt_reader import PromptReader
 
 # The attention projections of a block with an image and a text stream.
 JOINT_ATTENTION = (
@@ -34,7 +37,8 @@ class FlowModel(ABC):
     name: for people to read, and part of what a checkpoint must match; lora_targets: the layers that are
     adapted by default; lora_loader: diffusers' mixin that writes their files; transformer: the network that
     is trained; device: where it runs.
-    streaming: where the transformer's blocks are kept on the host.
+    streaming: where the transformer's blocks are kept on the host. prompt_reader: how much of prompts the
+    text encoders read; None where a prompt that does not fit is refused.
 
     And for a plan, which loads nothing: `longest_embeddings(prompts)`, `text_encoders()`, `configs`.
     """
@@ -44,6 +48,7 @@ class FlowModel(ABC):
     lora_loader: Any
     transformer: Any
     streaming: Streaming | None = None
+    prompt_reader: PromptReader | None = None
     configs: ClassVar[dict[str, str]] = {}  # hub ids: folder in models/configs that a plan finds there
 
     @property

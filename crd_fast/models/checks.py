@@ -11,6 +11,16 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 
 INDEX = "model_index.json"
+STEMS = ("diffusion_pytorch_model", "model")  # of weights, by diffusers and by transformers
+# All files of one row must be there: where none is, transformers makes an empty vocabulary without a word.
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+)
 
 
 def check_gpu(recipe: Recipe) -> None:
@@ -28,30 +38,46 @@ def check_gpu(recipe: Recipe) -> None:
 
 def read_index(folder: Path) -> dict:
     """model_index.json. Raises UserError if the folder has none."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model.path: {folder}: expected a diffusers pipeline, found no {INDEX}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder / INDEX} cannot be read: {error}") from None
-    if not isinstance(index, dict):
-        raise UserError(f"model.path: {folder / INDEX}: expected an object, got {type(index).__name__}")
-    return index
+    if not (folder / INDEX).exists():
+        raise UserError(f"model.path: {folder}: expected a diffusers pipeline, found no {INDEX}")
+    return _read_object(folder / INDEX)
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError naming the first file that a component of the pipeline lacks or that is cut short."""
+    """Raises UserError naming the first file that a component of the pipeline lacks or that is cut short.
+
+    And for a component that has been quantised already: its weights are neither trained nor adapted here.
+    """
     for name, part in read_index(folder).items():
         if not isinstance(part, list) or part[0] is None:
             continue
         if not (folder / name).is_dir():
             raise UserError(f"model.path: {folder}: {name} ({part[1]}) is missing")
         needed = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        if name.startswith("tokenizer"):
+            _check_vocabulary(folder / name)
         if name.startswith(("tokenizer", "feature_extractor")):
             continue
         _must_exist(folder / name / needed)
         if name != "scheduler":
+            _refuse_quantized(folder / name)
             _check_weights(folder / name)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = _read_object(folder / "config.json")
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise UserError(
+            f"model.path: {folder} is quantised already ({method}); expected the original weights, which "
+            "model.quantization: int8 or nf4 quantises here"
+        )
+
+
+def _check_vocabulary(folder: Path) -> None:
+    if not any(all((folder / file).is_file() for file in files) for files in VOCABULARIES):
+        wanted = ", or ".join(" and ".join(files) for files in VOCABULARIES)
+        raise UserError(f"model.path: {folder / 'tokenizer.json'} is missing (expected {wanted})")
 
 
 def _check_weights(folder: Path) -> None:
@@ -60,16 +86,43 @@ def _check_weights(folder: Path) -> None:
         _check_length(file)
 
 
+def variant(folder: Path) -> str | None:
+    """The `fp16` of a component whose weights are only there as model.fp16.safetensors; else None."""
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():
+            return None
+    for stem in STEMS:
+        for pattern in (f"{stem}.*.safetensors", f"{stem}.safetensors.index.*.json"):
+            for file in sorted(folder.glob(pattern)):
+                name = file.name.removeprefix(f"{stem}.safetensors.index.").removeprefix(f"{stem}.")
+                return name.split(".")[0]
+    return None
+
+
 def _weights(folder: Path) -> list[Path]:
     """The files that diffusers or transformers will load: one, or the shards that an index names."""
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+    name = variant(folder)
+    middle = f".{name}" if name else ""
+    for stem in STEMS:
+        if (file := folder / f"{stem}{middle}.safetensors").exists():
+            return [file]
+        index = folder / f"{stem}.safetensors.index{middle}.json"
         if index.exists():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
+            shards = _read_object(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError(f"model.path: {index}: expected a weight_map of files")
+            return [folder / shard for shard in sorted(set(shards.values()))]
     raise UserError(f"model.path: {folder}: expected weights in .safetensors files, found none")
+
+
+def _read_object(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"model.path: {file}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def _must_exist(file: Path) -> None:

@@ -10,6 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from crd_fast.models.base import JOINT_ATTENTION
 from crd_fast.models.pipeline import PipelineModel
+from crd_fast.models.prompt_reader import Reading, before_prompt
 
 
 class Flux2KleinModel(PipelineModel):
@@ -39,6 +40,10 @@ class Flux2KleinModel(PipelineModel):
 
     def _shift(self, steps: int, resolution: int) -> float:
         return compute_empirical_mu((resolution // self.size_multiple) ** 2, steps)
+
+    def _reading(self, tokenizer, tokens: int) -> Reading:
+        before = before_prompt(tokenizer, enable_thinking=False)
+        return Reading(tokenizer, lambda prompt: before + prompt, tokens)
 
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, _ = pipe.encode_prompt([prompt], device=self.device, max_sequence_length=self.text_length)

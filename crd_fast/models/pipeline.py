@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,11 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import prompt_cache
+from crd_fast.models import checks, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
+from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
+
+logger = logging.getLogger("crd_fast")
 
 
 class PipelineModel(FlowModel):
@@ -77,6 +81,10 @@ class PipelineModel(FlowModel):
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
         """One prompt, tensors without a batch axis. pipe: with text encoders, on `self.device`."""
+
+    def _reading(self, tokenizer: Any, tokens: int) -> Reading:
+        """How the pipeline gives prompts to a tokenizer whose text encoder reads so many tokens."""
+        return Reading(tokenizer, str, tokens)
 
     def _to_vae(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE decodes them."""
@@ -164,21 +172,54 @@ class PipelineModel(FlowModel):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, height, width, 3), float32 in [0, 1], on the host.
 
-        The VAE is on the device only meanwhile, and decodes one image at a time.
+        The VAE is on the device only meanwhile, and decodes one image at a time: whole, as the pipeline does,
+        and from the first for which there is no memory on in tiles, whose seams change pictures a little.
         """
         vae = self.pipe.vae.to(self.device)
         images = []
         for latent in latents.to(self.device, vae.dtype).split(1):
-            image = vae.decode(self._to_vae(latent), return_dict=False)[0]
+            image = self._decoded(vae, latent)
             images.append(self._pixels(image).cpu())
         if self.device.type != "cpu":
             vae.to("cpu")
         return torch.cat(images)
 
+    def _decoded(self, vae: Any, latent: torch.Tensor) -> torch.Tensor:
+        try:
+            return vae.decode(self._to_vae(latent), return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        # here, where the error no longer holds what the failed attempt computed
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        vae.enable_tiling()
+        logger.warning(
+            "warning: no memory to decode pictures whole; from now on they are decoded in tiles, which "
+            "changes them a little (model.vae_tiling)"
+        )
+        return vae.decode(self._to_vae(latent), return_dict=False)[0]
+
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         return self.pipe.image_processor.postprocess(images, output_type="pt").permute(0, 2, 3, 1)
 
     # -- loading --------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """By name. Raises UserError for one without a vocabulary."""
+        return load_tokenizers(self.folder, self.index)
+
+    @functools.cached_property
+    def prompt_reader(self) -> PromptReader:  # type: ignore[override]
+        encoders = {
+            name.replace("text_encoder", "tokenizer"): n for name, (_, n) in self.text_encoders().items()
+        }
+        return PromptReader(
+            self._reading(tokenizer, encoders[name])
+            for name, tokenizer in self.tokenizers.items()
+            if name in encoders
+        )
 
     @functools.cached_property
     def _prompts(self) -> prompt_cache.PromptCache:
@@ -218,8 +259,14 @@ class PipelineModel(FlowModel):
     @contextmanager
     def _text_encoders(self) -> Iterator[DiffusionPipeline]:
         """The pipeline with its text encoders, which are gone afterwards, on the GPU if they fit there."""
+        absent = {name: None for name, part in self.index.items() if isinstance(part, list) and not part[0]}
+        given = absent | {"transformer": self.pipe.transformer, "vae": None}
+        variants = map(checks.variant, (self.folder / name for name in self.text_encoders()))
         pipe = self.pipeline.from_pretrained(
-            self.folder, transformer=self.pipe.transformer, vae=None, dtype=self.dtype
+            self.folder,
+            **{**self.tokenizers, **given},
+            dtype=self.dtype,
+            variant=next(filter(None, variants), None),
         )
         encoders = [
             module
@@ -231,12 +278,16 @@ class PipelineModel(FlowModel):
             torch.cuda.empty_cache()
             if not encodes_on_gpu(size, torch.cuda.mem_get_info()[0]):
                 self._device = torch.device("cpu")  # slow, but only once
+        logs = diffusers.utils.logging
+        verbosity = logs.get_verbosity()
+        logs.set_verbosity_error()  # it warns of what is truncated, prompt by prompt
         try:
             for encoder in encoders:
                 encoder.to(self.device)
             yield pipe
         finally:
             self._device = device
+            logs.set_verbosity(verbosity)
         encoders.clear()
         del pipe, encoder
         gc.collect()
@@ -262,12 +313,15 @@ class PipelineModel(FlowModel):
         self.place(transformer, self.config, self.device, checkpointing)
         vae: Any = self.pretrained("vae", torch.float32)
         vae.requires_grad_(False).eval()
-        vae.enable_tiling()
+        if self.config.vae_tiling == "always":
+            vae.enable_tiling()
         self.pipe.register_modules(transformer=transformer, vae=vae)
 
     def pretrained(self, component: str, dtype: torch.dtype) -> torch.nn.Module:
         """A component of diffusers with its weights. A plan puts one without them in its place."""
-        return self.component_class(component).from_pretrained(self.folder, subfolder=component, dtype=dtype)
+        return self.component_class(component).from_pretrained(
+            self.folder, subfolder=component, dtype=dtype, variant=checks.variant(self.folder / component)
+        )
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
         return {

@@ -9,6 +9,7 @@ from diffusers import QwenImagePipeline
 
 from crd_fast.models.base import JOINT_ATTENTION
 from crd_fast.models.pipeline import PipelineModel, padded
+from crd_fast.models.prompt_reader import Reading
 
 
 class QwenImageModel(PipelineModel):
@@ -28,6 +29,12 @@ class QwenImageModel(PipelineModel):
     def _latent(self, size: int) -> tuple[int, int, int]:
         side = size // self.pipe.vae_scale_factor
         return (self.pipe.vae.config.z_dim, side, side)
+
+    def _reading(self, tokenizer, tokens: int) -> Reading:
+        before = self.pipe.prompt_template_encode.partition("{}")[0]
+        dropped = self.pipe.prompt_template_encode_start_idx  # of the encoded template, at its beginning
+        read = dropped + min(tokens, self.pipe.tokenizer_max_length)
+        return Reading(tokenizer, lambda prompt: before + prompt, read)
 
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, _ = pipe.encode_prompt([prompt], device=self.device, max_sequence_length=self.text_length)

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, SanaLinearAttnProces
 
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import PipelineModel
+from crd_fast.models.prompt_reader import Reading
 
 
 class SanaModel(PipelineModel):
@@ -60,15 +61,23 @@ class SanaModel(PipelineModel):
             return {"num_inference_steps": steps}
         return super()._steps(steps)  # within 0.1 % those of the solver, which begins at 0.999
 
+    def _instruction(self) -> list[str]:
+        """That the pipeline puts before every prompt but the empty one."""
+        return inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
+
+    def _reading(self, tokenizer, tokens: int) -> Reading:
+        before = "\n".join(self._instruction())
+        # the first and the last of as many tokens as are wanted, the instruction's first and last among them
+        read = len(tokenizer.encode(before)) + tokens - 2
+        return Reading(tokenizer, lambda prompt: before + self.pipe._text_preprocessing(prompt)[0], read)
+
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
-        defaults = inspect.signature(type(pipe).__call__).parameters
-        instruction = defaults["complex_human_instruction"].default
         states, mask, _, _ = pipe.encode_prompt(
             [prompt],
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self.text_length,
-            complex_human_instruction=instruction if prompt else None,
+            complex_human_instruction=self._instruction() if prompt else None,
         )
         if mask[0].any():  # attention gives what is masked a weight of exactly 0, unless all of it is
             states = states.masked_fill(mask[..., None] == 0, 0)

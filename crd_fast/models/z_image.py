@@ -8,6 +8,7 @@ import torch
 from diffusers import ZImagePipeline
 
 from crd_fast.models.pipeline import PipelineModel, padded
+from crd_fast.models.prompt_reader import Reading, before_prompt
 
 
 class ZImageModel(PipelineModel):
@@ -28,6 +29,10 @@ class ZImageModel(PipelineModel):
 
     def _max_size(self) -> int:
         return min(self.pipe.transformer.config.axes_lens[1:]) * self.size_multiple
+
+    def _reading(self, tokenizer, tokens: int) -> Reading:
+        before = before_prompt(tokenizer, enable_thinking=True)
+        return Reading(tokenizer, lambda prompt: before + prompt, tokens)
 
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         (states,), _ = pipe.encode_prompt(

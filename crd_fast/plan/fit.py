@@ -29,6 +29,8 @@ SAVINGS = (
     "model.streaming=true",
 )
 
+TILES = "model.vae_tiling=always"  # where only whole pictures do not fit
+
 
 @dataclass
 class Fit:
@@ -82,6 +84,11 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
         saved = _with(recipe, overrides)
         assert saved is not None  # it was built before
         found = _largest(saved, memory)
+        if found.missing and found.phase == "decode" and TILES not in overrides:
+            tiled = _with(recipe, [*overrides, TILES])
+            if tiled is not None and tiled != saved:
+                overrides, saved = [*overrides, TILES], tiled
+                found = _largest(saved, memory)
         if not saving:
             found = _faster(saved, found, memory)
         found.overrides = overrides + found.overrides

@@ -6,7 +6,8 @@ the metadata.
 A reward is named in the recipe: one of `REWARDS`, or `package.module:name` of a function with that
 signature, or of a class with a method `score` and optionally `setup(device)`, `check(metadata)`, which may
 refuse prompts before any work, and `report(images, prompts, metadata) -> dict[str, float]`, what an
-evaluation adds to its metrics.
+evaluation adds to its metrics. Under the key `per_image` it may have a dict of names to N values each, for
+what can be said of single pictures: two evaluations are then compared picture by picture.
 
     rewards: {ocr: 1.0, my_package.my_module:my_reward: 0.5}              # weights
     rewards: {ocr: {weight: 1.0, mode: word}, "http://localhost:8701": 1.0}  # settings; a server's address
@@ -22,6 +23,14 @@ generated; in an evaluation with up to 64 images, no prompt's samples parted. Wi
 same ones, several at work at once, each in a process that has loaded the reward for itself.
 """
 
-from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named
+from crd_fast.rewards.registry import (
+    REWARDS,
+    Rewards,
+    check_consent,
+    load,
+    name_of,
+    named,
+    needs_consent,
+)
 
-__all__ = ["REWARDS", "Rewards", "load", "name_of", "named"]
+__all__ = ["REWARDS", "Rewards", "check_consent", "load", "name_of", "named", "needs_consent"]

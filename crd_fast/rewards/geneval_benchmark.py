@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 GENEVAL = "geneval"
 GENEVAL_REWARDS = ("geneval", "geneval_strict", "geneval_mask2former")
@@ -40,7 +40,7 @@ def geneval_recipe(values: dict, settings: dict | None = None) -> dict:
 
 def geneval_table(source: str, metrics: dict[str, float]) -> Table:
     """One row: overall, the mean of the categories, and the six; a dash where no prompt asked for one."""
-    table = Table(title=escape(f"GenEval of {source}: {metrics['eval/images']} images"))
+    table = Table(title=Text(f"GenEval of {source}: {metrics['eval/images']} images"))
     row = []
     for name, title in GENEVAL_COLUMNS.items():
         table.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""OCR as a reward: is the text that the prompt puts in double quotes in the picture?
+"""OCR as a reward: is the text that the prompt puts in quotation marks in the picture?
 
 Recognition is PaddleOCR's own models through `rapidocr` and `onnxruntime`, on the CPU; the models come inside
 the rapidocr wheel and nothing is downloaded. `ocr` compares what was read with what was wanted; `ocr_dense`
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,22 +25,42 @@ HEIGHT = 48  # pixels that the recogniser's input is high
 WIDTH_STEP, MIN_WIDTH = 80, 160  # inputs are padded to a multiple, so that few shapes occur
 BATCH_PIXELS = 16 * HEIGHT * 320  # of one run of the recogniser
 TINY = 1e-30  # the least probability that is told from none
-_QUOTED = re.compile(r'["“”]([^"“”]*)["“”]')
+# Straight marks stand for inches after a digit, and so do those that an editor made of them.
+_QUOTED = re.compile(
+    r"""(?<!\d)["”＂]([^"“”„＂]*)["“”＂]|[“„]([^"“”„＂]*)["“”＂]"""
+    r"|«([^«»]*)»|»([^«»]*)«|‹([^‹›]*)›|›([^‹›]*)‹|「([^「」]*)」|『([^『』]*)』"
+)
+_HALF_QUOTED = re.compile(r"""(?<!\d)["”＂]|[“„«»‹›「『]""")  # where the text is cut off
+# Apostrophes stand within words, at the end of a plural, before a decade.
+_SINGLY_QUOTED = re.compile(r"(?<!\w)['‘‚](?=\S)(?!\d0s\b)(.+?)(?<=\S)['’‘](?!\w)")
+_ALIKE = {"'": "‘’‚‛ʼ′`´", '"': "“”„‟«»″", "-": "‐‑‒–—―−", "/": "⁄"}
+_FOLDED = str.maketrans({other: plain for plain, others in _ALIKE.items() for other in others})
 
 
 def target_text(prompt: str) -> str:
-    """What stands in the first pair of double quotes. Raises UserError if the prompt has none."""
+    """What stands in the first pair of quotation marks, of single ones where there are no others.
+
+    “English”, „Deutsch“, «français» and 「日本語」 count as "straight" ones do. Raises UserError if the
+    prompt has none.
+    """
     found = _QUOTED.search(prompt)
-    if not found or not normalized(found[1]):
+    if not found and not _HALF_QUOTED.search(prompt):
+        found = _SINGLY_QUOTED.search(prompt)
+    text = (found[found.lastindex or 0] if found else "").strip()
+    if not normalized(text):
+        shown = prompt if len(prompt) <= 200 else f"{prompt[:95]} ... {prompt[-95:]}"
         raise UserError(
-            f'reward ocr: expected a text in double quotes, like a sign that says "CAT", got {prompt!r}'
+            f'reward ocr: expected a text in double quotes, like a sign that says "CAT", got {shown!r}'
         )
-    return found[1].strip()
+    return text
 
 
 def normalized(text: str) -> str:
-    """Without white space, in lower case."""
-    return "".join(text.split()).lower()
+    """Without white space, in lower case, with one character for what looks alike: Unicode's NFKC (full-width
+    letters, ligatures, fractions), and all apostrophes, quotation marks and dashes by their ASCII forms."""
+    # twice: an acute accent by itself is a space and an accent to NFKC
+    text = unicodedata.normalize("NFKC", text.translate(_FOLDED)).translate(_FOLDED).lower()
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def text_score(read: str, wanted: str) -> float:
@@ -145,9 +166,9 @@ def reader(threads: int, side: int) -> Reader:
 
 
 class OCR:
-    """1 - edit distance / length between what is read and what the prompt puts in double quotes.
+    """1 - edit distance / length between what is read and what the prompt puts in quotation marks.
 
-    Both without white space and in lower case; 1 if the wanted text is contained; never below 0 (the rule of
+    Both as `normalized`; 1 if the wanted text is contained; never below 0 (the rule of
     Flow-GRPO, arXiv 2505.05470). mode: `scene` finds the lines of text in the whole picture and reads them in
     order; `word` takes the picture for one line and is many times faster. A line read with less than
     `confidence` counts as not read, so that blank and noisy pictures score 0. threads: of onnxruntime. side:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import itertools
 import math
 import numbers
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 
 from crd_fast.errors import UserError, did_you_mean
+from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, failure
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
 from crd_fast.rewards.workers import Workers, cores
 
 # name: where the class is, imported when it is asked for
@@ -41,6 +40,8 @@ REWARDS = {
     "http": "crd_fast.rewards.http:HttpReward",
 }
 CALL_IMAGES = 64
+TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
+PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
 ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers")
 
 
@@ -68,15 +69,32 @@ class Rewards:
             reward, engine = load(given, value if isinstance(value, Mapping) else {})
             if hasattr(reward, "setup"):
                 waits = waits_on_host and hasattr(reward, "to")
-                reward.setup("cpu" if waits else self._device)
+                with answers_for(name):
+                    reward.setup("cpu" if waits else self._device)
             self._rewards[name] = reward
             self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
+    @property
+    def can_check(self) -> bool:
+        """Whether any of them may refuse prompts."""
+        return any(hasattr(reward, "check") for reward in self._rewards.values())
+
     def check(self, metadata: list[dict]) -> None:
         """Raises UserError, before any work, if a reward cannot score one of these prompts."""
-        for reward in self._rewards.values():
+        for name, reward in self._rewards.items():
             if hasattr(reward, "check"):
-                reward.check(lent_metadata(metadata))
+                with answers_for(name):
+                    reward.check(lent_metadata(metadata))
+
+    def try_out(self, entry: dict, resolution: int, samples: int = TRIED) -> None:
+        """A call of every reward with pictures of noise, before anything is encoded or loaded for real ones.
+
+        entry: a prompt with its metadata. Raises UserError as `score` does.
+        """
+        side = min(resolution, LARGEST_TRIED)  # whether a model can draw so large is found out later
+        shape = (min(samples, TRIED), side, side, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.score(noise, [entry] * len(noise))
 
     def close(self) -> None:
         """Ends the workers, which end with this process at the latest."""
@@ -118,21 +136,24 @@ class Rewards:
 
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report.
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report; and
+        what they report of each picture, float64 (N,).
 
-        values: what `score` returned for the images.
+        values: what `score` returned for the images. Raises UserError for a report that is none.
         """
         metrics = {"images": len(images), "reward_mean": float(self.combined(values).mean())}
+        per_image: dict[str, np.ndarray] = {}
         for name, reward in self._rewards.items():
             metrics[f"reward/{name}"] = float(values[name].mean())
             if hasattr(reward, "report"):
                 prompts = [entry["prompt"] for entry in metadata]
-                try:
-                    metrics |= reward.report(lent_images(images), prompts, lent_metadata(metadata))
-                except (ValueError, TypeError) as error:
-                    raise UserError(failure(name, error)) from error
-        return metrics
+                with answers_for(name):
+                    reported = dict(reward.report(lent_images(images), prompts, lent_metadata(metadata)))
+                    each = dict(reported.pop(PER_IMAGE, {}))
+                metrics |= reported
+                per_image |= {key: checked(f"{name}: {key}", of, len(images)) for key, of in each.items()}
+        return metrics, per_image
 
 
 def whole_prompts(prompts: list[str]) -> list[slice]:
@@ -143,6 +164,20 @@ def whole_prompts(prompts: list[str]) -> list[slice]:
         if stop - parts[-1] > CALL_IMAGES and start > parts[-1]:
             parts.append(start)
     return [slice(*part) for part in itertools.pairwise([*parts, len(prompts)])]
+
+
+def needs_consent(recipe: Any) -> list[str]:
+    """The rewards and judges of a recipe that do not ship: of a loaded file, they need `--allow-code`."""
+    return brings_code(recipe, REWARDS)
+
+
+def check_consent(recipe: Any, source: str) -> None:
+    """Raises NeedsConsent for such a recipe. source: the file or folder that it was loaded from."""
+    if found := needs_consent(recipe):
+        raise NeedsConsent(
+            f"{source} names rewards that do not ship with crd-fast, and running them runs code, or asks "
+            f"servers, that whoever wrote it chose: {', '.join(found)}. If you trust it, add {OPTION}"
+        )
 
 
 def default_device() -> str:
@@ -189,9 +224,9 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
             )
     elif name.startswith(("http://", "https://")):
         settings = {"url": name, **settings}
-        reward = _import(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
+        reward = imported(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
     else:
-        reward = _import(name, _path(name))
+        reward = imported(name, _path(name))
     if inspect.isclass(reward):
         known = list(inspect.signature(reward).parameters.values())
     elif hasattr(reward, "score"):
@@ -213,11 +248,14 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
         timeout = engine.get("timeout", TIMEOUT)
         return Workers(name, given, settings, engine["workers"], timeout), engine
     if not inspect.isclass(reward):
+        if inspect.isfunction(reward):
+            check_arguments(name, reward, settings)
         return (functools.partial(reward, **settings) if settings else reward), engine
-    try:
-        return reward(**settings), engine
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward {name}: {error}") from error
+    with answers_for(name):
+        try:
+            return reward(**settings), engine
+        except (TypeError, ValueError) as error:
+            raise UserError(f"reward {name}: {error}") from error
 
 
 def _path(name: str) -> str:
@@ -229,19 +267,6 @@ def _path(name: str) -> str:
             f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
         )
     return name
-
-
-def _import(name: str, path: str) -> Callable:
-    module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a reward of one's own lies where the command is run
-    try:
-        reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"rewards: {name!r} cannot be imported: {error}") from None
-    if not callable(reward):
-        raise UserError(f"rewards: {name!r}: expected a function or a class, got {type(reward).__name__}")
-    return reward
 
 
 def _engine_setting(name: str, key: str, value):

@@ -8,6 +8,7 @@ Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in 
 
 from __future__ import annotations
 
+import importlib
 import math
 import numbers
 import queue
@@ -15,7 +16,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +31,10 @@ MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
 FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
 # what stands between the engine and a reward
-CALLERS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry")}
+CALLERS = {
+    str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry", "foreign")
+}
+CALLERS.add(str(importlib.__file__))
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class _Lane:
                 pause *= 2
             except UserError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(failure(reward.name, error)) from error
         raise AssertionError
 
@@ -205,6 +210,17 @@ def checked(name: str, values, count: int) -> np.ndarray:
     return np.array([float(value) for value in values])
 
 
+@contextmanager
+def answers_for(name: str) -> Iterator[None]:
+    """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(failure(name, error)) from error
+
+
 def failure(name: str, error: BaseException) -> str:
     """One line: which reward raised what, and where."""
     if writes_to_images(error):
@@ -213,12 +229,18 @@ def failure(name: str, error: BaseException) -> str:
 
 
 def _what(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"wanted to end the process (SystemExit: {error})"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _where(error: BaseException) -> str:
     """The last line of the reward's own file that led to the error."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in CALLERS]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in CALLERS and not frame.filename.startswith("<frozen importlib")
+    ]
     if not frames:
         return ""
     own = [frame for frame in frames if frame.filename == frames[0].filename][-1]

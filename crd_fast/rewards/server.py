@@ -3,12 +3,13 @@
     POST /score    {"images": [PNG in base64, ...], "prompts": [...], "metadata": [{...}, ...]}
                    -> {"scores": [...]}, a number for each image
     POST /check    {"metadata": [{"prompt": ...}, ...]} -> {}, or why one of them cannot be scored
-    GET  /ready    200 once the reward is loaded
+    GET  /ready    200 once the reward is loaded, 503 while a call takes longer than its `timeout`
     GET  /health   200 as long as the process is up
 
-With a token every request but /health carries `Authorization: Bearer TOKEN`. What is wrong is answered with
-4xx and {"detail": one line}; a full queue with 503 and Retry-After; a reward that fails with 500. All images
-of a request have one size. Only PNG and JSON are ever decoded, in the thread that also scores.
+With a token every request but /health carries `Authorization: Bearer TOKEN`; without one the Host header must
+name this machine, or a web page could ask by way of a browser. What is wrong is answered with 4xx and
+{"detail": one line}; a full queue and a reward that hangs with 503 and Retry-After; a reward that fails with
+500. All images of a request have one size. Only PNG and JSON are decoded, in the thread that also scores.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import ipaddress
 import json
 import logging
+import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,19 +33,24 @@ from io import BytesIO
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind, host_of
+from crd_fast.rewards.foreign import is_loopback
 from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
 from crd_fast.rewards.registry import default_device, load
-from crd_fast.rewards.scoring import checked
+from crd_fast.rewards.rgb import to_rgb
+from crd_fast.rewards.scoring import TIMEOUT, checked
 from crd_fast.rewards.workers import RewardFailed, Workers
 
-MAX_CONNECTIONS = 256
 PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
+SLOWEST, GRACE = 2**15, 10.0  # bytes a second of a body on average, after so many seconds
 POLL = 1.0  # seconds between looks at whether the client is still there
 log = logging.getLogger(__name__)
+__all__ = ["Limits", "Refused", "Worker", "bind", "make_app", "make_server", "parse_score", "serve"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,15 @@ class Worker:
         self.name = name
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward {name}")
         self._workers: Workers | None = None
+        self._timeout = TIMEOUT
+        self._began: dict[int, float] = {}  # when a thread's present call did
         self.loaded = self.thread.submit(self._load, settings, device)
 
     def _load(self, settings: Mapping | None, device: str | None):
         reward, engine = load(self.name, settings)
         self._workers = reward if isinstance(reward, Workers) else None
+        # workers that hang are ended and started again, a thread cannot be
+        self._timeout = math.inf if self._workers else engine.get("timeout", TIMEOUT)
         if hasattr(reward, "setup"):
             reward.setup(device or default_device())
         if "workers" in engine:
@@ -96,9 +108,36 @@ class Worker:
     def ready(self) -> bool:
         return self.loaded.done() and self.loaded.exception() is None
 
+    @property
+    def stuck(self) -> bool:
+        """Whether a call takes longer than the reward's `timeout`."""
+        now = time.monotonic()
+        return any(now - began > self._timeout for began in list(self._began.values()))
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._began[threading.get_ident()] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._began[threading.get_ident()]
+
+    def answer(self, work: str, body: bytes, limits: Limits) -> tuple[int, dict]:
+        """HTTP status and content: what `score` or `check` gives, or why not.
+
+        An exception would carry the whole request, in the frames of its traceback, for as long as anything
+        knows it: nothing is raised out of the thread.
+        """
+        try:
+            with self._at_work():
+                return 200, getattr(self, work)(body, limits)
+        except Refused as refused:
+            return refused.status, {"detail": refused.detail}
+
     def score(self, body: bytes, limits: Limits) -> dict:
         images, prompts, metadata = parse_score(body, limits)
         reward = self.loaded.result()
+        self._check(reward, metadata)
         try:
             values = getattr(reward, "score", reward)(images, prompts, metadata)
         except RewardFailed as error:
@@ -118,7 +157,11 @@ class Worker:
         metadata = _dicts(_fields(body, "metadata")["metadata"])
         if not all(isinstance(entry.get("prompt"), str) for entry in metadata):
             raise Refused(400, "metadata: expected a `prompt` in every entry")
-        reward = self.loaded.result()
+        self._check(self.loaded.result(), metadata)
+        return {}
+
+    def _check(self, reward, metadata: list[dict]) -> None:
+        """Raises Refused for metadata that the reward refuses, or over which its check falls."""
         try:
             if hasattr(reward, "check"):
                 reward.check(metadata)
@@ -127,10 +170,10 @@ class Worker:
             raise Refused(500, str(error)) from None
         except UserError as error:
             raise Refused(422, str(error)) from None
-        except (Exception, SystemExit) as error:
-            log.exception("reward %s failed", self.name)
-            raise Refused(500, f"reward {self.name}: {type(error).__name__}: {error}") from None
-        return {}
+        except SystemExit as error:
+            raise Refused(500, _failed(self.name, error)) from None
+        except Exception as error:
+            raise Refused(422, f"metadata: {_failed(self.name, error)}") from None
 
 
 def _failed(name: str, error: BaseException) -> str:
@@ -145,7 +188,12 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     held = 0  # requests that are read, wait or are scored; only the event loop's thread counts
 
+    def addressed(request: Request) -> None:
+        if token is None and not is_loopback(host_of(request.headers.get("host", ""))):
+            raise HTTPException(421, "expected this machine's own name in Host, or a token")
+
     def authorise(request: Request) -> None:
+        addressed(request)
         given = request.headers.get("authorization", "").encode()
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, "expected the token as `Authorization: Bearer TOKEN`")
@@ -153,6 +201,11 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
     def loaded() -> None:
         if not worker.ready:
             raise HTTPException(503, "the reward is being loaded", headers={"Retry-After": "2"})
+        if worker.stuck:
+            raise hangs()
+
+    def hangs() -> HTTPException:
+        return HTTPException(503, "the reward hangs in a call", headers={"Retry-After": "10"})
 
     @contextmanager
     def place():
@@ -165,7 +218,7 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
         finally:
             held -= 1
 
-    async def answer(request: Request, work: Callable[[bytes, Limits], dict]) -> dict:
+    async def answer(request: Request, work: str) -> JSONResponse:
         authorise(request)
         loaded()
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -175,19 +228,22 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
                 body = await _read(request, limits)
             except ClientDisconnect:
                 raise HTTPException(400, "the body ended early") from None
-            future = asyncio.get_running_loop().run_in_executor(worker.thread, work, body, limits)
+            run = asyncio.get_running_loop().run_in_executor
+            future = run(worker.thread, worker.answer, work, body, limits)
             del body
             while not (await asyncio.wait({future}, timeout=POLL))[0]:
                 if await request.is_disconnected():
                     future.cancel()  # nobody waits for it; if it is being scored already, it goes on
                     raise HTTPException(400, "the client has gone")
-            try:
-                return future.result()
-            except Refused as refused:
-                raise HTTPException(refused.status, refused.detail) from None
+                if worker.stuck:
+                    future.cancel()
+                    raise hangs()
+            status, content = future.result()
+            return JSONResponse(content, status)
 
     @app.get("/health")
-    async def health() -> dict:
+    async def health(request: Request) -> dict:
+        addressed(request)
         return {"reward": worker.name}
 
     @app.get("/ready")
@@ -197,12 +253,12 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
         return {"reward": worker.name}
 
     @app.post("/score")
-    async def score(request: Request) -> dict:
-        return await answer(request, worker.score)
+    async def score(request: Request) -> JSONResponse:
+        return await answer(request, "score")
 
     @app.post("/check")
-    async def check(request: Request) -> dict:
-        return await answer(request, worker.check)
+    async def check(request: Request) -> JSONResponse:
+        return await answer(request, "check")
 
     return app
 
@@ -210,8 +266,9 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
 async def _read(request: Request, limits: Limits) -> bytes:
     """The body. One that is too long is dropped as it comes, or the client would not see the answer."""
     chunks, length = [], 0
+    began = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(limits.seconds):
+        async with asyncio.timeout(min(limits.seconds, GRACE)) as deadline:
             async for chunk in request.stream():
                 length += len(chunk)
                 if length <= limits.bytes:
@@ -220,8 +277,11 @@ async def _read(request: Request, limits: Limits) -> bytes:
                     break
                 else:
                     chunks.clear()
+                deadline.reschedule(began + min(limits.seconds, GRACE + length / SLOWEST))
     except TimeoutError:
-        raise HTTPException(408, f"expected the body within {limits.seconds:g} s") from None
+        raise HTTPException(
+            408, f"expected the body within {limits.seconds:g} s, {SLOWEST} bytes a second or more"
+        ) from None
     if length > limits.bytes:
         raise HTTPException(413, f"expected at most {limits.bytes} bytes")
     return b"".join(chunks)
@@ -253,14 +313,25 @@ def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], lis
     width, height = _size(files[0], 0)
     if len(files) * width * height > limits.pixels:
         raise Refused(413, f"images: expected at most {limits.pixels} pixels in all")
-    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
+    images = np.empty((0,))
     for i, file in enumerate(files):
-        try:
-            with Image.open(BytesIO(file), formats=["PNG"]) as image:
-                images[i] = np.asarray(image.convert("RGB"))
-        except Exception:  # whatever a decoder raises on bytes that somebody sent
-            raise Refused(400, f"images: image {i} is a broken PNG") from None
+        pixels = _pixels(file, i, (width, height))
+        if not i:
+            images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
+        elif pixels.shape != images.shape[1:]:  # turned by its EXIF
+            raise Refused(400, f"images: image {i} has another size than the first")
+        images[i] = pixels
     return read_only(images), prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
+
+
+def _pixels(file: bytes, i: int, size: tuple[int, int]) -> np.ndarray:
+    try:
+        with Image.open(BytesIO(file), formats=["PNG"]) as image:
+            if image.size != size:  # by a second header, which the decoder goes by
+                raise ValueError("two headers")
+            return to_rgb(image)
+    except Exception:  # whatever a decoder raises on bytes that somebody sent
+        raise Refused(400, f"images: image {i} is a broken PNG, or has several frames") from None
 
 
 def _fields(body: bytes, *names: str) -> dict:
@@ -270,6 +341,11 @@ def _fields(body: bytes, *names: str) -> dict:
         raise Refused(400, "expected JSON") from None
     if not isinstance(fields, dict) or set(fields) != set(names):
         raise Refused(400, f"expected an object with {', '.join(names)} and nothing else")
+    try:
+        text = [fields[name] for name in names if name != "images"]  # those are ASCII or refused
+        json.dumps(text, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # halves of characters, NaN
+        raise Refused(400, "expected text that UTF-8 can hold and finite numbers") from None
     return fields
 
 
@@ -284,28 +360,6 @@ def _size(file: bytes, i: int) -> tuple[int, int]:
     if not file.startswith(PNG_START) or file[12:16] != b"IHDR" or len(file) < 24:
         raise Refused(400, f"images: image {i} is not a PNG")
     return struct.unpack(">II", file[16:24])
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A listening socket. Raises UserError where the port is taken, or where others would need no token."""
-    if token is None and not is_loopback(host):
-        raise UserError(f"--host {host}: expected a token (see --token-env) where other machines can connect")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from None
-    return listening
 
 
 def serve(worker: Worker, listening: socket.socket, token: str | None, limits: Limits = Limits()) -> None:
@@ -324,14 +378,14 @@ def make_server(worker: Worker, token: str | None, limits: Limits) -> uvicorn.Se
     return uvicorn.Server(
         uvicorn.Config(
             make_app(worker, token, limits),
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS + 1,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=10,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from crd_fast.errors import UserError
@@ -30,10 +32,11 @@ class WorldGenEval:
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
         return [judgement.score for judgement in self.judge(images, metadata)]
 
-    def report(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict[str, float]:
+    def report(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict[str, Any]:
         """Share of correct images by category; `overall` is the mean of the categories, as GenEval has it.
 
         `clean` is the same mean for images that are correct and show nothing that was not asked for.
+        `per_image`: 0 or 1 for each image, of both.
         """
         judgements = self.judge(images, metadata)
         tags = [entry.get("tag", "untagged") for entry in metadata]
@@ -46,6 +49,10 @@ class WorldGenEval:
             "overall": float(np.mean(list(shares.values()))),
             "clean": float(np.mean(list(clean.values()))),
             **shares,
+            "per_image": {
+                "overall": [float(judgement.correct) for judgement in judgements],
+                "clean": [float(judgement.clean) for judgement in judgements],
+            },
         }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,30 @@ from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
 
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
+# what a run and its report write
+FILES = (
+    *(
+        METRICS,
+        RECIPE,
+        ENVIRONMENT,
+        "checkpoints",
+        "samples",
+        "evaluations",
+        "tensorboard",
+        "warnings.txt",
+        "report.html",
+    ),
+    "flops.jsonl",
+)
+SMALLEST_SPACE = 2**27  # bytes without which no run begins; a plan knows how many its checkpoints take
+
+logger = logging.getLogger("crd_fast")
 
 
 class RunLog:
     """The files of one run. `after`: the iteration it resumes from, later lines are dropped; None: a new run.
 
+    -1: it starts over, and the metrics that it had get another name.
     Raises UserError if a new run's folder already holds one.
     """
 
@@ -27,8 +50,13 @@ class RunLog:
         output.mkdir(parents=True, exist_ok=True)
         self._metrics = output / METRICS
         if after is not None:
-            kept = [line for line in read_metrics(output) if line["iteration"] <= after]
-            self._replace_metrics(kept)
+            records = read_metrics(output)
+            if after == -1 and records and records[-1]["iteration"] > 0:
+                names = (output / f"{METRICS}.{count}" for count in itertools.count(1))
+                aside = next(path for path in names if not path.exists())
+                self._metrics.replace(aside)
+                logger.warning("warning: no checkpoint yet: starting over; its metrics are now %s", aside)
+            self._replace_metrics([record for record in records if record["iteration"] <= after])
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
         from torch.utils.tensorboard import SummaryWriter
@@ -55,14 +83,30 @@ class RunLog:
 
 
 def refuse_existing(output: Path) -> None:
-    """Raises UserError if the folder already holds a run."""
-    if output.exists() and not output.is_dir():
+    """Raises UserError if the folder already holds a run, or a file that one would write over."""
+    if os.path.lexists(output) and not output.is_dir():
         raise UserError(f"--output {output}: expected a folder, got a file")
-    for name in (METRICS, RECIPE, "checkpoints"):
-        if (output / name).exists():
-            raise UserError(
-                f"--output {output}: already holds a run; choose another folder or --resume {output}"
-            )
+    for name in FILES:
+        if os.path.lexists(output / name):
+            if name in (METRICS, RECIPE, "checkpoints"):
+                raise UserError(
+                    f"--output {output}: already holds a run; choose another folder or --resume {output}"
+                )
+            raise UserError(f"--output {output}: {name} is there already; choose another folder")
+
+
+def refuse_full(output: Path, needed: float) -> None:
+    """Raises UserError where the disk of a folder that may not be there yet has fewer bytes free."""
+    folder = output.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return  # writing will say what is the matter
+    if free < needed:
+        wanted, found = (f"{count / 2**30:.2f} GB" for count in (needed, free))
+        raise UserError(f"--output {output}: expected {wanted} free on its disk for checkpoints, got {found}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from crd_fast.run.observer import Observer
+from crd_fast.run.scores import compare_metric, scores_of
 
 
 class Bars(Observer):
@@ -25,13 +28,13 @@ class Bars(Observer):
     def __init__(self, console: Console, iterations: int):
         self.console = console
         self._bars = Progress(
-            TextColumn("{task.description:<11}"),
+            TextColumn("{task.description:<11}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -67,7 +70,9 @@ class Bars(Observer):
         self._bars.advance(self._phase, count)
 
     def iteration_done(self, record: dict) -> None:
-        note = f"reward {record['reward_mean']:.3f}  KL {record['kl']:.4f}"
+        note = f"reward {record['reward_mean']:.3f}"
+        if "kl" in record:  # not where all optimizer steps were left out
+            note += f"  KL {record['kl']:.4f}"
         self._bars.update(self._run, completed=record["iteration"], note=note)
         seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
         self._seconds.append(seconds + record.get("seconds_eval", 0.0))
@@ -93,18 +98,32 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h ({seconds / 86400:.0f} days)"
 
 
-def before_and_after(records: list[dict]) -> Table | None:
-    """The first and the last evaluation of a run side by side; None if there are not two."""
+def before_and_after(run: Path, records: list[dict]) -> Table | None:
+    """The first and the last evaluation of a run side by side; None if there are not two.
+
+    Changes have their standard error, paired picture by picture, where `run` has the pictures' scores.
+    """
     evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
     if len(evaluated) < 2:
         return None
     first, last = evaluated[0], evaluated[-1]
-    table = Table(title=f"Held-out prompts, {first.get('eval/images', '?')} images")
+    start, end = (scores_of(run, record["iteration"]) for record in (first, last))
+    shared, _ = (end.trained_on() if end else None) or (0, 0)
+    images = f"{first.get('eval/images', '?')} images"
+    title = f"Held-out prompts, {images}"
+    if shared:
+        title = f"Evaluated prompts, {images}; {shared} of the prompts are trained on as well"
+    table = Table(title=title)
     table.add_column("", style="bold")
     for title in (f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"):
         table.add_column(title, justify="right")
     names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
     for name in sorted(names, key=lambda name: ("reward" in name, name in ("overall", "clean"))):
         before, after = first[f"eval/{name}"], last.get(f"eval/{name}", float("nan"))
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        change = f"{after - before:+.3f}"
+        both = compare_metric(start, end, name)
+        if both is not None and not math.isnan(both.error):
+            change += f" ± {both.error:.3f}{'*' if both.significant else ' '}"
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
+    table.caption = "± one standard error, prompts as the units; * p < 0.05, paired"
     return table

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from crd_fast.rewards.advantage import combine
+from crd_fast.run.scores import mean_and_error, units_of
 
 WARNINGS = "warnings.txt"
 CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken
@@ -47,12 +48,18 @@ def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) 
     return metrics
 
 
-def judge_metrics(reward_N: np.ndarray, judged_N: dict[str, np.ndarray]) -> dict[str, float]:
-    """Metrics of an evaluation by judges: each one's mean, and standard errors to hold changes to."""
+def judge_metrics(
+    reward_N: np.ndarray, judged_N: dict[str, np.ndarray], prompts_N: Sequence[str]
+) -> dict[str, float]:
+    """Metrics of an evaluation by judges: each one's mean, and standard errors to hold changes to.
+
+    Pictures of one prompt are not independent: prompts are the units of the errors, 0 where there is one.
+    """
     metrics = {f"eval/judge/{name}": float(values.mean()) for name, values in judged_N.items()}
     measured = {"reward": reward_N} | {f"judge/{name}": values for name, values in judged_N.items()}
     for name, values in measured.items():
-        metrics[f"standard_error/{name}"] = float(values.std() / math.sqrt(len(values)))
+        error = mean_and_error(values, units_of(prompts_N), np.full(len(values), 1 / len(values)))[1]
+        metrics[f"standard_error/{name}"] = 0.0 if math.isnan(error) else error
     return metrics
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from crd_fast.run.log import ENVIRONMENT
 from crd_fast.run.metrics import read_metrics
+from crd_fast.run.scores import Scores, compare_metric, scores_of
 from crd_fast.study.run import FLOPS, is_whole
 from crd_fast.study.study import Study, cells
 
@@ -26,9 +27,12 @@ def collect(study: Study, output: Path) -> list[dict]:
     """A record of each evaluation of the runs that are whole, with what was spent before it.
 
     pflop: 1e15 floating point operations; samples: pictures that were rewarded; seconds: of rollout, rewards
-    and updates. The machine and commit are the run's.
+    and updates. The machine and commit are the run's. The last of a run has the difference of the study's
+    measure from the last of the first arm with its seed, paired picture by picture, with its standard error
+    over prompts: `paired/MEASURE`, `paired_error/MEASURE`.
     """
     found = []
+    baselines: dict[tuple[str, int], Scores | None] = {}
     for cell in cells(study):
         folder = output / cell.folder
         if not is_whole(folder, cell):
@@ -36,7 +40,7 @@ def collect(study: Study, output: Path) -> list[dict]:
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         flops = {line["iteration"]: line["flops"] for line in _lines(folder / FLOPS)}
         rollout = cell.recipe.rollout
-        spent = {"pflop": 0.0, "samples": 0, "seconds": 0.0}
+        spent, last = {"pflop": 0.0, "samples": 0, "seconds": 0.0}, None
         for record in read_metrics(folder):
             if record["iteration"]:
                 spent["pflop"] += flops[record["iteration"]] / 1e15
@@ -46,6 +50,13 @@ def collect(study: Study, output: Path) -> list[dict]:
                 run = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, **spent}
                 where = {name: environment[name] for name in ("cpu", "threads", "gpu", "commit")}
                 found.append(run | record | where)
+                last = scores_of(folder, record["iteration"])
+        if cell.arm == study.baseline:
+            baselines[cell.task, cell.seed] = last
+        measure = study.tasks[cell.task].measure
+        both = compare_metric(baselines.get((cell.task, cell.seed)), last, measure)
+        if both is not None and not math.isnan(both.error) and cell.arm != study.baseline:
+            found[-1] |= {f"paired/{measure}": both.difference, f"paired_error/{measure}": both.error}
     return found
 
 
@@ -90,7 +101,10 @@ def table(study: Study, records: list[dict]) -> str:
             continue
         wanted = None
         measures = [f"eval/{name}" for name in (task.measure, *task.judges)] + task.watched
-        head = ["arm", "seeds", "PFLOP", "samples", "seconds", *measures, f"PFLOP to {study.baseline}'s end"]
+        head = ["arm", "seeds", "PFLOP", "samples", "seconds", *measures]
+        paired = any(f"paired/{task.measure}" in run[-1] for runs in arms.values() for run in runs.values())
+        head += [f"{task.measure} from {study.baseline}'s"] if paired else []
+        head.append(f"PFLOP to {study.baseline}'s end")
         lines += [
             f"{name}, held out:",
             "",
@@ -105,6 +119,7 @@ def table(study: Study, records: list[dict]) -> str:
             ]
             for measure in measures:
                 cells_.append(with_error([end[measure] for end in ends]))
+            cells_ += [_paired(ends, task.measure)] if paired else []
             end = statistics.fmean(end[f"eval/{task.measure}"] for end in ends)
             wanted = end if arm == study.baseline else wanted
             cells_.append("" if wanted is None else _reached(runs, task.measure, wanted))
@@ -126,6 +141,17 @@ def with_error(values: list[float]) -> str:
     if len(values) == 1:
         return f"{mean:.3g}"
     return f"{mean:.3g} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
+
+
+def _paired(ends: list[dict], measure: str) -> str:
+    """The mean difference from the first arm; its error over several seeds, or over the prompts of one."""
+    paired = [end for end in ends if f"paired/{measure}" in end]
+    if not paired:
+        return ""
+    if len(paired) == 1:
+        return f"{paired[0][f'paired/{measure}']:+.3g} ± {paired[0][f'paired_error/{measure}']:.2g}"
+    text = with_error([end[f"paired/{measure}"] for end in paired])
+    return text if text.startswith("-") else f"+{text}"
 
 
 def _reached(runs: Runs, measure: str, wanted: float) -> str:

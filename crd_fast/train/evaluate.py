@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.observer import NOBODY, Observer
+from crd_fast.run.scores import Scores
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
-from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch, decoded
 from crd_fast.train.rollout import Sampling, generate
 
 EVALUATION_SEED = 20_260_314
@@ -40,9 +43,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 class HeldOut:
-    """What an evaluation asks for and who judges it, checked before anything is encoded or loaded.
+    """What an evaluation asks for and who judges it: checked, and tried out, before anything is loaded.
 
-    entries: the prompts with their metadata. judges: the recipe's `eval_rewards`.
+    entries: the prompts with their metadata. judges: the recipe's `eval_rewards`. asked: the prompts with the
+    rewards, and with the judges.
     Raises UserError for prompts or judges that are none, or not for this model.
     """
 
@@ -50,12 +54,28 @@ class HeldOut:
         recipe.check_own(trains=False, evaluates=True)
         self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
-        for judge in (rewards, self.judges):
-            judge.check(self.entries)
+        self.asked = [(self.entries, rewards), (self.entries, self.judges)]
+        for entries, judge in self.asked:
+            judge.check(entries)
+        if recipe.eval_rewards:
+            self.judges.try_out(self.entries[0], recipe.rollout.resolution)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found. metrics: named `eval/...`; images: uint8 (N, height, width, 3); scores: of
+    each. Metrics are empty and scores None on all processes but the main one."""
+
+    metrics: dict[str, float]
+    images: np.ndarray
+    scores: Scores | None = None
 
 
 class Evaluation:
-    """The held-out prompts of a recipe, encoded once. held_out: where they have been read before."""
+    """The held-out prompts of a recipe, encoded once.
+
+    held_out: where they have been read before. trained: the prompts that are trained on, where known.
+    """
 
     def __init__(
         self,
@@ -65,6 +85,7 @@ class Evaluation:
         micro_batch: MicroBatch,
         ranks: Ranks,
         held_out: HeldOut | None = None,
+        trained: Collection[str] | None = None,
     ):
         config = recipe.evaluate
         self.model, self.recipe, self.rewards = model, recipe, rewards
@@ -76,15 +97,14 @@ class Evaluation:
         self.empty = model.encode_prompts([""])
         self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
         self.seeds = seed_table(EVALUATION_SEED, count=len(self.metadata))
+        known = None if trained is None else {same_prompt(prompt) for prompt in trained}
+        self.trained = [None if known is None else same_prompt(e["prompt"]) in known for e in self.metadata]
 
     def __len__(self) -> int:
         return len(self.metadata)
 
-    def run(self, observer: Observer = NOBODY) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics named `eval/...` and the images, uint8 (N, height, width, 3), with the active weights.
-
-        Each rank makes its part of the images; the main process scores them and alone returns metrics.
-        """
+    def run(self, observer: Observer = NOBODY) -> Evaluated:
+        """With the active weights. Each rank makes its part of the images; the main process scores them."""
         config = self.recipe.evaluate
         # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
         each = -(-len(self) // self.ranks.count)
@@ -98,17 +118,31 @@ class Evaluation:
             observer=observer,
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
-        images = np.concatenate([to_uint8(self.model.decode(part)) for part in latents.split(DECODED)])
+        images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
         images = self.ranks.gather(images)[: len(self)]
         if not self.ranks.main:
-            return {}, images
+            return Evaluated({}, images)
         values = self.rewards.score(images, self.metadata)
-        metrics = self.rewards.report(images, self.metadata, values)
+        metrics, per_image = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        reward = self.rewards.combined(values)
+        each = {"reward": reward, **per_image}
+        each |= {f"reward/{name}": of for name, of in values.items()}
         if self.recipe.eval_rewards:
             judged = self.judges.score(images, self.metadata)
-            metrics |= judge_metrics(self.rewards.combined(values), judged)
-        return metrics, images
+            metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
+            each |= {f"judge/{name}": of for name, of in judged.items()}
+        return Evaluated(metrics, images, self._scores(each))
+
+    def _scores(self, values: dict[str, np.ndarray]) -> Scores:
+        return Scores(
+            index=self.prompt_index.tolist(),
+            prompts=[entry["prompt"] for entry in self.metadata],
+            seeds=self.seeds.tolist(),
+            categories=[str(entry.get("tag", "")) for entry in self.metadata],
+            trained=self.trained,
+            values=values,
+        )
 
     def save_grid(self, images: np.ndarray, folder: Path, name: str) -> np.ndarray:
         """The first tiles as one picture, and what was asked for beside it. Returns the picture."""
@@ -119,6 +153,11 @@ class Evaluation:
         prompts = [entry["prompt"] for entry in self.metadata[:count]]
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
         return grid
+
+
+def same_prompt(prompt: str) -> str:
+    """Alike for prompts that differ in case and white space alone."""
+    return " ".join(prompt.split()).casefold()
 
 
 def tile(images: np.ndarray, columns: int = GRID_COLUMNS) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Literal
 
@@ -25,19 +26,47 @@ class MicroBatch:
         self.size, self.fixed = size, fixed
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
-        """Raises UserError where nothing is left to halve."""
+        """Raises UserError where nothing is left to halve.
+
+        Afterwards, outside the `except`, `release_memory`: as long as the error is handled its traceback
+        holds the tensors of the forward that failed.
+        """
         if self.size == 1 or self.fixed:
             hint = ""
             if self.fixed:
                 hint = ", model.sharding fsdp needs the same on all processes: set smaller micro-batches"
-            reason = str(error).partition(".")[0]
-            raise UserError(f"out of memory at micro-batch {self.size}{hint}: {reason}") from error
+            raise UserError(
+                f"out of memory at micro-batch {self.size}{hint}: {first_sentence(error)}"
+            ) from error
         logger.warning(
             "warning: out of memory at micro-batch %d, going on with %d", self.size, self.size // 2
         )
         self.size //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def first_sentence(error: torch.OutOfMemoryError) -> str:
+    """What torch could not have; the rest is advice about its settings."""
+    return str(error).partition(".")[0]
+
+
+def release_memory() -> None:
+    """Gives back to the device what no tensor uses. Tensors of an error that is handled are still in use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def decoded(model, latents: torch.Tensor) -> torch.Tensor:
+    """The model's images of latents, tried twice where memory runs out. Then it raises UserError."""
+    try:
+        return model.decode(latents)
+    except torch.OutOfMemoryError:
+        pass
+    release_memory()
+    try:
+        return model.decode(latents)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory while pictures are decoded: {first_sentence(error)}") from error
 
 
 def resolve_micro_batch(micro_batch: int | Literal["auto"], fixed: bool = False) -> MicroBatch:

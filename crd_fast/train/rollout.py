@@ -14,7 +14,7 @@ from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity
-from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch, release_memory
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,10 @@ def generate(
             latents[chunk] = integrate(chunk)
         except torch.OutOfMemoryError as error:
             micro_batch.halve(error)
+        else:
+            observer.advance(chunk.stop - done)
+            done = chunk.stop
+            finished(latents[:done])
             continue
-        observer.advance(chunk.stop - done)
-        done = chunk.stop
-        finished(latents[:done])
+        release_memory()
     return latents

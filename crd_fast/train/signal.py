@@ -41,6 +41,7 @@ class Signal:
         total, count = np.split(np.array(list(mean.values())), 2)
         with np.errstate(invalid="ignore"):
             new = total / count
+        new[np.isinf(new)] = np.nan  # of a step that was left out
         known = MEMORY * self._square + (1 - MEMORY) * new
         self._square = np.where(np.isnan(new), self._square, np.where(np.isnan(known), new, known))
         self._sum[:], self._count[:] = 0, 0

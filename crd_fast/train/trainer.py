@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,29 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks, check_ranks, own_prompts
-from crd_fast.rewards import Rewards, named
+from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
-from crd_fast.run.log import RunLog
+from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
+from crd_fast.run.scores import scores_path, write_scores
 from crd_fast.run.watch import Watch, reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
+from crd_fast.train.checkpoints import Checkpoints
 from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
-from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
+from crd_fast.train.places import absolute
+from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.signal import Signal
+from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
@@ -68,6 +75,7 @@ class Trainer:
     ):
         if rewards is not None:
             recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
+        recipe = absolute(recipe)
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)
         self.recipe, self.output = recipe, output
@@ -77,21 +85,31 @@ class Trainer:
         self.stopping = Stopping(alone=self.ranks.count == 1)
         self.observer.add(self.stopping)
         check_ranks(recipe, self.ranks.count)
-        newest = checkpoint.newest(output / "checkpoints") if resume else None
-        state = checkpoint.read_state(newest) if newest else None
-        if newest and state and recipe.model.sharding != "none":
-            from crd_fast.weights import sharded
-
-            sharded.check_resumes(state, self.ranks.count, newest)
+        self.checkpoints = Checkpoints(output, recipe, self.ranks, resume)
+        newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.prompts = PromptSource(recipe.rollout.prompts)
+        refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
+        self.rewards.try_out(
+            self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
+        )
         evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
-            self.model = load_model(recipe, now, self._drawn(begin, None), self._encoding)
+            self.model = load_model(
+                recipe,
+                now,
+                self._drawn(begin, None),
+                self._encoding,
+                lambda reader: check_lengths(
+                    reader,
+                    [(self.prompts.entries(), self.rewards), *(held_out.asked if held_out else [])],
+                    say=self.ranks.main,
+                ),
+            )
         if newest and state:
             checkpoint.check_same_model(state, self.model, newest)
         self.description = checkpoint.describe(self.model)
@@ -123,19 +141,26 @@ class Trainer:
         self.empty = self.model.encode_prompts([""])
         self.evaluation = None
         if held_out:
+            trained = {entry["prompt"] for entry in self.prompts.entries()}
             self.evaluation = Evaluation(
-                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out
+                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out, trained
             )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
-        self._saved, self._saved_at = -1, time.monotonic()  # iteration of the last checkpoint; or the start
+        self.finite_steps = FiniteSteps()
+        self._record: dict = {"iteration": 0, "step": 0}  # the last iteration's, without an evaluation
         if newest and state:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.train.learning_rate  # may have been changed since
             self.iteration, self.step = state["iteration"], state["step"]
-            self._saved = self.iteration
+            self._record = state.get("record") or {}  # earlier versions logged before they saved
+        self._unlogged = bool(self._record) and self.checkpoints.is_unlogged(self._evaluates())
         if self.ranks.main:
+            self.checkpoints.hold()
             # a run that was stopped before its first checkpoint starts over, in the same folder
-            self.log = RunLog(output, recipe, after=(self.iteration if newest else -1) if resume else None)
+            after = (self.iteration - self._unlogged if newest else -1) if resume else None
+            self.log = RunLog(output, recipe, after)
             rollout = recipe.rollout
             self.watch = Watch(
                 output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
@@ -147,14 +172,21 @@ class Trainer:
         What ends a run otherwise leaves a checkpoint too, of the last iteration, where no step of the next
         one was made.
         """
-        with self.stopping.listening():
+        with closing(self.checkpoints), self.stopping.listening():
             try:
                 self._run()
             except StopNow:
                 self._save_whole()
-            except Exception:
+            except Exception as error:
                 if self.ranks.count == 1 and self.stopping.whole:
-                    self._save_whole()
+                    try:
+                        self._save_whole()
+                    except UserError as second:
+                        logger.warning("warning: %s", second)
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise UserError(
+                        f"iteration {self.iteration + 1}: out of memory: {first_sentence(error)}"
+                    ) from error
                 raise
         if self.ranks.main:
             self.log.close()
@@ -164,32 +196,46 @@ class Trainer:
         """A checkpoint of the last iteration, unless there is one."""
         for parameter in self.weights.trained():
             parameter.grad = None
-        if self._saved != self.iteration:
+        if self.checkpoints.saved != self.iteration:
             self.save()
-            logger.warning("saved iteration %d: crd-fast train --resume %s", self.iteration, self.output)
+            logger.warning("saved iteration %d: %s", self.iteration, self.resume_command)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, as it can be typed."""
+        consent = [OPTION] if needs_consent(self.recipe) else []
+        return shlex.join(["crd-fast", "train", "--resume", str(self.output), *consent])
 
     def _run(self) -> None:
-        if self.iteration == 0 and self.evaluation is not None:
-            self._log_evaluation(self.evaluation, {"iteration": 0, "step": 0})
-        stopped = False
-        while self.iteration < self.recipe.train.iterations and not stopped:
+        if self._unlogged:
+            self._conclude(dict(self._record))
+        while self.iteration < self.recipe.train.iterations and not self._asked_to_stop():
             record = self.iterate()
-            if self.evaluation is not None and self._due(self.recipe.evaluate.every):
-                self._log_evaluation(self.evaluation, record)
-            else:
-                self._log(record)
-            stopped = self.ranks.any(self.stopping.requested)
-            if self._due(self.recipe.checkpoint.every) or stopped or self._long_ago():
-                self.save()
+            self._record = dict(record)
+            due = self._due(self.recipe.checkpoint.every) or self._evaluates()
+            if due or self._asked_to_stop() or self.checkpoints.long_ago():
+                self.save()  # before the evaluation, which may take long or fail
+            self._conclude(record)
             self.observer.iteration_done(record)
+        if self.checkpoints.saved != self.iteration:
+            self.save()
+
+    def _asked_to_stop(self) -> bool:
+        return self.ranks.any(self.stopping.requested)
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.recipe.train.iterations)
 
-    def _long_ago(self) -> bool:
-        """Whether the last checkpoint, or the start, was longer ago than the recipe wants."""
-        seconds = time.monotonic() - self._saved_at
-        return self.ranks.any(seconds >= 60 * self.recipe.checkpoint.minutes)
+    def _evaluates(self) -> bool:
+        """Whether the present iteration ends with an evaluation."""
+        return self.evaluation is not None and self._due(self.recipe.evaluate.every)
+
+    def _conclude(self, record: dict) -> None:
+        """Logs an iteration, with an evaluation where one is due."""
+        if self.evaluation is not None and self._evaluates():
+            self._log_evaluation(self.evaluation, record)
+        else:
+            self._log(record)
 
     @observed("iteration")
     def iterate(self) -> dict:
@@ -197,7 +243,7 @@ class Trainer:
         clock = [time.perf_counter()]
         shares = self._shares()
         own = own_prompts(shares, self.ranks.rank, self.ranks.count)
-        with self._reward_failures(), self.rewards.start() as scoring:
+        with self._located(), self.rewards.start() as scoring:
             embeddings, latents_N = self._rollout(own, scoring)
             clock.append(time.perf_counter())
             scores_PK = self._scores(shares, scoring)
@@ -283,7 +329,7 @@ class Trainer:
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):
-            images = self.model.decode(latents)
+            images = decoded(self.model, latents)
         return to_uint8(images)
 
     def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
@@ -316,30 +362,36 @@ class Trainer:
                 metrics["grad_norm"] = self.weights.finish_gradients(
                     self.ranks, self.recipe.train.max_grad_norm
                 )
-                self._check_finite(metrics)
-                with self.observer.phase("optimizer"):
-                    self.optimizer.step()
+                with self._located():
+                    usable = self.finite_steps.usable(metrics, self.iteration + 1)
+                if usable:
+                    with self.observer.phase("optimizer"):
+                        self.optimizer.step()
+                    self.step += 1
+                    collected.append(metrics)
                 self.optimizer.zero_grad(set_to_none=True)
-                self.step += 1
-                collected.append(metrics)
         if self.signal:
             self.signal.end_iteration(self.ranks)
-        return {name: sum(m[name] for m in collected) / len(collected) for name in collected[0]}
+        means = {name: sum(m[name] for m in collected) / len(collected) for name in next(iter(collected), ())}
+        left_out = len(shares) - len(collected)
+        return means | ({"steps_left_out": left_out} if left_out else {})
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         started = time.perf_counter()
         try:
             with self.observer.phase("evaluation", len(evaluation)):
-                metrics, images = evaluation.run(self.observer)
+                found = evaluation.run(self.observer)
         except StopNow:
             if self.iteration:
-                self._log(record)
+                self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
-        if not self.ranks.main:
+        if found.scores is None:
             return
-        record |= metrics | {"seconds_eval": time.perf_counter() - started}
-        grid = evaluation.save_grid(images, self.output / "samples", f"{self.iteration:06d}")
+        record |= found.metrics | {"seconds_eval": time.perf_counter() - started}
+        grid = evaluation.save_grid(found.images, self.output / "samples", f"{self.iteration:06d}")
+        write_scores(scores_path(self.output, self.iteration), found.scores)
         self._log(record, grid)
+        self.checkpoints.evaluated(record)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         if self.ranks.main:
@@ -350,38 +402,26 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this iteration."""
         weights, optimizer = self.weights.gathered(self.optimizer, self.ranks)
-        if self.ranks.main and weights is not None and optimizer is not None:
-            checkpoint.save(
-                self.output / "checkpoints" / f"iteration-{self.iteration:06d}",
-                weights,
-                optimizer,
-                {
-                    "iteration": self.iteration,
-                    "step": self.step,
-                    "model": self.description,
-                    "processes": self.ranks.count,
-                    "signal": self.signal.state if self.signal else None,
-                    "recipe": self.recipe.model_dump(),
-                },
-                keep=self.recipe.checkpoint.keep,
-            )
-        self.ranks.wait()
-        self._saved, self._saved_at = self.iteration, time.monotonic()
-
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise self._failure(f"{name}: expected a finite number, got {value}")
+        self.checkpoints.save(
+            weights,
+            optimizer,
+            {
+                "iteration": self.iteration,
+                "step": self.step,
+                "model": self.description,
+                "processes": self.ranks.count,
+                "signal": self.signal.state if self.signal else None,
+                "record": self._record,
+            },
+        )
 
     @contextmanager
-    def _reward_failures(self) -> Iterator[None]:
+    def _located(self) -> Iterator[None]:
+        """Errors within say in which iteration they came."""
         try:
             yield
         except UserError as error:
-            raise self._failure(str(error)) from error
-
-    def _failure(self, message: str) -> UserError:
-        return UserError(
-            f"iteration {self.iteration + 1}: {message}; checkpoints up to the last one are intact in "
-            f"{self.output / 'checkpoints'}"
-        )
+            raise UserError(
+                f"iteration {self.iteration + 1}: {error}; checkpoints up to the last one are intact in "
+                f"{self.output / 'checkpoints'}"
+            ) from error

@@ -23,7 +23,7 @@ from crd_fast.train.chunk import Chunk
 from crd_fast.train.draws import drawn_in_groups
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
 from crd_fast.train.kept import OnHost
-from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch, release_memory
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.signal import Signal
@@ -97,6 +97,7 @@ class Updater:
                 self.micro_batch.halve(error)
             for parameter in self.weights.trained():
                 parameter.grad = None
+            release_memory()
 
     def _accumulate(self, pairs: Pairs, denominator: int) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}

@@ -11,6 +11,7 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.seeds import seed_table
+from crd_fast.weights.paged import Repaging
 
 
 def widen_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -62,7 +63,7 @@ class RoundedAdamW8bit(_Rounding, bnb.optim.AdamW8bit):
     pass
 
 
-class RoundedPagedAdamW8bit(_Rounding, bnb.optim.PagedAdamW8bit):
+class RoundedPagedAdamW8bit(_Rounding, Repaging, bnb.optim.PagedAdamW8bit):
     pass
 
 

@@ -1,13 +1,18 @@
 """Checkpoints: safetensors for every tensor, JSON for the rest, nothing that runs code when it is loaded.
 
 A checkpoint folder holds the trained weights in the formats of diffusers and peft and, for
-resuming, `training.safetensors` (snapshots, optimizer) and `state.json`. It appears under its name only once
-it is complete.
+resuming, `training.safetensors` (snapshots, optimizer) and `state.json`; `manifest.json` has the size and the
+hash of each file. It appears under its name only once it is complete and on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,47 +22,148 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
+from crd_fast.weights import durable
 from crd_fast.weights.base import OptimizerState, Saved, Weights
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_MANIFEST = 1  # the format before: taken as it is
 STATE, TENSORS = "state.json", "training.safetensors"
+PARTIAL, DAMAGED, BEST = "partial-", "damaged-", "best"
+NAME = re.compile(r"iteration-(\d{6,})")
+
+logger = logging.getLogger("crd_fast")
 
 
-def save(folder: Path, weights: Saved, optimizer: OptimizerState, state: dict[str, Any], keep: int) -> None:
-    """Writes `folder` whole or not at all, then removes the oldest of its siblings beyond `keep`."""
-    partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    weights.save_policy(partial)
+def save(
+    folder: Path,
+    weights: Saved,
+    optimizer: OptimizerState,
+    state: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> None:
+    """Writes `folder` whole or not at all, then removes the oldest of its siblings beyond `keep`.
+
+    best: the iteration whose checkpoint stays as well. Removed are files that a manifest names, and nothing
+    else; a folder that has the name already is put aside. Raises UserError, and leaves all as it was, for
+    numbers that are not finite and where the disk takes no more.
+    """
     tensors = {f"weights/{key}": value for key, value in weights.state().items()}
     optimizer_state, optimizer_tensors = flatten(optimizer.state_dict())
     tensors |= {f"optimizer/{key}": value for key, value in optimizer_tensors.items()}
-    save_file(_unshared(tensors), partial / TENSORS)
+    tensors = _unshared(tensors)
+    _check_finite(folder, tensors)
     content = {"format": FORMAT, "optimizer": optimizer_state, **state}
-    (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in list_checkpoints(folder.parent)[:-keep]:
-        shutil.rmtree(old)
+    partial = folder.with_name(PARTIAL + folder.name)
+    try:
+        for left in folder.parent.glob(f"{PARTIAL}*"):  # by a process that was killed
+            if NAME.fullmatch(left.name.removeprefix(PARTIAL)):
+                shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights.save_policy(partial)
+        save_file(tensors, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        durable.seal(partial)
+        if os.path.lexists(folder):
+            _put_aside(folder)
+        partial.rename(folder)
+        durable.sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written: {reason}") from error
+    _remove_old(folder.parent, keep, best)
+
+
+def _remove_old(folder: Path, keep: int, best: int | None) -> None:
+    kept = {iteration_of(path) for path in list_checkpoints(folder)[-keep:]} | {best}
+    for path in list_checkpoints(folder):
+        if iteration_of(path) not in kept:
+            try:
+                durable.remove(path, first=STATE)
+            except OSError as error:
+                logger.warning("warning: %s: cannot be removed: %s", path, error.strerror)
+
+
+def mark_best(folder: Path) -> None:
+    """Makes `best`, beside the checkpoint, a link to it, where the file system has links."""
+    link, partial = folder.with_name(BEST), folder.with_name(PARTIAL + BEST)
+    if link.exists() and not link.is_symlink():
+        return  # somebody else's
+    with contextlib.suppress(OSError, NotImplementedError):
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder.name)
+        partial.replace(link)
+
+
+def iteration_of(folder: Path) -> int:
+    """The iteration after which a checkpoint was made, by its name; -1 for what is none."""
+    found = NAME.fullmatch(folder.name)
+    return int(found[1]) if found else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("iteration-*") if (path / STATE).exists())
+    """Checkpoints by their names, oldest first, damaged ones among them."""
+    found = (path for path in folder.glob("iteration-*") if iteration_of(path) >= 0 and path.is_dir())
+    return sorted(found, key=iteration_of)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in the folder, if there is one."""
-    return next(reversed(list_checkpoints(folder)), None)
+def newest(folder: Path, put_aside: bool = False) -> Path | None:
+    """The newest whole checkpoint in the folder; None where there is none.
+
+    One that is damaged is named, and the one before it taken. put_aside: those that were passed over get
+    another name, so that they count for nothing any more. Raises UserError where all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(folder)):
+        reason = _damage(path)
+        if reason is None:
+            for other, what in damaged:
+                aside = f" (it is now called {_put_aside(other).name})" if put_aside else ""
+                logger.warning("warning: %s: %s: taking %s instead%s", other, what, path.name, aside)
+            return path
+        damaged.append((path, reason))
+    if damaged:
+        path, reason = damaged[0]
+        raise UserError(f"{path}: {reason}; no checkpoint before it is whole")
+    return None
 
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if none."""
-    if (path / STATE).exists():
+    if any((path / name).exists() for name in (STATE, durable.MANIFEST)):
+        reason = _damage(path)
+        if reason is not None:
+            raise UserError(f"{path}: {reason}")
         return path
     found = newest(path / "checkpoints")
     if found is None:
         raise UserError(f"{path}: no checkpoint and no run with checkpoints")
     return found
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where nothing is."""
+    if not (folder / durable.MANIFEST).exists():
+        try:
+            state = read_state(folder)
+        except UserError as error:
+            return str(error)
+        if state["format"] == WITHOUT_MANIFEST:
+            return None
+    return durable.damage(folder)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Renames what has a checkpoint's name and is none that counts. Returns its new name."""
+    names = (f"{DAMAGED}{folder.name}" + f".{count}" * (count > 0) for count in itertools.count())
+    return folder.rename(next(p for p in map(folder.with_name, names) if not os.path.lexists(p)))
+
+
+def _check_finite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"{folder}: not written: {name}: expected finite numbers, got NaN or infinity")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -66,8 +172,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{folder}: expected a checkpoint of format {FORMAT}, got {state.get('format')!r}")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found not in (WITHOUT_MANIFEST, FORMAT):
+        raise UserError(f"{folder}: expected a checkpoint of format {FORMAT}, got {found!r}")
     return state
 
 

@@ -58,5 +58,7 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
         return torch.optim.AdamW(parameters, fused=on_gpu, **settings)
     import bitsandbytes as bnb
 
-    narrow = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    from crd_fast.weights.paged import PagedAdamW8bit
+
+    narrow = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": PagedAdamW8bit}
     return narrow[config.optimizer](parameters, **settings)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from crd_fast.run import report as report_module
 from crd_fast.run.metrics import MEASURED
 
 SMALL = """
@@ -30,6 +31,12 @@ def small(tmp_path):
 def command(*arguments):
     """`crd-fast` with these arguments, to be run in a process of its own."""
     return [sys.executable, "-m", "crd_fast", *map(str, arguments)]
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Drawing takes most of a report's time; tests of its words do without."""
+    monkeypatch.setattr(report_module, "charts", lambda run, judges: {})
 
 
 @pytest.fixture

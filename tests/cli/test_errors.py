@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from crd_fast.weights import durable
 from tests.cli.conftest import SMALL
 
 
@@ -143,6 +144,62 @@ def test_an_output_folder_that_holds_a_run(run, small, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    "name", ["report.html", "environment.json", "samples", "tensorboard", "warnings.txt", "flops.jsonl"]
+)
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_an_output_folder_with_what_a_run_would_write_over(run, small, tmp_path, name, kind):
+    (tmp_path / name).write_text("mine") if kind == "file" else (tmp_path / name).symlink_to("nothing")
+    before = sorted(tmp_path.iterdir())
+    assert_refused(run("train", small, "--output", tmp_path), f"{name} is there already")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["sample", "plan", "score"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nothing", "under a file"])
+def test_files_that_commands_write_are_new(run, tmp_path, option, kind):
+    path = tmp_path / "there"
+    {
+        "file": lambda: path.write_text("mine"),
+        "folder": path.mkdir,
+        "link to nothing": lambda: path.symlink_to("nothing"),
+        "under a file": lambda: path.write_text("mine"),
+    }[kind]()
+    target = path / "new" if kind == "under a file" else path
+    arguments = {
+        "sample": ("sample", "builtin", "--prompt", "a photo of a circle", "--out", target),
+        "plan": ("plan", "--json", target),
+        "score": (
+            "score",
+            "--reward",
+            "colorfulness",
+            "--images",
+            tmp_path,
+            "--prompts",
+            "p",
+            "--json",
+            target,
+        ),
+    }[option]
+    words = "is no folder" if kind == "under a file" else "already exists"
+    assert_refused(run(*arguments), words)
+    assert path.is_symlink() or path.is_dir() or path.read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_file_that_comes_to_be_there_meanwhile_is_left_alone(tmp_path):
+    from crd_fast.errors import UserError
+    from crd_fast.run.new_files import check_new, write_new
+
+    path = tmp_path / "deep" / "new.json"
+    check_new(path, "--json")
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        write_new(path, "--json", b"ours")
+    assert path.read_text() == "mine"
+
+
 def test_sources_that_are_no_run(run, tmp_path):
     assert_refused(run("eval", tmp_path), "no checkpoint")
     assert_refused(
@@ -185,6 +242,7 @@ def test_a_checkpoint_of_another_model(run, copied):
     state = json.loads(path.read_text())
     state["model"]["parameters"] += 1
     path.write_text(json.dumps(state))
+    durable.seal(path.parent)
     assert_refused(run("eval", copied), "a checkpoint of another model")
     assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "a checkpoint of another model")
 
@@ -192,12 +250,12 @@ def test_a_checkpoint_of_another_model(run, copied):
 def test_a_checkpoint_with_another_adapter(run, copied):
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("lora_rank: 4", "lora_rank: 8"))
-    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "expected shape")
+    assert_refused(run("train", "--resume", copied, "--max-iterations", 2), "model.lora_rank 4 -> 8")
 
 
 def test_damaged_state(run, copied):
     (copied / "checkpoints" / "iteration-000001" / "state.json").write_text("{")
-    assert_refused(run("eval", copied), "state.json", "cannot be read")
+    assert_refused(run("eval", copied), "state.json", "missing or damaged")
 
 
 def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
@@ -209,7 +267,7 @@ def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
     recipe = load_recipe(copied / "config.yaml", ["train.iterations=2"])
     trainer = Trainer(recipe, copied, resume=True)
     trainer.weights.trained()[0].data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"expected a finite number, got nan; checkpoints .* intact"):
+    with pytest.raises(UserError, match=r"weights/policy.*expected finite numbers, got NaN"):
         trainer.run()
     assert (copied / "checkpoints" / "iteration-000001" / "state.json").exists()
     assert not (copied / "checkpoints" / "iteration-000002").exists()

@@ -136,3 +136,13 @@ def test_bfloat16_on_a_gpu_without(tiny, recipe, monkeypatch, overrides, words):
 def test_quantized_weights_cannot_be_trained():
     with pytest.raises(UserError, match="quantization: expected none with method full"):
         build_recipe({"model": {"method": "full", "quantization": "nf4"}})
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_3"])
+def test_a_pipeline_that_is_quantised_already(recipe, copy, component):
+    config = copy / component / "config.json"
+    settings = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
+    refused(recipe(copy), f"{component} is quantised already (bitsandbytes); expected the original weights")
+    config.write_text("[]")
+    refused(recipe(copy), f"{component}/config.json: expected an object, got list")

@@ -1,4 +1,4 @@
-"""A user's rewards, and a recipe that names them."""
+"""A user's rewards, and a recipe that names them; a server of rewards."""
 
 import sys
 
@@ -58,6 +58,10 @@ def third_time(images, prompts, metadata):
     return [float(i) for i in range(len(images))]
 
 
+def fails(images, prompts, metadata):
+    raise RuntimeError("broken")
+
+
 constant = 3
 '''
 
@@ -84,3 +88,36 @@ def recipe_file(folder, rewards, name="small.yaml"):
     path = folder / name
     path.write_text(SMALL + rewards)
     return path
+
+
+@pytest.fixture(scope="module")
+def served_rewards(tmp_path_factory):
+    """The module behind a server, importable."""
+    from tests.rewards.serving import REWARDS
+
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "served_rewards.py").write_text(REWARDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        import served_rewards
+
+        yield served_rewards
+
+
+@pytest.fixture(scope="module")
+def address(served_rewards):
+    """Of a server that stays up for all tests of a file."""
+    from tests.rewards.serving import serving, wait_until_ready
+
+    with serving("Brightness", bytes=200_000, images=8, pixels=8 * 64 * 64) as address:
+        wait_until_ready(address)
+        yield address
+
+
+@pytest.fixture
+def token(monkeypatch):
+    from crd_fast.rewards import http as client
+    from tests.rewards.serving import TOKEN
+
+    monkeypatch.setenv("TOKEN", TOKEN)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)

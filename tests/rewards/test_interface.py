@@ -43,7 +43,7 @@ def test_functions_and_classes_with_settings(mine):
         "mine:Thing": [7.0, 7.0],
     }
     assert rewards.combined(values).tolist() == [7.0, 27.5]
-    assert rewards.report(pictures(0, 255), entries(2), values)["reward_mean"] == 17.25
+    assert rewards.report(pictures(0, 255), entries(2), values)[0]["reward_mean"] == 17.25
 
 
 def brightness(images, prompts, metadata):
@@ -77,11 +77,39 @@ def test_check_and_report_get_copies_as_well():
     rewards = Rewards({Meddler: 1.0})
     rewards.check(metadata)
     values = rewards.score(images, metadata)
-    assert rewards.report(images, metadata, values)["brightest"] == 255
+    assert rewards.report(images, metadata, values)[0]["brightest"] == 255
     assert metadata == entries(2)
     with pytest.raises(UserError, match="Painter: writes to its images, which are read-only"):
         Rewards({Painter: 1.0}).report(images, metadata, {f"{__name__}:Painter": np.zeros(2)})
     assert images.max() == 255
+
+
+class Detailed:
+    """Reports of pictures one by one what it is told to."""
+
+    def __init__(self, count=2, per_image=None):
+        self.reported = {"reds": [1.0] * count} if per_image is None else per_image
+
+    def score(self, images, prompts, metadata):
+        return [0.0] * len(images)
+
+    def report(self, images, prompts, metadata):
+        return {"redness": 0.5, "per_image": self.reported}
+
+
+def test_what_is_reported_of_single_pictures():
+    name = f"{__name__}:Detailed"
+    images, metadata, values = pictures(0, 255), entries(2), {name: np.zeros(2)}
+    found, per_image = Rewards({Detailed: 1.0}).report(images, metadata, values)
+    assert found["redness"] == 0.5 and "per_image" not in found
+    assert per_image.keys() == {"reds"} and per_image["reds"].tolist() == [1, 1]
+    for wrong, words in [
+        ({"count": 3}, f"reward {name}: reds: expected 2 values, got 3"),
+        ({"per_image": {"reds": [1.0, float("nan")]}}, "reds: expected finite numbers, got nan for image 1"),
+        ({"per_image": 7}, "'int' object is not iterable"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            Rewards({Detailed: wrong}).report(images, metadata, values)
 
 
 class Constant:

@@ -41,6 +41,23 @@ def sign(text):
         ('"Open  Now" on a door', "Open  Now"),
         ("a sign that says “Grüße”", "Grüße"),
         ('a "FIRST" and a "SECOND" sign', "FIRST"),
+        ("Ein Schild mit „Hallo“", "Hallo"),
+        ("en skylt med ”Hej”", "Hej"),
+        ("une pancarte « Ouvert »", "Ouvert"),
+        ("ein Schild mit »Offen« darauf", "Offen"),
+        ("招牌上写着「你好」", "你好"),
+        ("看板『営業中』", "営業中"),
+        ("＂OPEN＂", "OPEN"),
+        ('5" pipe with a sign "OPEN"', "OPEN"),
+        ('a 5” pipe, a 7" one and a sign “OPEN”', "OPEN"),
+        ('a sign that says "A5"', "A5"),
+        ('"5" on a door', "5"),
+        ("A cat holding a sign that says '123'", "123"),
+        ("a cat's sign: ‘Don’t panic’", "Don’t panic"),
+        ("the dogs' 5' fence, it's '90s style, says 'Don't run'", "Don't run"),
+        ("it's the cats' sign “OPEN”", "OPEN"),
+        ("'no' and \"yes\"", "yes"),
+        ("a 5\" pipe with a sign 'OPEN'", "OPEN"),
     ],
 )
 def test_target_is_what_stands_in_quotes(prompt, text):
@@ -48,7 +65,18 @@ def test_target_is_what_stands_in_quotes(prompt, text):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a sign", 'a sign that says ""', 'a sign that says " "', 'half a "quote', ""]
+    "prompt",
+    [
+        "the dogs' sign isn't 'ours",
+        '5" and 7" pipes',
+        "„half",
+        "a sign",
+        'a sign that says ""',
+        'a sign that says " "',
+        'half a "quote',
+        "half a 'n' “quote",
+        "",
+    ],
 )
 def test_prompts_without_a_text_are_refused(prompt):
     with pytest.raises(UserError, match="expected a text in double quotes") as error:
@@ -71,6 +99,31 @@ def test_prompts_without_a_text_are_refused(prompt):
 )
 def test_the_score_by_hand(read, wanted, score):
     assert text_score(normalized(read), normalized(wanted)) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    "drawn, read",
+    [
+        ("Don’t", "Don't"),
+        ("Don´t", "don`t"),
+        ("A—B", "A-B"),
+        ("A – B", "A−B"),
+        ("Cafe\u0301", "café"),
+        ("ＯＰＥＮ", "open"),
+        ("ﬁne", "fine"),
+        ("1⅓", "11/3"),
+        ("wait…", "wait..."),
+        ("co\u00adop\u200b", "coop"),
+        ("a\u00a0b", "ab"),
+    ],
+)
+def test_what_looks_alike_is_alike(drawn, read):
+    assert normalized(drawn) == normalized(read) and text_score(normalized(read), normalized(drawn)) == 1
+
+
+def test_what_does_not_look_alike_is_not():
+    texts = ["cafe", "café", "1/3", "13", "a-b", "ab", "don't", "dont", "ß", "ss", '5"', "5'"]
+    assert len({normalized(text) for text in texts}) == len(texts)
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +259,9 @@ def test_dense_is_the_likelihood_that_torch_finds():
 def test_dense_refuses_what_the_recogniser_cannot_spell():
     with pytest.raises(UserError, match="does not know '\U00013000'"):
         OCRDense().check([{"prompt": sign("\U00013000")}])
+
+
+def test_dense_spells_what_the_recogniser_knows_in_another_form():
+    dense = OCRDense()
+    assert dense.spell("ａ sign “Don’t”") == dense.spell(sign("Don't"))
+    assert dense.spell(sign("ＯＰＥＮ")) == dense.spell(sign("open"))

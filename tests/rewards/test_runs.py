@@ -49,7 +49,8 @@ def test_results_do_not_depend_on_the_overlap(mine, tmp_path, monkeypatch):
     found, found_weights = train(recipe, tmp_path / "beside")
     calls = mine().calls
     assert {thread for thread, _ in calls} == {"reward mine:redness"}
-    assert [len(prompts) for _, prompts in calls] == [4] * 4  # two iterations of two prompts by four samples
+    # tried out, then two iterations of two prompts by four samples
+    assert [len(prompts) for _, prompts in calls] == [4] * 5
     assert all(len(set(prompts)) == 1 for _, prompts in calls)
     monkeypatch.setattr("crd_fast.rewards.registry.Scoring", Afterwards)
     expected, expected_weights = train(recipe, tmp_path / "after")
@@ -83,7 +84,7 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_its_checkpoints(inside, mine
 def test_a_reward_that_hangs_ends_the_run(inside, mine, tmp_path):
     recipe = recipe_file(tmp_path, "rewards: {'mine:slow': {timeout: 0.2}}\n")
     result = inside("train", recipe, "--output", tmp_path / "run", "--set", "evaluate.every=0")
-    assert_refused(result, "iteration 1: reward mine:slow: expected values within 0.2 s, got none")
+    assert_refused(result, "error: reward mine:slow: expected values within 0.2 s, got none")
 
 
 def test_judges_are_scored_at_evaluations_and_never_trained_on(inside, mine, tmp_path):
@@ -113,3 +114,41 @@ def test_a_reward_that_is_constant_is_warned_of_once(mine, tmp_path, caplog):
     warning = "iteration 4: reward mine:Thing was 7 for each of the last 32 images: it may be broken"
     assert (tmp_path / "run" / "warnings.txt").read_text() == f"{warning}\n"
     assert [r.getMessage() for r in caplog.records if r.name == "crd_fast"] == [f"warning: {warning}"]
+
+
+@pytest.mark.parametrize("key", ["rewards", "eval_rewards"])
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        ("{'mine:fails': 1.0}", "reward mine:fails: RuntimeError: broken"),
+        ("{'mine:slow': {timeout: 0.2}}", "reward mine:slow: expected values within 0.2 s, got none"),
+        ("{'mine:nothing_there': 1.0}", "'mine:nothing_there' cannot be imported"),
+    ],
+)
+def test_rewards_and_judges_are_tried_out_before_anything_is_loaded(
+    inside, mine, tmp_path, monkeypatch, key, broken, words
+):
+    def loaded(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("crd_fast.train.trainer.load_model", loaded)
+    rewards = "" if key == "rewards" else "rewards: {'mine:redness': 1.0}\n"
+    recipe = recipe_file(tmp_path, f"{rewards}{key}: {broken}\n")
+    assert_refused(inside("train", recipe, "--output", tmp_path / "run"), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_reward_is_tried_out_with(mine, tmp_path):
+    """One prompt's samples, as in training, and so few that a slow reward is no burden."""
+    from crd_fast.rewards import Rewards
+
+    Rewards({"mine:redness": 1.0}).try_out({"prompt": "a"}, 10**6, samples=24)
+    assert [prompts for _, prompts in mine().calls] == [["a"] * 4]
+
+
+def test_a_full_disk_is_found_before_anything_is_loaded(inside, mine, tmp_path, monkeypatch):
+    monkeypatch.setattr("crd_fast.train.trainer.SMALLEST_SPACE", 1e18)
+    recipe = recipe_file(tmp_path, "rewards: {'mine:redness': 1.0}\n")
+    refused = inside("train", recipe, "--output", tmp_path / "new" / "run")
+    assert_refused(refused, "run: expected 931322574.62 GB free on its disk for checkpoints")
+    assert not (tmp_path / "new").exists() and not mine().calls

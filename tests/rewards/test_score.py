@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from crd_fast.errors import UserError
-from crd_fast.rewards.pictures import image_paths
+from crd_fast.rewards.pictures import image_paths, pairs
 from tests.rewards.conftest import assert_refused
 
 
@@ -74,3 +74,97 @@ def test_score_refuses_in_one_line(inside, mine, folder):
     (folder / "images" / "b.png").write_bytes(b"no picture")
     (folder / "prompts.txt").write_text("black\ndark\nred\n")
     assert_refused(inside(*command, "--reward", "mine:redness"), "b.png: cannot be read as a picture")
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def lines(path, *entries):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def named(found):
+    return [(name, entry["prompt"]) for name, _, entry in found]
+
+
+def refused(words, *arguments):
+    with pytest.raises(UserError, match=words) as error:
+        pairs(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def geneval(tmp_path):
+    """Three folders as GenEval's, in another order as text than as numbers."""
+    for number in (9, 10, 100):
+        for sample in range(2):
+            touch(tmp_path / "out" / str(number) / "samples" / f"{sample:04d}.png")
+        touch(tmp_path / "out" / str(number) / "grid.png")
+        lines(tmp_path / "out" / str(number) / "metadata.jsonl", {"prompt": f"prompt {number}", "tag": "a"})
+    return tmp_path / "out"
+
+
+GENEVAL = [(f"{n}/samples/{i:04d}.png", f"prompt {n}") for n in (9, 10, 100) for i in range(2)]
+
+
+def test_genevals_folders_come_with_their_prompts(geneval, tmp_path):
+    assert named(pairs(geneval, None)) == GENEVAL
+    in_order = [{"prompt": f"prompt {number}", "more": number} for number in (9, 10, 100)]
+    found = pairs(geneval, lines(tmp_path / "p.jsonl", *in_order))
+    assert named(found) == GENEVAL and found[-1][2]["more"] == 100
+    refused(
+        "order of folders gives 9 the prompt 'prompt 10'",
+        geneval,
+        lines(tmp_path / "p.jsonl", *[in_order[i] for i in (1, 2, 0)]),
+    )
+    refused(
+        "expected 3 prompts, one for each folder, got 2", geneval, lines(tmp_path / "p.jsonl", *in_order[:2])
+    )
+    (geneval / "10" / "metadata.jsonl").unlink()
+    refused("metadata.jsonl is missing; expected it or --prompts", geneval, None)
+    assert named(pairs(geneval, lines(tmp_path / "p.jsonl", *in_order))) == GENEVAL
+    (geneval / "9" / "samples" / "0000.png").rename(geneval / "9" / "0000.png")
+    (geneval / "9" / "samples" / "0001.png").unlink()
+    refused("9/samples: expected pictures", geneval, lines(tmp_path / "p.jsonl", *in_order))
+
+
+def test_a_manifest_says_which_prompt_is_whose(tmp_path):
+    folder = tmp_path / "images"
+    for number in (1, 2, 10):
+        touch(folder / f"{number}.png")
+    said = [{"image": f"{number}.png", "prompt": f"prompt {number}"} for number in (1, 10, 2)]
+    expected = [(entry["image"], entry["prompt"]) for entry in said]
+    assert named(pairs(folder, lines(tmp_path / "p.jsonl", *said))) == expected
+    assert named(pairs(lines(folder / "m.jsonl", *said), None)) == expected
+    (folder / "m.jsonl").rename(folder / "metadata.jsonl")
+    assert named(pairs(folder, None)) == expected
+    # in order, and the manifest beside the pictures says the same, or not
+    in_order = tmp_path / "p.txt"
+    in_order.write_text("prompt 1\nprompt 2\nprompt 10\n")
+    assert named(pairs(folder, in_order)) == [(f"{n}.png", f"prompt {n}") for n in (1, 2, 10)]
+    in_order.write_text("prompt 1\nprompt 10\nprompt 2\n")
+    refused("the order of files gives 2.png the prompt 'prompt 10', .* says 'prompt 2'", folder, in_order)
+    lines(folder / "metadata.jsonl", {"file_name": "1.png", "text": "about something else"})
+    assert len(pairs(folder, in_order)) == 3
+
+
+def test_manifests_that_do_not_fit_are_refused(tmp_path):
+    folder, path = tmp_path / "images", tmp_path / "p.jsonl"
+    for number in (1, 2):
+        touch(folder / f"{number}.png")
+    one, two = ({"image": f"{number}.png", "prompt": "a"} for number in (1, 2))
+    refused("expected every picture, 2.png is not named", folder, lines(path, one))
+    refused(
+        "3.png: expected a picture in .*images, found none",
+        folder,
+        lines(path, one, two | {"image": "3.png"}),
+    )
+    refused("expected an `image` beside every prompt, got", folder, lines(path, one, {"prompt": "a"}))
+    refused("expected an `image` beside every prompt, got", folder, lines(path, one, two | {"image": 2}))
+    refused("expected none, as the manifest", lines(folder / "m.jsonl", one), path)
+    refused("expected a file, as .*images has no metadata.jsonl", folder, None)
+    refused("expected a folder or a .jsonl manifest", folder / "1.png", None)

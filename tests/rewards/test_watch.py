@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
@@ -94,12 +95,17 @@ def test_metrics_of_an_iteration():
 
 def test_metrics_of_judges():
     values = np.array([0.0, 1.0, 1.0, 0.0])
-    found = judge_metrics(2 * values, {"clip": values})
-    assert found == {
-        "eval/judge/clip": 0.5,
-        "standard_error/reward": pytest.approx(0.5),
-        "standard_error/judge/clip": pytest.approx(0.25),
-    }
+    for prompts, expected in [
+        ("abcd", stats.sem(values)),
+        ("abba", stats.sem([0.0, 1.0])),  # as two prompts
+        ("aaaa", 0.0),
+    ]:
+        found = judge_metrics(2 * values, {"clip": values}, list(prompts))
+        assert found == {
+            "eval/judge/clip": 0.5,
+            "standard_error/reward": pytest.approx(2 * expected),
+            "standard_error/judge/clip": pytest.approx(expected),
+        }
 
 
 def test_gdpo_against_a_direct_computation():

@@ -248,7 +248,7 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     [
         ("fails", "key", r"reward workers_mine:fails: KeyError: 'x' \(.*workers_mine.py line \d+\)$"),
         ("fails", "user", "^reward mine: no$"),
-        ("fails", "exit", "reward workers_mine:fails: SystemExit: 3"),
+        ("fails", "exit", r"reward workers_mine:fails: wanted to end the process \(SystemExit: 3\)"),
         ("nothing", "a", "reward workers_mine:nothing: expected finite numbers, got nan for image 0"),
     ],
 )
@@ -280,7 +280,7 @@ def test_check_and_report_are_the_workers(rewards, folder):
     with pytest.raises(UserError, match="refused 'refuse this'"):
         found.check([*metadata, {"prompt": "refuse this"}])
     values = found.score(pictures(4), metadata)
-    report = found.report(pictures(4), metadata, values)
+    report, _ = found.report(pictures(4), metadata, values)
     assert report["judge/device"] == "meta" and report["judge/images"] == 4
     assert report["judge/process"] != os.getpid()
     assert not hasattr(load("workers_mine:mean", {"workers": 1})[0], "check")

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import yaml
+from scipy import stats
 
 from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
 from crd_fast.run.observer import Observer
+from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.study.results import _reached, with_error
 from crd_fast.study.run import FLOPS, Ledger
 from crd_fast.study.study import cells, load_study, study_names
@@ -86,6 +88,17 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     table = (output / "table.md").read_text()
     assert "Does half do?" in table and "| whole | 2 |" in table and "| half | 2 |" in table
     assert (output / "plot.svg").read_text().count("<svg") == 1
+    assert not any("paired/overall" in end for (arm, _), end in ends.items() if arm == "whole")
+    for seed in STUDY["seeds"]:
+        arms = [
+            read_scores(scores_path(output / "shapes" / arm / f"seed-{seed}", 2)) for arm in STUDY["arms"]
+        ]
+        one, two = (scores.values["overall"] for scores in arms)
+        assert ends["half", seed]["paired/overall"] == pytest.approx((two - one).mean())
+        assert ends["half", seed]["paired_error/overall"] == pytest.approx(stats.sem(two - one))
+    differences = [ends["half", seed]["paired/overall"] for seed in STUDY["seeds"]]
+    sign = "" if sum(differences) < 0 else "+"
+    assert f"| {sign}{with_error(differences)} |" in table
 
 
 def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):

@@ -1,5 +1,6 @@
 """One optimizer step: exact at every micro-batch, against autograd, with no forward too many."""
 
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from crd_fast.errors import UserError
 from crd_fast.run.observer import Observer, Observers
 from crd_fast.schema import LossConfig
 from crd_fast.seeds import seed_table, seeded_noise
+from crd_fast.train.micro_batch import decoded
 from crd_fast.train.objectives import deviation
 from crd_fast.train.pairs import Pairs
 from tests.training.conftest import METHODS, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
@@ -258,3 +260,41 @@ def test_noise_depends_on_its_own_seed_alone():
     seeds = seed_table(1, 2, count=5)
     assert torch.equal(seeded_noise(seeds, SHAPE)[3:], seeded_noise(seeds[3:], SHAPE))
     assert not torch.equal(seed_table(1, 2, count=5), seed_table(1, 3, count=5))
+
+
+def test_memory_is_released_when_the_failed_forward_is_gone(setting, monkeypatch):
+    """A cache that is emptied while an error's traceback holds the forward's tensors keeps their memory."""
+    model, velocity, held, alive = setting[0], setting[0].velocity, [], []
+
+    def small_memory(x, *arguments):
+        if len(x) <= 4:
+            return velocity(x, *arguments)
+        activations = torch.empty(1000)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError(f"CUDA out of memory with {activations.numel()} held")
+
+    monkeypatch.setattr(model, "velocity", small_memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[-1]() is not None))
+    gradients(setting, 16)
+    assert alive and not any(alive)
+
+
+@pytest.mark.parametrize(
+    "failures, words", [(1, None), (2, "out of memory while pictures are decoded: CUDA")]
+)
+def test_decoding_is_tried_twice(failures, words):
+    class Model:
+        left = failures
+
+        def decode(self, latents):
+            self.left -= 1
+            if self.left >= 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            return latents
+
+    if words is None:
+        assert torch.equal(decoded(Model(), torch.ones(2)), torch.ones(2))
+    else:
+        with pytest.raises(UserError, match=words):
+            decoded(Model(), torch.ones(2))

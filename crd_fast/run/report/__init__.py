@@ -17,10 +17,14 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from crd_fast.errors import UserError
 from crd_fast.run.report.charts import TEMPLATES, charts
-from crd_fast.run.report.run import Run, changes, headline, number, read_json, read_run, warnings
+from crd_fast.run.report.held_out import base_note, changes, headline, judged, prompts_note, trained_on
+from crd_fast.run.report.run import Run, number, read_json, read_run
+from crd_fast.run.report.warnings import warnings
 from crd_fast.run.report.words import duration, label, signed
 
+OURS = "· crd-fast"  # how the page's title ends
 COLUMNS = 8  # tiles a row in samples/*.png
 MAX_TILES = 24
 MAX_TILE_PIXELS = 256
@@ -121,14 +125,26 @@ def settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a page was written here, by its title."""
+    try:
+        return f"{OURS}</title>" in path.read_text(encoding="utf-8", errors="replace")[:10_000]
+    except OSError:
+        return False
+
+
 def write_report(run: Path) -> Path:
     """Writes `run`/report.html and returns its path.
 
     run: a folder that `crd-fast train` writes: config.yaml, and as far as they are there metrics.jsonl,
-    samples/ and environment.json. Raises UserError if the folder is no run.
+    evaluations/, samples/, warnings.txt and environment.json. Raises UserError if the folder is no run, or
+    has a report.html that is none of ours.
     """
     read = read_run(Path(run))
-    found = changes(read)
+    path = read.folder / "report.html"
+    if os.path.lexists(path) and not _is_ours(path):
+        raise UserError(f"{path}: is there already and was not written by crd-fast; it is left alone")
+    found, judges = changes(read), judged(read)
     tiles = samples(read)
     config = {
         name: value if isinstance(value, dict) else {name: value} for name, value in read.config.items()
@@ -138,18 +154,19 @@ def write_report(run: Path) -> Path:
         name=read.folder.resolve().name,
         headline=headline(read, found),
         facts=facts(read),
-        warnings=warnings(read, found),
+        warnings=warnings(read, found, judges),
         changes=found,
+        judges=judges,
         evaluated=read.evaluated,
-        images=number(read.evaluated[-1], "eval/images") if read.evaluated else math.nan,
-        charts=charts(read),
+        notes=[prompts_note(read), base_note(read)] if read.evaluated else [],
+        held_out=not trained_on(read),
+        charts=charts(read, judges),
         samples=tiles,
         sections={name: settings(values) for name, values in config.items()},
         environment=settings(read.environment),
         label=label,
         signed=signed,
     )
-    path = read.folder / "report.html"
     unfinished = path.with_suffix(".html.part")
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)

@@ -19,13 +19,24 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crd_fast.run.report.run import PHASES, Run, series, standard_error
+from crd_fast.run.report.held_out import Judged, compared
+from crd_fast.run.report.run import PHASES, Run, series
 from crd_fast.run.report.words import label
+from crd_fast.run.scores import deviation, measure_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Charts are drawn in the stand-in colours of report.mplstyle; the page's style sheet has the real ones.
-INK, GRID, FIRST, SECOND, THIRD = "#000101", "#000202", "#000303", "#000404", "#000505"
-CSS_COLORS = {INK: "muted", GRID: "line", FIRST: "first", SECOND: "second", THIRD: "third"}
+INK, GRID, FIRST, SECOND, THIRD, FOURTH = (
+    "#000101",
+    "#000202",
+    "#000303",
+    "#000404",
+    "#000505",
+    "#000606",
+)
+CSS_COLORS = {INK: "muted", GRID: "line", FIRST: "first", SECOND: "second", THIRD: "third", FOURTH: "fourth"}
+LINES = tuple(zip((FIRST, SECOND, THIRD, FOURTH) * 2, "osD^vPX*", ("-",) * 4 + ("--",) * 4))  # told apart
+ERROR_BARS: dict[str, Any] = {"markersize": 5, "elinewidth": 1, "capsize": 2}
 
 
 def svg(draw: Callable[[Figure, Run], None], run: Run, name: str) -> Markup:
@@ -70,20 +81,34 @@ def draw_reward(figure: Figure, run: Run) -> None:
 
 
 def draw_heldout(figure: Figure, run: Run) -> None:
-    """Overall and clean at every evaluation, with standard errors where they are known."""
+    """Overall and clean at every evaluation; errors are those of the difference from the first."""
     axes, rows = figure.subplots(), run.evaluated
     names = [name for name in ("overall", "clean") if any(f"eval/{name}" in row for row in rows)]
-    for name, color, marker in zip(names or ["reward_mean"], (FIRST, SECOND), "os"):
-        errors = [standard_error(row, name) or 0.0 for row in rows]
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "markersize": 5,
-            "elinewidth": 1,
-            "capsize": 2,
-        }
+    for name, (color, marker, _) in zip(names or ["reward_mean"], LINES):
+        found = [compared(run, rows[0]["iteration"], row["iteration"], name) for row in rows]
+        errors = [0.0 if both is None or math.isnan(both.error) else both.error for both in found]
         x, y = series(rows, "iteration"), series(rows, f"eval/{name}")
-        axes.errorbar(x, y, yerr=errors if any(errors) else None, label=label(name).lower(), **style)
+        bars = {"yerr": errors if any(errors) else None, "color": color, "marker": marker, **ERROR_BARS}
+        axes.errorbar(x, y, label=label(name).lower(), **bars)
+    _legend(axes)
+
+
+def draw_judges(figure: Figure, run: Run, rows: Sequence[Judged]) -> None:
+    """How far the reward and each judge are from their first value, in deviations of its pictures."""
+    axes, first = figure.subplots(), run.evaluated[0]["iteration"]
+    for row, (color, marker, line) in zip(rows, LINES):
+        measure, _ = measure_of(run.scores[first], row.change.name) or (row.change.name, None)
+        size = deviation(run.scores[first], measure)
+        points = [(first, 0.0, 0.0)]
+        for iteration in (other["iteration"] for other in run.evaluated[1:]):
+            both = compared(run, first, iteration, row.change.name)
+            if both is not None and size is not None:
+                error = 0.0 if math.isnan(both.error) else both.error
+                points.append((iteration, both.difference / size, error / size))
+        x, y, errors = zip(*points)
+        bars = {"yerr": errors, "color": color, "marker": marker, "linestyle": line, **ERROR_BARS}
+        axes.errorbar(x, y, label=row.label.lower() if row.label[:1].isupper() else row.label, **bars)
+    axes.axhline(0, color=INK, linewidth=0.8)
     _legend(axes)
 
 
@@ -117,12 +142,18 @@ def draw_seconds(figure: Figure, run: Run) -> None:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it hides no data."""
+    columns = 3 if len(axes.get_legend_handles_labels()[0]) <= 3 else 2
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, borderpad=0, handlelength=1.4
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        borderaxespad=0.2,
+        borderpad=0,
+        handlelength=1.4,
     )
 
 
-def charts(run: Run) -> dict[str, Markup]:
+def charts(run: Run, judges: Sequence[Judged] = ()) -> dict[str, Markup]:
     """By name, each chart that the run has data for; the template has their titles."""
     deviation = [("old_deviation", "old deviation"), ("implicit_reward_mean", "implicit reward")]
     # a method that does not need old does not measure it
@@ -131,6 +162,9 @@ def charts(run: Run) -> dict[str, Markup]:
     drawings = {}
     if len(run.evaluated) > 1:
         drawings["heldout"] = draw_heldout
+    measured = [row for row in judges if row.rise is not None][: len(LINES)]
+    if len(measured) > 1:
+        drawings["judges"] = partial(draw_judges, rows=measured)
     if run.trained:
         drawings |= {
             "reward": draw_reward,

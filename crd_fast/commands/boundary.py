@@ -1,0 +1,96 @@
+"""Between what a command runs and the person who typed it: whatever is raised becomes one line.
+
+A reward, a file system, a library's loader, a decoder of pictures: none of them is ours, and each raises what
+it likes. The line names the file and the reason, and where the traceback was written to.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from crd_fast.errors import UserError
+
+FILE = "error.txt"
+LONGEST = 600  # characters of a message that a library wrote
+PACKAGE = str(Path(__file__).parents[1])
+# what typer itself turns into an answer, and the end of a pipe that is read no further
+OURS = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+
+
+@contextmanager
+def leaving_traceback(folder: Path | None = None) -> Iterator[None]:
+    """Whatever is raised inside, SystemExit too, as UserError; its traceback goes into the folder.
+
+    Without a folder, or where it cannot be written, into a file among the temporary ones. A UserError
+    with nothing behind it passes as it is.
+    """
+    try:
+        yield
+    except OURS:
+        raise
+    except (Exception, SystemExit) as error:
+        ours = isinstance(error, UserError)
+        if ours and (error.__cause__ is None or folder is None or not folder.is_dir()):
+            raise
+        path = _write(error, folder)
+        found = f"; traceback in {path}" if path else ""
+        line = f"{error if ours else _line(error)}{found}"
+        raise (type(error) if isinstance(error, UserError) else UserError)(line) from None
+
+
+def bounded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, out of which comes nothing but UserError and what is typer's."""
+
+    @functools.wraps(command)
+    def run(*arguments, **options):
+        with leaving_traceback():
+            command(*arguments, **options)
+
+    return run
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"something wanted to end the process (SystemExit: {error}){_where(error)}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{_where(error)}"
+    message = " ".join(str(error).split())
+    message = message if len(message) <= LONGEST else message[:LONGEST] + "..."
+    return f"{type(error).__name__}{': ' * bool(message)}{message}{_where(error)}"
+
+
+def _where(error: BaseException) -> str:
+    """Where it was raised, and by which line here it was called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
+    last = [frames[-1], *own[-1:]]
+    return f" ({', called from '.join(dict.fromkeys(f'{f.filename} line {f.lineno}' for f in last))})"
+
+
+def _write(error: BaseException, folder: Path | None) -> Path | None:
+    text = "".join(traceback.format_exception(error))
+    if folder is not None and folder.is_dir():
+        try:
+            (folder / FILE).write_text(text, encoding="utf-8", errors="replace")
+            return folder / FILE
+        except OSError:
+            pass
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="crd-fast-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except OSError:
+        return None
+    return Path(name)

@@ -1,0 +1,130 @@
+"""Code that is not this package's: which rewards bring some, how it is found, and who has to agree to it.
+
+A recipe that somebody gives to `crd-fast train`, and a name on the command line, are their own word. What a
+checkpoint's `state.json` or a run's `config.yaml` names is the word of whoever wrote that file, so that
+commands which read one refuse to run code, or to send pictures elsewhere, that its rewards name, until they
+are told otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from crd_fast.errors import UserError
+from crd_fast.rewards.scoring import failure
+
+OPTION = "--allow-code"
+
+
+class NeedsConsent(UserError):
+    """A loaded file names what the command may do only with `--allow-code`."""
+
+
+def brings_code(recipe: Any, shipped: Mapping[str, str]) -> list[str]:
+    """The rewards and judges of a recipe that run code, or ask a server, which do not ship.
+
+    A server of this machine is not among them. shipped: the names that are known.
+    """
+    return [
+        str(name)
+        for rewards in (recipe.rewards, recipe.eval_rewards)
+        for name, value in rewards.items()
+        if not _is_ours(str(name), value if isinstance(value, Mapping) else {}, shipped)
+    ]
+
+
+def _is_ours(name: str, settings: Mapping, shipped: Mapping[str, str]) -> bool:
+    address = settings.get("url", name if name.startswith(("http://", "https://")) else None)
+    if name == "http" or address is not None:
+        return is_loopback(_host(str(address)))
+    return name in shipped
+
+
+def _host(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def imported(name: str, path: str) -> Callable:
+    """The function or class that `path`, `package.module:name` or `file.py:name`, means.
+
+    Raises UserError where there is none, where importing it raises anything, and for what is no reward: other
+    objects that can be called, and Python's own functions and classes (`os:system`, `subprocess:Popen`).
+    """
+    module, _, attribute = path.rpartition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward of one's own lies where the command is run
+    if module.endswith(".py"):
+        module = _module_of_file(name, Path(module))
+    _refuse_pythons_own(name, module)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except SyntaxError as error:
+        where = f"{error.filename} line {error.lineno}"
+        raise UserError(f"rewards: {name!r} cannot be imported: {where}: {error.msg}") from error
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"rewards: {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{failure(name, error)}, while it was imported") from error
+    if not (inspect.isfunction(found) or inspect.isclass(found)):
+        raise UserError(f"rewards: {name!r}: expected a function or a class, got {type(found).__name__}")
+    _refuse_pythons_own(name, found.__module__)
+    if inspect.isclass(found) and not (hasattr(found, "score") or "__call__" in dir(found)):
+        raise UserError(f"rewards: {name!r}: expected a method score(images, prompts, metadata), found none")
+    if inspect.isfunction(found):
+        check_arguments(name, found, {})
+    return found
+
+
+def check_arguments(name: str, function: Callable, settings: Mapping) -> None:
+    """Raises UserError where a function cannot be called as a reward with these settings."""
+    parameters = inspect.signature(function).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        got = ", ".join(p.name for p in parameters)
+        raise UserError(f"reward {name}: expected arguments images, prompts, metadata, got ({got})")
+    if settings:
+        try:
+            inspect.signature(function).bind(None, None, None, **settings)
+        except TypeError as error:
+            raise UserError(f"reward {name}: {error}") from None
+
+
+def _refuse_pythons_own(name: str, module: str | None) -> None:
+    if (module or "").partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(
+            f"rewards: {name!r}: {module} is Python's own and has no rewards; expected a function or a class "
+            "of a module of yours"
+        )
+
+
+def _module_of_file(name: str, path: Path) -> str:
+    """The module that a file is, which can then be imported, in workers too."""
+    if not path.is_file():
+        raise UserError(f"rewards: {name!r}: no file {path} here")
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    found = importlib.util.find_spec(path.stem)
+    if found is None or found.origin is None or Path(found.origin).resolve() != path.resolve():
+        raise UserError(f"rewards: {name!r}: another module is called {path.stem} already; rename the file")
+    return path.stem

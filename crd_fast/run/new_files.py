@@ -1,0 +1,32 @@
+"""Files that are named on the command line: written where nothing was, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from crd_fast.errors import UserError
+
+
+def check_new(path: Path, option: str) -> None:
+    """Raises UserError where something is there, or nothing can be written. To be called before the work."""
+    if os.path.lexists(path):
+        raise UserError(f"{option} {path}: already exists; choose another name")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UserError(f"{option} {path}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {above} cannot be written to")
+
+
+def write_new(path: Path, option: str, content: bytes) -> None:
+    """Also where something came to be there since `check_new` UserError is raised, and it is left alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise UserError(f"{option} {path}: already exists; choose another name") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {path}: cannot be written: {reason}") from None

@@ -1,0 +1,102 @@
+"""What a careful reader would want to be told before believing the headline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from crd_fast.run.report.held_out import NOT_CATEGORIES, Change, Judged, compared, ends, trained_on
+from crd_fast.run.report.run import Run, number, series
+from crd_fast.run.report.words import digits, label, sentence
+from crd_fast.run.scores import LEVEL
+
+
+def warnings(run: Run, found: list[Change], judges: list[Judged]) -> list[str]:
+    """Sentences, the most general first."""
+    said = list(run.problems)
+    if run.planned and run.metrics and run.metrics[-1]["iteration"] < run.planned:
+        said.append(f"This run has done {run.metrics[-1]['iteration']} of {run.planned} iterations.")
+    shared = trained_on(run)
+    if shared:
+        said.append(
+            f"{shared} of the evaluated prompts {'is' if shared == 1 else 'are'} among those for training: "
+            "what is said of them does not show what the model does with others."
+        )
+    said += _not_paired(run) + [sentence(line) for line in run.warned] + _hacking(found, judges)
+    categories = [change for change in found if change.name not in NOT_CATEGORIES]
+    for change in categories:
+        if change.fell(among=len(categories)):
+            said.append(f"{label(change.name)} fell by {_size(change)}.")
+    return said + _training_warnings(run, found)
+
+
+def _size(change: Change) -> str:
+    return f"{abs(change.difference):.{change.digits}f}"
+
+
+def _not_paired(run: Run) -> list[str]:
+    if len(run.evaluated) < 2:
+        return []
+    first, last = (run.scores.get(row["iteration"]) for row in ends(run))
+    if first is None or last is None:
+        return ["The first or the last evaluation has no scores of single pictures: errors are not known."]
+    if sorted(first.pictures) != sorted(last.pictures):
+        return ["The first and the last evaluation have other prompts or seeds: errors are not known."]
+    return []
+
+
+def _hacking(found: list[Change], judges: list[Judged]) -> list[str]:
+    """What the reward does not ask for fell while it rose."""
+    if not judges:
+        return []
+    measures = [*(change for change in found if change.name == "overall"), judges[0].change]
+    risen = next((change for change in measures if change.direction == "up"), None)
+    if risen is None:
+        return []
+    others = [row for row in judges if not row.trained]
+    said = []
+    for row in others:
+        if row.change.fell(among=len(others)):
+            clean = row.change.name == "clean"
+            said.append(
+                f"{'Clean correctness' if clean else f'Judge {row.label}'} fell by {_size(row.change)} while "
+                f"{'overall correctness' if risen.name == 'overall' else 'the reward'} rose by "
+                f"{_size(risen)}: possible reward hacking."
+                f"{' Look for extra objects in the samples.' if clean else ''}"
+            )
+    return said
+
+
+def _training_warnings(run: Run, found: list[Change]) -> list[str]:
+    said, rows = [], run.trained
+    if len(run.evaluated) > 1 and found and len(rows) >= 10:
+        main, fifth, rewards = found[0], len(rows) // 5, series(rows, "reward_mean")
+        gain = statistics.fmean(rewards[-fifth:]) - statistics.fmean(rewards[:fifth])
+        held = main.direction in ("same", "down") or (main.direction == "unknown" and main.difference <= 0)
+        if gain > 0.05 and held:
+            said.append(
+                f"The training reward rose by {gain:.2f} but the held-out result did not: overfitting."
+            )
+        said += _better_before(run, main)
+    flat = sum(value < 1e-6 for value in series(rows, "reward_std"))
+    if flat:
+        said.append(f"In {flat} of {len(rows)} iterations all samples got the same reward: nothing to learn.")
+    limit = (run.config.get("train") or {}).get("max_grad_norm")
+    clipped = sum(value > float(limit or math.inf) for value in series(rows, "grad_norm"))
+    if clipped > len(rows) / 2:
+        said.append(f"The gradient was clipped to {limit} in {clipped} of {len(rows)} iterations.")
+    for key in ("reward_mean", "policy_loss", "kl_loss", "grad_norm"):
+        bad = [row["iteration"] for row in rows if key in row and not math.isfinite(number(row, key))]
+        if bad:
+            said.append(f"{label(key)} is not a finite number at iteration {bad[0]}.")
+    return said
+
+
+def _better_before(run: Run, main: Change) -> list[str]:
+    """The best evaluation, where it is better than the last by more than the best of so many is by chance."""
+    best = max(run.evaluated, key=lambda row: number(row, f"eval/{main.name}"))
+    both = compared(run, best["iteration"], ends(run)[1]["iteration"], main.name)
+    if both is None or not both.p < LEVEL / len(run.evaluated):
+        return []
+    lost = f"{-both.difference:.{digits(both.error)}f}"
+    return [f"The evaluation at iteration {best['iteration']} was {lost} better than the last."]

@@ -1,0 +1,67 @@
+"""What may differ between a run's checkpoint and the recipe that it goes on with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crd_fast.config import Recipe, build_recipe
+from crd_fast.errors import UserError
+
+# where things are, how much goes through the network at once, how long and how often
+HONOURED = (
+    *("model.path", "model.prompt_cache", "model.prompt_cache_gb"),
+    *("rollout.prompts", "rollout.micro_batch", "train.micro_batch"),
+    *("train.iterations", "train.learning_rate", "train.profile"),
+)
+HONOURED_SECTIONS = ("evaluate", "eval_rewards", "checkpoint")
+OF_REWARDS = (
+    "url",
+    "token_env",
+    "timeout",
+    "retries",
+    "workers",
+    "batch",
+)  # where they are, how they are asked
+
+logger = logging.getLogger("crd_fast")
+
+
+def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
+    """Names each setting that differs from the checkpoint's recipe, `before`.
+
+    Raises UserError for one that would make it another run: what was trained so far was trained without it.
+    """
+    old = build_recipe(before, source=str(source)).model_dump()
+    found = list(differences(old, recipe.model_dump()))
+    refused = [text for key, text in found if not _honoured(key)]
+    if refused:
+        raise UserError(
+            f"{source}: made with another recipe: {'; '.join(refused)}; "
+            "go on with the run's own, or train anew"
+        )
+    for _, text in found:
+        logger.warning("changed: %s", text)
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Keys whose values differ, dotted, each with what stood there and what stands there now."""
+    if key.startswith(("rewards.", "eval_rewards.")) and isinstance(old, dict) != isinstance(new, dict):
+        old, new = (value if isinstance(value, dict) else {"weight": value} for value in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys((*old, *new)):
+            if name not in old or name not in new:
+                was, now = (repr(values.get(name, "nothing")) for values in (old, new))
+                yield f"{key}{name}", f"{key}{name} {was} -> {now}"
+            else:
+                yield from differences(old[name], new[name], f"{key}{name}.")
+    elif old != new:
+        yield key.removesuffix("."), f"{key.removesuffix('.')} {old!r} -> {new!r}"
+
+
+def _honoured(key: str) -> bool:
+    section, _, name = key.partition(".")
+    of_reward = section == "rewards" and name.rpartition(".")[2] in OF_REWARDS
+    return key in HONOURED or section in HONOURED_SECTIONS or of_reward

@@ -1,0 +1,116 @@
+"""A run's checkpoints: the one it goes on from, when another is due, which is the best."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.ranks import Ranks
+from crd_fast.run.lock import RunLock
+from crd_fast.run.metrics import read_metrics
+from crd_fast.train.changes import check_changes
+from crd_fast.train.places import check_base
+from crd_fast.weights import checkpoint
+
+SCORE = "eval/reward_mean"  # by which one is the best
+
+
+class Checkpoints:
+    """In the folder `checkpoints` of a run. All ranks have one; the main one alone touches the files.
+
+    newest: what a resumed run goes on from, and `state` its JSON; None for a new run and for one that ended
+    before its first checkpoint. saved: the iteration of the last one, -1 before the first.
+    Raises UserError where a run is resumed whose checkpoints are gone or damaged, which another process is
+    writing to, or with a recipe that is another one's.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, ranks: Ranks, resume: bool):
+        self.output, self.recipe, self.ranks = output, recipe, ranks
+        self.folder = output / "checkpoints"
+        self._lock: RunLock | None = None
+        found = self._find() if resume and ranks.main else None
+        self.newest: Path | None = ranks.all(found)[0]
+        self.state = checkpoint.read_state(self.newest) if self.newest else None
+        if self.newest and self.state:
+            check_changes(self.state["recipe"], recipe, self.newest)
+            check_base(recipe, self.newest)
+            if recipe.model.sharding != "none":
+                from crd_fast.weights import sharded
+
+                sharded.check_resumes(self.state, ranks.count, self.newest)
+        self.saved: int = self.state["iteration"] if self.state else -1
+        self._saved_at = time.monotonic()
+        self._best = max(self._scored(), default=None)
+
+    def _find(self) -> Path | None:
+        self.hold()
+        newest = checkpoint.newest(self.folder, put_aside=True)
+        records = read_metrics(self.output) if newest is None else []
+        last = records[-1]["iteration"] if records else 0
+        evaluated = any(SCORE in record for record in records if record["iteration"])
+        if last >= self.recipe.checkpoint.every or evaluated:  # each was saved before it was logged
+            raise UserError(
+                f"{self.output}: its checkpoints are gone, though it came to iteration {last}: put them back "
+                f"in {self.folder}, or train anew in another folder"
+            )
+        return newest
+
+    def hold(self) -> None:
+        """From now on no other process may write to the run."""
+        if self._lock is None:
+            self._lock = RunLock(self.output)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def long_ago(self) -> bool:
+        """Whether the last one, or the start, was longer ago than the recipe wants.
+
+        All ranks hear the same.
+        """
+        seconds = time.monotonic() - self._saved_at
+        return self.ranks.any(seconds >= 60 * self.recipe.checkpoint.minutes)
+
+    def is_unlogged(self, evaluates: bool) -> bool:
+        """Whether the last iteration is not in the metrics, or without an evaluation that is due.
+
+        A run may end after it has saved and before it has logged. All ranks hear the same.
+        """
+        records = read_metrics(self.output) if self.newest and self.ranks.main else []
+        record = next((record for record in records if record["iteration"] == self.saved), {})
+        logged = SCORE in record if evaluates else bool(record) or self.saved <= 0
+        return self.ranks.all(not logged)[0]
+
+    def save(self, weights, optimizer, state: dict) -> None:
+        """weights, optimizer: as `Weights.gathered` returns them. state: what else is kept."""
+        if self.ranks.main and weights is not None and optimizer is not None:
+            checkpoint.save(
+                self._path(state["iteration"]),
+                weights,
+                optimizer,
+                state | {"recipe": self.recipe.model_dump()},
+                self.recipe.checkpoint.keep,
+                best=-self._best[1] if self._best else None,
+            )
+        self.ranks.wait()
+        self.saved, self._saved_at = state["iteration"], time.monotonic()
+
+    def evaluated(self, record: dict) -> None:
+        """Remembers the iteration if it is the best of those with a checkpoint, by the held-out score."""
+        found = record[SCORE], -record["iteration"]
+        if self.saved == record["iteration"] and (self._best is None or found > self._best):
+            self._best = found
+            checkpoint.mark_best(self._path(record["iteration"]))
+
+    def _scored(self) -> list[tuple[float, int]]:
+        """Score and, so that of equal ones the first is the largest, the negative iteration."""
+        records = read_metrics(self.output) if self.newest and self.ranks.main else []
+        scored = [(r[SCORE], r["iteration"]) for r in records if SCORE in r and r["iteration"] <= self.saved]
+        return [(score, -iteration) for score, iteration in scored if self._path(iteration).is_dir()]
+
+    def _path(self, iteration: int) -> Path:
+        return self.folder / f"iteration-{iteration:06d}"

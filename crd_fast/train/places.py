@@ -1,0 +1,48 @@
+"""Where a recipe's model and files are, so that its run can be used from anywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from crd_fast.config import Recipe, build_recipe
+from crd_fast.errors import UserError
+from crd_fast.prompts.source import HELDOUT, SOURCES
+from crd_fast.worlds import WORLDS
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The same with absolute paths of what is here: the model's folder, files of prompts, rewards' files."""
+    values = recipe.model_dump()
+    model = values["model"]
+    if model["path"] not in WORLDS and os.path.isdir(model["path"]):  # else a hub id
+        model["path"] = os.path.abspath(model["path"])
+    if model["prompt_cache"] != "default":
+        model["prompt_cache"] = os.path.abspath(model["prompt_cache"])
+    for section in ("rollout", "evaluate"):
+        prompts = values[section]["prompts"]
+        if prompts.removesuffix(HELDOUT) not in SOURCES:
+            values[section]["prompts"] = os.path.abspath(prompts)
+    for section in ("rewards", "eval_rewards"):
+        for settings in values[section].values():
+            if isinstance(settings, dict):
+                settings |= {key: _of_setting(value) for key, value in settings.items()}
+    return build_recipe(values)
+
+
+def _of_setting(value: Any) -> Any:
+    """A path only where it looks like one and is there: most settings are words."""
+    if not isinstance(value, str) or not (os.sep in value or value.startswith("~")):
+        return value
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if os.path.exists(path) else value
+
+
+def check_base(recipe: Recipe, source: Path) -> None:
+    """Raises UserError where the model that a run or checkpoint began with is not where it was."""
+    path = recipe.model.path
+    if os.path.isabs(path) and not os.path.isdir(path):
+        raise UserError(
+            f"{source}: the model it began with is not in {path} any more; say where: --model FOLDER"
+        )

@@ -1,0 +1,89 @@
+"""What a run leaves of every picture it evaluates, through the real command line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from crd_fast.run.scores import read_scores, scores_path
+from tests.cli.conftest import metrics
+
+SETTINGS = ("eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2", "evaluate.max_prompts=6")
+
+
+def options(*settings):
+    return [option for setting in settings for option in ("--set", setting)]
+
+
+def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume(inside, small, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = inside("train", small, "--output", run, *options(*SETTINGS))
+    assert code == 0, err
+    assert sorted(path.name for path in (run / "evaluations").iterdir()) == ["000000.jsonl", "000002.jsonl"]
+    for record in (metrics(run)[0], metrics(run)[-1]):
+        scores = read_scores(scores_path(run, record["iteration"]))
+        assert list(scores.index) == [i // 2 for i in range(12)] and len(set(scores.seeds)) == 12
+        for measure, name in [
+            ("reward", "reward_mean"),
+            ("reward/geneval", "reward/geneval"),
+            ("judge/colorfulness", "judge/colorfulness"),
+        ]:
+            assert scores.values[measure].mean() == pytest.approx(record[f"eval/{name}"], rel=1e-12)
+        for measure in ("overall", "clean"):
+            by_category = {}
+            for category, value in zip(scores.categories, scores.values[measure]):
+                by_category.setdefault(category, []).append(value)
+            means = {category: np.mean(values) for category, values in by_category.items()}
+            assert np.mean(list(means.values())) == pytest.approx(record[f"eval/{measure}"], rel=1e-12)
+            if measure == "overall":
+                assert all(record[f"eval/{category}"] == mean for category, mean in means.items())
+    first = scores_path(run, 0).read_bytes()
+    last = scores_path(run, 2).read_bytes()
+
+    # what a run killed in the middle of its second iteration would leave, and a try of it with other weights
+    shutil.rmtree(run / "checkpoints" / "iteration-000002")
+    scores_path(run, 2).write_bytes(first)
+    code, _, err = inside("train", "--resume", run)
+    assert code == 0, err
+    assert scores_path(run, 0).read_bytes() == first and scores_path(run, 2).read_bytes() == last
+
+    # the checkpoint, scored again, is paired with the first evaluation
+    both = [read_scores(scores_path(run, iteration)) for iteration in (0, 2)]
+    for source in (run, run / "checkpoints" / "iteration-000002"):
+        code, out, err = inside("eval", source)
+        assert code == 0, err
+        cells = {
+            line.split()[1]: line.replace("│", "").split()[1:] for line in out.splitlines() if "│" in line
+        }
+        for name, measure in [("reward_mean", "reward"), ("judge/colorfulness", "judge/colorfulness")]:
+            # 6 prompts of 2 pictures, in float64
+            before, after = (s.values[measure].reshape(6, 2).mean(axis=1) for s in both)
+            expected = [f"{after.mean():.3f}", f"{stats.sem(after):.3f}", f"{(after - before).mean():+.3f}"]
+            sure = "*" if stats.ttest_rel(after, before).pvalue < 0.05 else ""
+            assert cells[name] == [*expected, "±", f"{stats.sem(after - before):.3f}{sure}"]
+    code, out, err = inside("eval", run, "--samples", 1)  # other pictures
+    assert code == 0 and "since iteration 0" in out and "±" not in out.split("reward_mean")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_prompts_that_are_trained_on_as_well_are_known(inside, small, tmp_path, shared):
+    words = {"train.txt": ["a red circle", "a blue ring"], "held.txt": ["a green cross", "a red square"]}
+    if shared:
+        words["held.txt"] = [" A  red CIRCLE", "a blue ring", "a green cross"]
+    for name, lines in words.items():
+        (tmp_path / name).write_text("\n".join(lines))
+    settings = [
+        f"rollout.prompts={tmp_path / 'train.txt'}",
+        f"evaluate.prompts={tmp_path / 'held.txt'}",
+        "rewards={colorfulness: 0.01}",
+    ]
+    run = tmp_path / "run"
+    code, out, err = inside("train", small, "--output", run, "--max-iterations", 1, *options(*settings))
+    assert code == 0, err
+    assert ("2 of the prompts are trained on as well" in " ".join(out.split())) == bool(shared)
+    assert ("Held-out prompts" in out) != bool(shared)
+    found = [json.loads(line) for line in (run / "evaluations" / "000000.jsonl").read_text().splitlines()]
+    assert [line["trained_on"] for line in found] == ([True, True, False] if shared else [False, False])
+    assert read_scores(scores_path(run, 0)).trained_on() == (shared, len(found))

@@ -1,0 +1,89 @@
+"""Pipelines that come otherwise than whole and in float32: half-precision files, without T5, gated."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from crd_fast.models import load_model
+from tests.models.conftest import PROMPTS, by_pipeline, by_rollout
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of a tiny pipeline that a test may change."""
+    return shutil.copytree(tiny("sd3"), tmp_path / "copy")
+
+
+def test_files_of_a_variant_are_loaded(tiny, recipe, copy, tmp_path, monkeypatch):
+    for file in [*copy.glob("*/*.safetensors")]:
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    plain = load_model(recipe(tiny("sd3"), f"model.prompt_cache={tmp_path / 'plain'}"), PROMPTS)
+    model = load_model(recipe(copy, f"model.prompt_cache={tmp_path / 'variant'}"), PROMPTS)
+    expected = plain.transformer.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.transformer.state_dict().items())
+    torch.testing.assert_close(by_rollout(model), by_rollout(plain), rtol=0, atol=0)
+
+
+def test_stable_diffusion_3_without_t5_is_the_pipeline_without(recipe, copy):
+    """As diffusers draws when it is told to leave the third encoder out."""
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(copy / name)
+    index = json.loads((copy / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    pipe = DiffusionPipeline.from_pretrained(copy, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    _, expected = by_pipeline(pipe, "sd3")
+    _, latents = by_rollout(load_model(recipe(copy)))
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Says of org/gated what the hub says of a gated model, and knows no other."""
+
+    def do_HEAD(self):
+        gated = "org/gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("org/gated", "asks for its licence to be accepted: do so at {}/org/gated, then `hf auth login`"),
+        ("org/none", "not to be seen at {}/org/none: if it is private, `hf auth login`"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give(tmp_path, name, words):
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    (tmp_path / "prompts.txt").write_text("a\n")
+    settings = [f"model.path={name}", "rewards={colorfulness: 1}", "rollout.prompts=prompts.txt"]
+    command = [sys.executable, "-m", "crd_fast", "train", "--set", "evaluate.every=0", "--output", "run"]
+    done = subprocess.run(
+        [*command, *(item for setting in settings for item in ("--set", setting))],
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    hub.shutdown()
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert words.format(endpoint) in done.stderr

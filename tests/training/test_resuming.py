@@ -1,0 +1,261 @@
+"""What a run goes on from, and what it refuses to: through the trainer and in processes that are killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crd_fast.config import load_recipe
+from crd_fast.errors import UserError
+from crd_fast.run.lock import LOCK, RunLock
+from crd_fast.run.metrics import MEASURED, read_metrics
+from crd_fast.train.steps import IN_A_ROW
+from crd_fast.train.trainer import Trainer
+from crd_fast.weights import checkpoint
+
+SETTINGS = [
+    "rollout.prompts_per_iteration=2",
+    "rollout.samples_per_prompt=2",
+    "rollout.steps=2",
+    "train.timesteps=1",
+    "train.steps_per_iteration=1",
+    "train.iterations=3",
+    "evaluate.every=2",
+    "evaluate.steps=1",
+    "evaluate.max_prompts=4",
+    "model.method=lora",
+]
+
+
+def recipe(*more):
+    return load_recipe("builtin", [*SETTINGS, *more])
+
+
+def records(run):
+    return [{k: v for k, v in r.items() if not k.startswith(MEASURED)} for r in read_metrics(run)]
+
+
+def saved(run):
+    return [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("resuming") / "run"
+    assert Trainer(recipe(), run).run()
+    return run
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy", symlinks=True)
+
+
+class Killed(BaseException):
+    """As a kill, nothing answers it."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2], ids=["in the first evaluation", "in the second", "in the third"])
+def test_an_evaluation_that_was_cut_off_is_made_on_resume(whole, tmp_path, calls):
+    run = tmp_path / "run"
+    trainer = Trainer(recipe(), run)
+    evaluate, left = trainer.evaluation.run, [calls]
+
+    def killed(*arguments):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return evaluate(*arguments)
+
+    trainer.evaluation.run = killed
+    with pytest.raises(Killed):
+        trainer.run()
+    assert saved(run) == [[], ["iteration-000002"], ["iteration-000002", "iteration-000003"]][calls]
+    assert Trainer(recipe(), run, resume=True).run()
+    assert records(run) == records(whole)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_the_best_by_held_out_score_stays(tmp_path):
+    run, scores = tmp_path / "run", iter([0.5, 0.1, 0.7, 0.7, 0.3, 0.6])
+    settings = recipe("train.iterations=5", "evaluate.every=1", "checkpoint.keep=1")
+    trainer = Trainer(settings, run)
+    evaluate = trainer.evaluation.run
+
+    def scored(*arguments):
+        metrics, images = evaluate(*arguments)
+        return metrics | {"eval/reward_mean": next(scores)}, images
+
+    trainer.evaluation.run = scored
+    assert trainer.run()
+    assert saved(run) == ["iteration-000002", "iteration-000005"]
+    best = run / "checkpoints" / "best"
+    assert checkpoint.read_state(checkpoint.find(best))["iteration"] == 2
+    shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    more = recipe("train.iterations=6", "evaluate.every=1", "checkpoint.keep=1")
+    assert Trainer(more, tmp_path / "copy", resume=True).run()  # the score of 2 is read from the metrics
+    assert saved(tmp_path / "copy") == ["iteration-000002", "iteration-000006"]
+
+
+def break_gradients(trainer, iterations):
+    """A gradient of NaN in these iterations."""
+    finish = trainer.weights.finish_gradients
+
+    def broken(*arguments):
+        if trainer.iteration + 1 in iterations:
+            trainer.weights.trained()[0].grad.view(-1)[3] = float("nan")
+        return finish(*arguments)
+
+    trainer.weights.finish_gradients = broken
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, caplog):
+    trainer = Trainer(recipe("evaluate.every=0", "train.steps_per_iteration=2"), tmp_path / "run")
+    break_gradients(trainer, [2])
+    assert trainer.run()
+    found = records(tmp_path / "run")
+    assert [r.get("steps_left_out", 0) for r in found] == [0, 2, 0]
+    assert [r["step"] for r in found] == [2, 2, 4]
+    assert "grad_norm" not in found[1] and "grad_norm" in found[2]
+    assert "iteration 2: grad_norm: expected a finite number, got nan" in caplog.text
+    assert all(value.isfinite().all() for value in trainer.weights.state().values())
+
+
+def test_many_in_a_row_end_the_run_and_keep_what_is_good(tmp_path):
+    last = IN_A_ROW + 2
+    trainer = Trainer(recipe("evaluate.every=0", f"train.iterations={last + 3}"), tmp_path / "run")
+    break_gradients(trainer, range(3, 99))
+    with pytest.raises(
+        UserError, match=rf"iteration {last}: grad_norm: .* {IN_A_ROW} optimizer steps in a row"
+    ):
+        trainer.run()
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest.name == f"iteration-{last - 1:06d}" and checkpoint.read_state(newest)["step"] == 2
+
+
+def test_memory_that_runs_out_in_the_optimizer_ends_the_run_in_a_line(tmp_path):
+    trainer = Trainer(recipe("evaluate.every=0", "checkpoint.every=1"), tmp_path / "run")
+    step = trainer.optimizer.step
+
+    def failing(*arguments):
+        if trainer.iteration == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return step(*arguments)
+
+    trainer.optimizer.step = failing
+    with pytest.raises(UserError, match=r"iteration 2: out of memory: CUDA out of memory$"):
+        trainer.run()
+    assert saved(tmp_path / "run") == ["iteration-000001"]
+    assert Trainer(recipe("evaluate.every=0"), tmp_path / "run", resume=True).run()
+
+
+def test_a_damaged_newest_checkpoint_costs_its_iterations_alone(copied, whole, caplog):
+    path = copied / "checkpoints" / "iteration-000003" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert Trainer(recipe(), copied, resume=True).run()
+    named = [r.getMessage() for r in caplog.records if "iteration-000003" in r.getMessage()]
+    assert len(named) == 1 and "training.safetensors is missing or damaged" in named[0]
+    assert records(copied) == records(whole)
+    assert saved(copied) == ["iteration-000002", "iteration-000003"]
+    assert (copied / "checkpoints" / "damaged-iteration-000003").is_dir()
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
+def test_checkpoints_that_are_gone_are_an_error(copied, gone):
+    before = (copied / "metrics.jsonl").read_bytes()
+    for path in list(copied.glob(gone)):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    with pytest.raises(UserError, match="its checkpoints are gone, though it came to iteration 3"):
+        Trainer(recipe(), copied, resume=True)
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over_beside_its_metrics(whole, tmp_path):
+    run = tmp_path / "run"
+    trainer = Trainer(recipe(), run)
+
+    def killed():
+        raise Killed
+
+    trainer.save = killed
+    with pytest.raises(Killed):
+        trainer.run()
+    before = (run / "metrics.jsonl").read_bytes()
+    assert Trainer(recipe(), run, resume=True).run()
+    assert records(run) == records(whole)
+    assert (run / "metrics.jsonl.1").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("train.seed=7", "train.seed 42 -> 7"),
+        ("loss.beta=3", "loss.beta .* -> 3"),
+        ("model.lora_rank=4", "model.lora_rank 32 -> 4"),
+        ("rewards={geneval: 2.0}", "rewards.geneval 1.0 -> 2.0"),
+        ("rewards={geneval: 1.0, colorfulness: 1.0}", "rewards.colorfulness 'nothing' -> 1.0"),
+        ("rollout.samples_per_prompt=3", "rollout.samples_per_prompt 2 -> 3"),
+        ("snapshots.old=0/0.5/0.005/0.999", "snapshots.old"),
+        ("train.weight_decay=0", "train.weight_decay"),
+    ],
+)
+def test_changes_that_would_make_another_run_are_refused(copied, change, words):
+    before = (copied / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"made with another recipe: {words}"):
+        Trainer(recipe("train.iterations=4", change), copied, resume=True)
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_changes_that_are_honoured_are_named(copied, caplog):
+    changes = ("train.learning_rate=1e-5", "train.micro_batch=2", "evaluate.every=1", "checkpoint.keep=1")
+    trainer = Trainer(recipe("train.iterations=4", *changes), copied, resume=True)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5]
+    assert "-> 1e-05" in caplog.text
+    for change in (
+        "train.iterations 3 -> 4",
+        "train.micro_batch",
+        "evaluate.every 2 -> 1",
+        "checkpoint.keep",
+    ):
+        assert f"changed: {change}" in caplog.text
+    assert trainer.run()
+    assert (
+        checkpoint.read_state(checkpoint.newest(copied / "checkpoints"))["recipe"]["evaluate"]["every"] == 1
+    )
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from crd_fast.run.lock import RunLock
+
+lock = RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_another_process_is_kept_out_until_it_is_dead(copied):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copied)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* is writing to this run"):
+            Trainer(recipe(), copied, resume=True)
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    assert (copied / LOCK).exists()
+    RunLock(copied).close()
+    assert Trainer(recipe(), copied, resume=True).run()
+
+
+def test_a_folder_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written to: Not a directory"):
+        RunLock(tmp_path / "file" / "run")
