@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from crd_fast.errors import UserError
 
@@ -243,7 +242,9 @@ def p_value(difference: float, error: float, units: int) -> float:
         return math.nan
     if error == 0:
         return 0.0 if difference else 1.0
-    return float(2 * stats.t.sf(abs(difference) / error, units - 1))
+    from scipy.special import stdtr  # here: it takes a second, and few need it
+
+    return float(2 * stdtr(units - 1, -abs(difference) / error))
 
 
 def _chosen(scores: Scores, category: str | None) -> np.ndarray:
