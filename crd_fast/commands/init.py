@@ -10,6 +10,7 @@ import typer
 
 from crd_fast.commands.terminal import say
 from crd_fast.errors import UserError, did_you_mean
+from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
     from crd_fast.plan.gpus import Card
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).with_name("templates")  # Python there ends in .py.txt: it is no module of ours
 # Whose weights are given only to those who accepted a licence at the model's page.
 GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
-WORLDS_OWN = {"builtin": "geneval", "builtin-ocr": "ocr"}  # what suits the small models that ship
 
 
 def init(
@@ -76,7 +76,7 @@ def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
     from crd_fast.config import recipe_names
     from crd_fast.plan.gpus import GIB, parse_gpu
 
-    if model in WORLDS_OWN:
+    if model in WORLDS:
         return model, None
     memory, card = parse_gpu(gpu)
     sizes: dict[str, list[int]] = {}
@@ -84,7 +84,7 @@ def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
         if found := re.fullmatch(r"(.+)-(\d+)gb", name):
             sizes.setdefault(found.group(1), []).append(int(found.group(2)))
     if model not in sizes:
-        known = [*WORLDS_OWN, *sizes]
+        known = [*WORLDS, *sizes]
         hint = did_you_mean(model, known) or f"; known: {', '.join(known)}"
         raise UserError(f"--model: no recipe ships for {model!r}{hint}")
     fitting = [size for size in sizes[model] if size * GIB <= memory]
@@ -103,14 +103,13 @@ def chosen(model: str, reward: str) -> dict[str, str]:
         hint = did_you_mean(reward, REWARDS) or f"; known: mine, {', '.join(REWARDS)}"
         raise UserError(f"--reward: unknown reward {reward!r}{hint}")
     own = {"prompts": "prompts.txt", "heldout": "heldout.txt", "kinds": "; also .csv, .jsonl, .json"}
+    if model in WORLDS:  # a small model knows the words of its own world alone
+        own = {"prompts": model, "heldout": f"{model}-heldout", "kinds": ""}
     if reward == "mine":
         return own | {"key": '"my_reward.py:score"', "settings": "1.0"}
     listed = {"key": reward, "settings": "1.0", "kinds": ""}
-    if model in WORLDS_OWN:
-        if reward != WORLDS_OWN[model]:
-            return own | listed
-        settings = "{mode: word}" if reward == "ocr" else "1.0"
-        return listed | {"prompts": model, "heldout": f"{model}-heldout", "settings": settings}
+    if model in WORLDS:
+        return own | listed | ({"settings": "{mode: word}"} if reward == "ocr" else {})
     if reward.startswith("ocr"):
         settings = "{mode: scene, workers: auto}"
         return listed | {"prompts": "ocr-words", "heldout": "ocr-words-heldout", "settings": settings}
@@ -126,6 +125,6 @@ def next_steps(folder: Path, gpu: str, reward: str, path: str, named: bool) -> l
         steps += [f"# accept the licence at https://huggingface.co/{path}, once, and then", "hf auth login"]
     if reward == "mine":
         steps += ["# write my_reward.py, and", "pytest"]
-    if path not in WORLDS_OWN:
+    if path not in WORLDS:
         steps.append(f"crd-fast plan recipe.yaml --gpu {gpu}" + ("   # memory, hours, disk" if named else ""))
     return ["next:", *(f"  {step}" for step in [*steps, "crd-fast train recipe.yaml"])]

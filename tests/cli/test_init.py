@@ -19,9 +19,7 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
     folder = tmp_path / "mine"
     code, out, errors = inside("init", folder, "--model", "builtin")
     assert code == 0, errors
-    assert {path.name for path in folder.iterdir()} == {
-        *("recipe.yaml", "my_reward.py", "test_my_reward.py", "prompts.txt", "heldout.txt")
-    }
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "my_reward.py", "test_my_reward.py"}
     assert f"cd {folder}" in out and "crd-fast train recipe.yaml" in out
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
