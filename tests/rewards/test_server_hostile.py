@@ -52,7 +52,7 @@ def test_a_second_header_does_not_get_around_the_limit(address, monkeypatch):
     with pytest.raises(server.Refused) as refused:
         body = request(pictures(1), images=[two_headers((8, 8), (4000, 4000))])
         server.parse_score(body, server.Limits(pixels=8 * 64 * 64))
-    assert refused.value.detail == "images: image 0 is a broken PNG" and not loaded
+    assert refused.value.detail.startswith("images: image 0 is a broken PNG") and not loaded
 
 
 @pytest.mark.parametrize(
