@@ -197,6 +197,8 @@ class _Lane:
 
 def checked(name: str, values, count: int) -> np.ndarray:
     """Values as float64 (count,). Raises UserError for a wrong number of them, a NaN or no number."""
+    if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
+        raise UserError(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
     try:
         values = list(values)
     except TypeError:

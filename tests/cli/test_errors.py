@@ -118,6 +118,9 @@ def words(images, prompts, metadata):
 
 def nothing(images, prompts, metadata):
     return None
+
+def pair(images, prompts, metadata):
+    return [1.0] * len(images), {}
 """
 
 
@@ -128,6 +131,7 @@ def nothing(images, prompts, metadata):
         ("nan", "expected finite numbers, got nan"),
         ("words", "expected finite numbers, got 'good'"),
         ("nothing", "expected 4 values, got NoneType"),
+        ("pair", "expected 4 values alone, got a pair of them and a dict"),
     ],
 )
 def test_rewards_that_misbehave(run, small, tmp_path, monkeypatch, name, words):
