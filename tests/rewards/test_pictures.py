@@ -106,7 +106,8 @@ def test_any_png_is_what_people_see(by_file, seed, channels, dtype, orientation)
     for read in (by_file, by_server):
         image = read(file)
         assert image.dtype == np.uint8 and image.shape == (*pixels.shape[:2], 3)
-        np.testing.assert_allclose(image, shown(pixels), atol=2 if dtype == np.uint16 else 1)
+        # of 16 bits the upper ones: of a colour, of its share, and then rounded
+        np.testing.assert_allclose(image, shown(pixels), atol=3 if dtype == np.uint16 else 1)
 
 
 @FIXED
