@@ -27,6 +27,8 @@ STUDY = {
                 "rollout.prompts_per_iteration": PROMPTS,
                 "rollout.samples_per_prompt": SAMPLES,
                 "rollout.steps": STEPS,
+                "rollout.solver": "euler",
+                "loss.anchor_fraction": 1.0,
                 "train.timesteps": 1,
                 "evaluate.max_prompts": 2,
                 "evaluate.steps": 2,
