@@ -7,7 +7,7 @@ _PICTURES = (
     "train.micro_batch how many are in memory at once"
 )
 _STEPS = "train.iterations, each with train.steps_per_iteration optimizer steps"
-_LOGS = "nothing to set: a run writes metrics.jsonl and tensorboard/ by itself"
+_LOGS = "train.trackers, like [tensorboard, wandb]; metrics.jsonl is written anyway"
 _LORA = "model.init_lora"
 _SQUARE = "rollout.resolution, one number: pictures are square, in evaluations too"
 

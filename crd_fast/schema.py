@@ -258,6 +258,9 @@ class TrainConfig(Section):
     """`torch.compile` of the blocks that repeat."""
     profile: bool = False
     """NVTX ranges around the phases, for Nsight Systems."""
+    trackers: list[str] = Field(["tensorboard"])
+    """Where metrics go besides `metrics.jsonl`: `tensorboard`, and what accelerate has a tracker for, like
+    `wandb` or `mlflow`, where it is installed."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw8bit"
     """AdamW in float32, or with 8-bit moments of bitsandbytes, also paged to the host."""
     learning_rate: float = Field(3.0e-4, gt=0)

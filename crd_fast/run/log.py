@@ -15,6 +15,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
+from crd_fast.run.trackers import open_trackers
 
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
 # what a run and its report write
@@ -59,24 +60,18 @@ class RunLog:
             self._replace_metrics([record for record in records if record["iteration"] <= after])
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._events = SummaryWriter(
-            str(output / "tensorboard"), purge_step=None if after is None else after + 1
-        )
+        self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), after)
 
     def write(self, record: dict, grid: np.ndarray | None = None) -> None:
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "iteration":
-                self._events.add_scalar(name, value, record["iteration"])
-        if grid is not None:
-            self._events.add_image("samples", grid, record["iteration"], dataformats="HWC")
-        self._events.flush()
+        values = {name: value for name, value in record.items() if name != "iteration"}
+        for tracker in self._trackers:
+            tracker.log(values, record["iteration"], grid)
 
     def close(self) -> None:
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _replace_metrics(self, records: list[dict]) -> None:
         write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in records))

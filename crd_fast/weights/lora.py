@@ -108,10 +108,15 @@ class LoraWeights(Weights):
             warnings.simplefilter("ignore")
             try:
                 self._load_beside(file)
+                layers: dict[str, Any] = {
+                    name: module
+                    for name, module in self.network.named_modules()
+                    if isinstance(module, BaseTunerLayer)
+                }
                 found = {
                     name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
-                    for name, layer in self.network.named_modules()
-                    if isinstance(layer, BaseTunerLayer) and BESIDE in layer.lora_A
+                    for name, layer in layers.items()
+                    if BESIDE in layer.lora_A
                 }
             except Exception as error:  # whatever diffusers and peft raise for a file that is none
                 reason = " ".join(str(error).split())[:200]

@@ -93,7 +93,7 @@ def test_mistakes_are_named(overrides, message):
         ("model.lora_path=x", "model.init_lora"),
         ("train.gradient_accumulation_steps=4", "train.micro_batch"),
         ("train.gradient-accumulation-steps=4", "train.micro_batch"),
-        ("train.report_to=wandb", "tensorboard/"),
+        ("train.report_to=wandb", "train.trackers"),
         ("train.samples_per_prompt=4", "rollout.samples_per_prompt"),
         (
             "train.guidance_scale=4",

@@ -1,0 +1,77 @@
+"""Where a run's metrics go besides metrics.jsonl: TensorBoard, and what accelerate has trackers for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crd_fast.errors import UserError, did_you_mean
+
+TENSORBOARD = "tensorboard"
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises UserError for a name that accelerate has no tracker of, or whose package is not installed."""
+    if set(names) <= {TENSORBOARD}:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS) or f"; known: {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            raise UserError(f"train.trackers: unknown tracker {name!r}{hint}")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"train.trackers: {name} is not installed: pip install {name.replace('_', '-')}")
+
+
+class TensorBoard:
+    """Events in `folder`; from the iteration after `after` on, where a run is resumed."""
+
+    def __init__(self, folder: Path, after: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+
+    def log(self, values: dict[str, float], iteration: int, grid: np.ndarray | None) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, iteration)
+        if grid is not None:
+            self._events.add_image("samples", grid, iteration, dataformats="HWC")
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Tracked:
+    """One of accelerate's trackers, of the project `crd-fast`."""
+
+    def __init__(self, name: str, folder: Path, settings: dict[str, Any]):
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+        self._tracker = kind("crd-fast", **where)
+        self._tracker.start()
+        self._tracker.store_init_configuration(settings)
+
+    def log(self, values: dict[str, float], iteration: int, grid: np.ndarray | None) -> None:
+        self._tracker.log(values, step=iteration)
+        if grid is not None and hasattr(self._tracker, "log_images"):
+            self._tracker.log_images({"samples": grid[None]}, step=iteration)
+
+    def close(self) -> None:
+        self._tracker.finish()
+
+
+def open_trackers(
+    names: list[str], output: Path, settings: dict[str, Any], after: int | None
+) -> list[TensorBoard | Tracked]:
+    """Those of `train.trackers`. settings: the recipe, as plain values; after: as of `TensorBoard`."""
+    check_trackers(names)
+    return [
+        TensorBoard(output / TENSORBOARD, after) if name == TENSORBOARD else Tracked(name, output, settings)
+        for name in names
+    ]
