@@ -69,8 +69,8 @@ def test_a_tracker_of_accelerates_hears_what_metrics_say(tmp_path, monkeypatch):
 
 
 def test_trackers_that_cannot_be_used(monkeypatch):
-    with pytest.raises(UserError, match="train.trackers: unknown tracker 'wandbb', did you mean 'wandb'?"):
+    with pytest.raises(UserError, match=r"train.trackers: unknown tracker 'wandbb', did you mean 'wandb'?"):
         check_trackers(["tensorboard", "wandbb"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="train.trackers: wandb is not installed: pip install wandb"):
+    with pytest.raises(UserError, match=r"train.trackers: wandb is not installed: pip install wandb"):
         check_trackers(["wandb"])
