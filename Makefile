@@ -1,4 +1,5 @@
-PYTHON ?= python3.11
+# The first of those that are known to work which is here.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 

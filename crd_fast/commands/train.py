@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -168,6 +169,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         from crd_fast.run.progress import Bars, before_and_after
         from crd_fast.run.report import write_report
         from crd_fast.train.trainer import Trainer
+        from crd_fast.weights import checkpoint
 
     with Bars(console, recipe.train.iterations) as bars:
         trainer = Trainer(
@@ -187,6 +189,10 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         if table is not None:
             console.print(table)
         say(f"report: {write_report(output)}")
+    if main and finished:
+        say(f"weights: {checkpoint.find(output)}")
+        run = shlex.quote(str(output))
+        say(f'next: crd-fast sample {run} --prompt "..." --out grid.png, crd-fast eval {run}')
     if not finished:
         say(f"stopped after iteration {trainer.iteration}; go on with: {trainer.resume_command}")
         raise typer.Exit(130)

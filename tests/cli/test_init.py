@@ -27,8 +27,11 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], capture_output=True
     )
     assert own.returncode == 0, own.stdout
-    code, _, errors = inside("train", "recipe.yaml", *SMALL, "--output", tmp_path / "run")
+    code, out, errors = inside("train", "recipe.yaml", *SMALL, "--output", tmp_path / "run")
     assert code == 0, errors
+    assert (
+        f"weights: {tmp_path / 'run' / 'checkpoints'}" in out and f"crd-fast eval {tmp_path / 'run'}" in out
+    )
     assert '"reward/my_reward.py:score"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
