@@ -102,6 +102,8 @@ def pretend_gpu() -> Iterator[PretendGpu]:
     patches = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
         "empty_cache": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),

@@ -101,7 +101,7 @@ def test_every_reward_is_on_its_page():
 def test_every_metric_is_on_its_page():
     """Those of a committed run, of which what follows a slash may be a name."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    lines = (ROOT / "docs" / "runs" / "builtin" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "example-run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"iteration"}
     categories = {"eval/two_object", "eval/counting", "eval/colors", "eval/position", "eval/color_attr"}
     for name in logged - categories:

@@ -1,6 +1,6 @@
 """The pictures of README and docs, from a committed run: `python -m tools.docs_pictures`.
 
-docs/runs/builtin is a run of the built-in recipe: metrics, settings, machine, first and last grid.
+docs/example-run is a run of the built-in recipe: metrics, settings, machine, first and last grid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 DOCS = Path(__file__).parents[1] / "docs"
-RUN = DOCS / "runs" / "builtin"
+RUN = DOCS / "example-run"
 TILE, COLUMNS = 32, 8  # pixels, tiles a row of a grid
 SHOWN = (1, 3, 7, 8, 14, 15, 20, 21)  # prompts of several objects, where the base errs
 CURVES = (

@@ -18,7 +18,7 @@ def check_trackers(names: list[str]) -> None:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    for name in names:
+    for name in set(names) - {TENSORBOARD}:
         if name not in LOGGER_TYPE_TO_CLASS:
             hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS) or f"; known: {', '.join(LOGGER_TYPE_TO_CLASS)}"
             raise UserError(f"train.trackers: unknown tracker {name!r}{hint}")

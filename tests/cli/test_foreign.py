@@ -81,7 +81,8 @@ def foreign(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """A run of one iteration with a reward that ships."""
-    from crd_fast.config import load_recipe
+    from crd_fast.weights import durable
+from crd_fast.config import load_recipe
     from crd_fast.train.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("ended")
@@ -104,6 +105,7 @@ def naming(ended, tmp_path):
         content["recipe"][key] = rewards
         content["recipe"]["evaluate"] |= {"max_prompts": 2, "steps": 1}
         state.write_text(json.dumps(content))
+        durable.seal(state.parent)  # whoever writes a checkpoint writes its hashes as well
         return run
 
     return make

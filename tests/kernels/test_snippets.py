@@ -36,7 +36,12 @@ def snippets(path, section=None):
 
 
 @pytest.mark.parametrize(
-    ("path", "section", "least"), [("kernels/README.md", None, 3), ("README.md", "The losses alone", 1)]
+    ("path", "section", "least"),
+    [
+        ("kernels/README.md", None, 3),
+        ("README.md", "The losses in your own trainer", 1),
+        ("docs/losses.md", None, 1),
+    ],
 )
 def test_python_runs_as_printed(path, section, least):
     found = snippets(path, section)

@@ -37,7 +37,7 @@ def test_it_works_from_anywhere_and_says_where_its_model_was(moved, inside, tmp_
     assert config["model"]["path"] == str(moved / "sd3")
     assert config["evaluate"]["prompts"] == str(moved / "prompts.txt")
     assert config["rollout"]["prompts"] == str(moved / "prompts.txt")
-    wanted = evaluate_checkpoint(str(run))
+    wanted = evaluate_checkpoint(str(run)).metrics
     sample_grid(str(run), ["a red circle"], Path("grid.png"), samples=1, steps=1)
 
     (moved / "sd3").rename(tmp_path / "base")
@@ -50,7 +50,7 @@ def test_it_works_from_anywhere_and_says_where_its_model_was(moved, inside, tmp_
         error = err.strip().splitlines()[-1]
         assert code == 2 and "--model" in error and str(moved / "sd3") in error, err
     base = str(tmp_path / "base")
-    assert evaluate_checkpoint(str(run), base=base) == wanted
+    assert evaluate_checkpoint(str(run), base=base).metrics == wanted
     code, _, err = inside(
         "sample",
         run,

@@ -47,7 +47,7 @@ def add(package, path):  # noqa: F811
     """What the checklist asks for in this file."""
     file = package / path
     text = file.read_text(encoding="utf-8")
-    if path.endswith("config.py"):
+    if path.endswith("schema.py"):
         text, count = re.subn(r"(    method: Literal\[\"crd\")", r'\1, "push"', text)
         assert count == 1
     else:
