@@ -14,6 +14,7 @@ MODULE = '''
 import sys
 from pathlib import Path
 from subprocess import Popen
+from crd_fast.weights import durable
 
 Path(__file__).with_name("imported").touch()
 
@@ -81,8 +82,7 @@ def foreign(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """A run of one iteration with a reward that ships."""
-    from crd_fast.weights import durable
-from crd_fast.config import load_recipe
+    from crd_fast.config import load_recipe
     from crd_fast.train.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("ended")
