@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from crd_fast.weights import durable
 from tests.cli.conftest import SMALL, metrics
 from tests.rewards.conftest import assert_refused
 
@@ -14,7 +15,6 @@ MODULE = '''
 import sys
 from pathlib import Path
 from subprocess import Popen
-from crd_fast.weights import durable
 
 Path(__file__).with_name("imported").touch()
 

@@ -76,7 +76,7 @@ def train(package, tmp_path):  # noqa: F811
 
 def test_two_files_make_a_method(package, train):  # noqa: F811
     paths = listed("Adding a method")
-    assert paths == ["crd_fast/train/objectives.py", "crd_fast/config.py"]
+    assert paths == ["crd_fast/train/objectives.py", "crd_fast/schema.py"]
     assert "expected 'crd'" in train(6)
     for path in paths:
         add(package, path)
