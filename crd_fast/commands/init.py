@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,13 +18,26 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("templates")  # Python there ends in .py.txt: it is no module of ours
 # Whose weights are given only to those who accepted a licence at the model's page.
+# For a folder of a pipeline: the model whose recipes are extended, by the pipeline's class.
+NEAREST = {
+    "StableDiffusion3Pipeline": "sd3.5-medium",
+    "FluxPipeline": "flux.1-dev",
+    "Flux2KleinPipeline": "flux.2-klein-4b",
+    "QwenImagePipeline": "qwen-image",
+    "ZImagePipeline": "z-image",
+    "SanaPipeline": "sana-1.6b",
+}
 GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
 
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Where to write. Nothing in it is overwritten.")] = Path("."),
     model: Annotated[
-        str, typer.Option(help="A model that recipes ship for, like sd3.5-medium, flux.1-dev, or builtin.")
+        str,
+        typer.Option(
+            help="A model that recipes ship for, like sd3.5-medium, flux.1-dev or builtin; or a folder that "
+            "holds a pipeline."
+        ),
     ] = "sd3.5-medium",
     gpu: Annotated[
         str, typer.Option(metavar="CARD|SIZE", help="The card you have, like rtx-4090, or its memory, 24GB.")
@@ -37,10 +51,12 @@ def init(
 
     from crd_fast.config import load_recipe
 
-    base, card = base_recipe(model, gpu)
+    path = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
+    base, card = base_recipe(model if path is None else nearest(path), gpu)
     files, extended = chosen(model, reward), load_recipe(base)
     settings = {
         "model": model,
+        "path": None if path is None else json.dumps(str(path)),  # JSON is YAML
         "card": gpu,
         "reward": "your own" if reward == "mine" else reward,
         "base": base,
@@ -52,6 +68,7 @@ def init(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
+        trim_blocks=True,
         autoescape=False,
     )
     written = {"recipe.yaml": templates.get_template("recipe.yaml").render(settings)}
@@ -67,8 +84,18 @@ def init(
         with (folder / name).open("x", encoding="utf-8") as file:
             file.write(text)
     say(f"wrote {', '.join(written)} in {folder}")
-    for line in next_steps(folder, gpu, reward, extended.model.path, card is not None):
+    for line in next_steps(folder, gpu, reward, str(path or extended.model.path), card is not None):
         say(line)
+
+
+def nearest(path: Path) -> str:
+    """The model with recipes that is most like a pipeline on disk."""
+    from crd_fast.models import family_of
+    from crd_fast.models.checks import read_index
+
+    index = read_index(path)
+    family_of(str(path), index)  # raises for what is not supported
+    return NEAREST[index["_class_name"]]
 
 
 def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:

@@ -7,6 +7,7 @@ import pytest
 
 from crd_fast.config import load_recipe
 from crd_fast.plan.planner import Planner
+from tests.models.conftest import tiny  # noqa: F401
 
 SMALL = (
     *("--set", "rollout.prompts_per_iteration=2", "--set", "rollout.samples_per_prompt=2"),
@@ -63,6 +64,18 @@ def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
     assert ("hf auth login" in out) == (path is not None and path.startswith(("stabilityai", "black-forest")))
     if base == "builtin-ocr":
         assert recipe.rewards == extended.rewards and Planner(recipe).plan().peak > 0
+
+
+def test_the_folder_of_a_pipeline(inside, tiny, tmp_path, monkeypatch):  # noqa: F811
+    code, out, errors = inside("init", tmp_path / "mine", "--model", tiny("flux"), "--gpu", "12GB")
+    assert code == 0, errors
+    monkeypatch.chdir(tmp_path / "mine")
+    recipe, extended = load_recipe("recipe.yaml"), load_recipe("flux.1-dev-12gb")
+    assert recipe.model == extended.model.model_copy(update={"path": str(tiny("flux"))})
+    assert recipe.train == extended.train and "hf auth" not in out
+    (tmp_path / "none").mkdir()
+    code, _, errors = inside("init", tmp_path / "new", "--model", tmp_path / "none")
+    assert code == 2 and "expected a diffusers pipeline, found no model_index.json" in errors
 
 
 @pytest.mark.parametrize(
