@@ -81,10 +81,11 @@ def healthy_metrics(path: Path) -> None:
         for name, color in zip(names, (BLUE, ORANGE)):
             axis.plot([r["iteration"] for r in trained], [r[name] for r in trained], color=color, label=name)
         axis.set_title(", ".join(names), fontsize=10)
-        axis.set_ylim(bottom=0)
+        largest = max(record[name] for record in trained for name in names)
+        axis.set_ylim(0, largest * (1.3 if len(names) > 1 else 1.1))  # room for a legend
         axis.spines[["top", "right"]].set_visible(False)
         if len(names) > 1:
-            axis.legend(fontsize=9, frameon=False)
+            axis.legend(fontsize=9, frameon=False, loc="upper right", ncols=2)
     for axis in axes[1]:
         axis.set_xlabel("iteration")
     figure.savefig(path)
