@@ -87,6 +87,7 @@ class Bars(Observer):
                 f"iteration {record['iteration']:>4}/{self._iterations}  {note}  {seconds:.1f} s{evaluated}"
                 f"  left {duration(left)}",
                 highlight=False,
+                soft_wrap=True,
             )
 
 
