@@ -1,5 +1,4 @@
-# The first of those that are known to work which is here.
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
+PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
