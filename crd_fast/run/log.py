@@ -103,7 +103,7 @@ def refuse_existing(output: Path) -> None:
 def refuse_full(output: Path, needed: float) -> None:
     """Raises UserError where the disk of a folder that may not be there yet has fewer bytes free."""
     folder = output.absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:  # a Path raises where its name is too long
         folder = folder.parent
     try:
         free = shutil.disk_usage(folder).free
