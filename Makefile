@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env train test test-level check benchmarks gpu docs clean
+.PHONY: env train test test-level fuzz check benchmarks gpu docs clean
 
 env: $(STAMP)
 
@@ -27,6 +27,11 @@ test: env
 LEVEL ?= avx2
 test-level: env
 	$(BIN)/python -m tools.test_as $(LEVEL) $(ARGS)
+
+# What the suite tries a fixed number of, TIMES as often and other ones each time.
+TIMES ?= 20
+fuzz: env
+	CRD_FAST_FUZZ=$(TIMES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz $(ARGS)
 
 benchmarks: env
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -56,12 +56,12 @@ class Recipe(Section):
         for name, value in rewards.items():
             weight = value.get("weight", 1.0) if isinstance(value, dict) else value
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-                raise ValueError(f"{name}: expected a weight or settings, got {weight!r}")
-            if not math.isfinite(weight):
-                raise ValueError(f"{name}: expected a finite weight, got {weight}")
+                raise ValueError(f"{name}: expected a weight or settings, got {_short(weight)}")
+            if not _is_finite(weight):
+                raise ValueError(f"{name}: expected a finite weight, got {_short(weight)}")
             for setting, number in value.items() if isinstance(value, dict) else ():
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ValueError(f"{name}: {setting}: expected a finite number, got {number}")
+                if isinstance(number, (int, float)) and not _is_finite(number):
+                    raise ValueError(f"{name}: {setting}: expected a finite number, got {_short(number)}")
         return rewards
 
     @field_validator("rewards")
@@ -134,6 +134,22 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110)
+
+
+def _is_finite(number: numbers.Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _short(value: Any) -> str:
+    """A value in at most 100 letters."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a number with thousands of digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def recipe_names() -> list[str]:
@@ -211,6 +227,7 @@ def _file_of(source: str | Path) -> Path:
 def _apply(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")
+    override = override if len(override) <= 200 else override[:200] + "..."
     if not separator:
         raise UserError(f"--set: expected section.key=value, got {override!r}")
     if section not in Recipe.model_fields:
@@ -251,8 +268,7 @@ def _first_mistake(error: ValidationError) -> str:
         return f"{where}: {message}" if where and where not in message.split(":")[0] else message
     expected = [m["msg"] for m in error.errors() if m["loc"][: len(path)] == mistake["loc"][: len(path)]]
     wanted = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in expected))
-    got = repr(mistake["input"])
-    return f"{where}: expected {wanted}, got {got if len(got) <= 100 else got[:100] + '...'}"
+    return f"{where}: expected {wanted}, got {_short(mistake['input'])}"
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: what came, what was wanted, and where. The message is one line."""
+    """Something the user can mend: what came, what was wanted, and where. The message is one line.
+
+    Also where what came has several: line breaks become spaces.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -67,7 +67,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{where}:{_line(error, text)} is not YAML: {reason}") from None
-    except (ValueError, RecursionError) as error:  # of a date that is none, of brackets without an end
+    except RecursionError:
+        raise UserError(f"{where}: is not YAML: brackets without an end") from None
+    except Exception as error:  # of its constructors: of a date that is none, a tag on another value
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: is not YAML: {reason}") from None
 

@@ -11,6 +11,7 @@ import typer
 
 from crd_fast.commands.terminal import say
 from crd_fast.errors import UserError, did_you_mean
+from crd_fast.run.new_files import check_new, write_new
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -77,12 +78,10 @@ def init(
     for name in names:
         template = TEMPLATES / (f"{name}.txt" if name.endswith(".py") else name)
         written[name] = template.read_text(encoding="utf-8")
-    if existing := [name for name in written if (folder / name).exists()]:
-        raise UserError(f"{folder / existing[0]}: already exists; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in written:
+        check_new(folder / name, "init")
     for name, text in written.items():
-        with (folder / name).open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_new(folder / name, "init", text.encode())
     say(f"wrote {', '.join(written)} in {folder}")
     for line in next_steps(folder, gpu, reward, str(path or extended.model.path), card is not None):
         say(line)

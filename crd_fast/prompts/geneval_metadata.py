@@ -12,6 +12,8 @@ def check_metadata(metadata: Mapping) -> list[Mapping]:
 
     Raises ValueError naming the key if `include` is missing or a clause is malformed.
     """
+    if not isinstance(metadata.get("tag", ""), str):
+        raise ValueError(f"tag: expected a string, got {metadata['tag']!r}")
     clauses = metadata.get("include")
     if not isinstance(clauses, list) or not clauses:
         raise ValueError(f"include: expected a list of at least one clause, got {clauses!r}")

@@ -180,6 +180,8 @@ def _entry(entry: Any, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         got = repr(entry)[:60]
         raise UserError(f"prompts: {where}: expected an object with a `prompt`, got {got}")
+    if any("\ud800" <= c <= "\udfff" for c in entry["prompt"]):  # JSON can say it, no tokenizer takes it
+        raise UserError(f"prompts: {where}: expected text, got half a pair of surrogates")
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
         try:
             check_metadata(entry)

@@ -9,9 +9,11 @@ Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in 
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import numbers
 import queue
+import reprlib
 import threading
 import time
 import traceback
@@ -29,6 +31,7 @@ from crd_fast.rewards.lent import WRITES, lent_images, lent_metadata, writes_to_
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
+LONGEST = 600  # characters of the message of a reward's exception
 FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
 # what stands between the engine and a reward
 CALLERS = {
@@ -190,26 +193,37 @@ class _Lane:
                 pause *= 2
             except UserError:
                 raise
-            except (Exception, SystemExit) as error:
+            except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
                 raise UserError(failure(reward.name, error)) from error
         raise AssertionError
 
 
 def checked(name: str, values, count: int) -> np.ndarray:
-    """Values as float64 (count,). Raises UserError for a wrong number of them, a NaN or no number."""
+    """Values as float64 (count,). Raises UserError for a wrong number of them, a NaN or no number.
+
+    Of what may have no end, no more is taken than tells that it is too long.
+    """
     if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
         raise UserError(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
     try:
-        values = list(values)
+        endless = not hasattr(values, "__len__")
+        values = list(itertools.islice(values, count + 1) if endless else values)
     except TypeError:
         raise UserError(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
     if len(values) != count:
-        raise UserError(f"reward {name}: expected {count} values, got {len(values)}")
-    for i, value in enumerate(values):
+        more = " or more" * (endless and len(values) > count)
+        raise UserError(f"reward {name}: expected {count} values, got {len(values)}{more}")
+    return np.array([_number(name, i, value) for i, value in enumerate(values)])
+
+
+def _number(name: str, i: int, value) -> float:
+    try:
         value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"reward {name}: expected finite numbers, got {value!r} for image {i}")
-    return np.array([float(value) for value in values])
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large
+        pass
+    raise UserError(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")
 
 
 @contextmanager
@@ -217,9 +231,9 @@ def answers_for(name: str) -> Iterator[None]:
     """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise UserError(failure(name, error)) from error
 
 
@@ -231,9 +245,14 @@ def failure(name: str, error: BaseException) -> str:
 
 
 def _what(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # one of its own, which cannot be written
+        text = ""
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     if isinstance(error, SystemExit):
-        return f"wanted to end the process (SystemExit: {error})"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return f"wanted to end the process (SystemExit: {text})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _where(error: BaseException) -> str:

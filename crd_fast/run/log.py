@@ -1,4 +1,4 @@
-"""What a run leaves in its folder while it goes: recipe, environment, metrics, TensorBoard events."""
+"""What a run leaves in its folder while it goes: recipe, environment, metrics, warnings, TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from crd_fast.errors import UserError
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
 from crd_fast.run.trackers import open_trackers
+from crd_fast.run.watch import Watch
 
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
 # what a run and its report write
@@ -60,14 +61,23 @@ class RunLog:
             self._replace_metrics([record for record in records if record["iteration"] <= after])
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
+        self._watch = Watch(
+            output,
+            recipe.rollout.prompts_per_iteration,
+            recipe.rollout.samples_per_prompt,
+            recipe.rewards,
+            read_metrics(output),
+        )
         self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), after)
 
     def write(self, record: dict, grid: np.ndarray | None = None) -> None:
+        """A line of the metrics, and the warnings that it gives rise to."""
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         values = {name: value for name, value in record.items() if name != "iteration"}
         for tracker in self._trackers:
             tracker.log(values, record["iteration"], grid)
+        self._watch.see(record)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -93,7 +103,7 @@ def refuse_existing(output: Path) -> None:
 def refuse_full(output: Path, needed: float) -> None:
     """Raises UserError where the disk of a folder that may not be there yet has fewer bytes free."""
     folder = output.absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:  # a Path raises where its name is too long
         folder = folder.parent
     try:
         free = shutil.disk_usage(folder).free

@@ -10,7 +10,14 @@ from crd_fast.errors import UserError
 
 def check_new(path: Path, option: str) -> None:
     """Raises UserError where something is there, or nothing can be written. To be called before the work."""
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, links in a circle, a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+    else:
         raise UserError(f"{option} {path}: already exists; choose another name")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():

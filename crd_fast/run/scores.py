@@ -133,6 +133,12 @@ class Comparison:
     def significant(self) -> bool:
         return self.p < LEVEL
 
+    def direction(self, among: int = 1) -> int:
+        """1 or -1 where it rose or fell by more than chance makes one of so many, otherwise 0."""
+        if not self.p < LEVEL / among:
+            return 0
+        return 1 if self.difference > 0 else -1
+
 
 def compare(before: Scores, after: Scores, name: str, category: str | None = None) -> Comparison:
     """`name` in two evaluations, paired picture by picture; of one category alone where it is given.

@@ -1,21 +1,23 @@
 """What a run's rewards say about the run: metrics, and warnings when they cannot be trusted.
 
-The warnings are a function of the metrics that are logged, so that a resumed run has the memory of one that
-never stopped. Each kind is given once: through `logging` and as a line of `warnings.txt` in the run's folder.
+The warnings are a function of the metrics that are logged and of the evaluations' scores of single pictures,
+so that a resumed run has the memory of one that never stopped. Each kind is given once: through `logging` and
+as a line of `warnings.txt` in the run's folder.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from crd_fast.rewards.advantage import combine
-from crd_fast.run.scores import mean_and_error, units_of
+from crd_fast.run.scores import compare_metric, mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
 CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken
@@ -24,7 +26,8 @@ WINDOW, MIN_GROUPS, EQUAL_SHARE = (
     20,
     0.5,
 )  # iterations looked back on, groups among them, share that is too often
-STANDARD_ERRORS = 2.0  # what counts as risen or fallen between two evaluations
+STANDARD_ERRORS = 2.0  # what counts as risen or fallen between two evaluations that cannot be paired
+TRAINED = {"overall": "overall correctness", "reward_mean": "the trained reward"}  # what is to rise
 
 logger = logging.getLogger("crd_fast")
 
@@ -66,16 +69,25 @@ def judge_metrics(
 class Watch:
     """Looks at each record of metrics.jsonl in turn.
 
-    prompts: of an iteration; samples: of a prompt; records: of a run that is resumed, looked at quietly.
+    prompts: of an iteration; samples: of a prompt; rewards: names of those that are trained on, which are no
+    judges; records: of a run that is resumed, looked at quietly.
     """
 
-    def __init__(self, run: Path, prompts: int, samples: int, records: Sequence[dict] = ()):
+    def __init__(
+        self,
+        run: Path,
+        prompts: int,
+        samples: int,
+        rewards: Collection[str] = (),
+        records: Sequence[dict] = (),
+    ):
         self.path = run / WARNINGS
-        self.prompts, self.samples = prompts, samples
+        self.prompts, self.samples, self.rewards = prompts, samples, rewards
         self.given: dict[str, str] = {}
         self._equal: deque[float] = deque(maxlen=WINDOW)
         self._constant: dict[str, int] = defaultdict(int)
         self._evaluations: list[dict] = []
+        self._scores = functools.lru_cache(4)(functools.partial(scores_of, run))
         for record in records:
             self._look(record)
         if self.given or self.path.exists():
@@ -94,7 +106,7 @@ class Watch:
         found: dict[str, str] = {}
         if "groups_equal" in record:
             found |= self._constant_rewards(record) | self._equal_groups(record)
-        if "standard_error/reward" in record:
+        if "eval/reward_mean" in record:
             found |= self._hacking(record)
         new = {kind: text for kind, text in found.items() if kind not in self.given}
         self.given |= new
@@ -126,29 +138,54 @@ class Watch:
         }
 
     def _hacking(self, record: dict) -> dict[str, str]:
-        """More judges fell below their best than rose above their first value, while the reward rose."""
-        names = [key.removeprefix("eval/judge/") for key in record if key.startswith("eval/judge/")]
-        earlier, fallen, risen = self._evaluations, [], 0
-        for name in names if earlier else ():
-            judge = f"judge/{name}"
-            best = max(earlier, key=lambda past: past[f"eval/{judge}"])
-            if change(best, record, judge) < 0 < change(best, record, "reward"):
-                before, after = best[f"eval/{judge}"], record[f"eval/{judge}"]
-                fallen.append(f"{name} {before:.3f} to {after:.3f} since iteration {best['iteration']}")
-            risen += change(earlier[0], record, judge) > 0
+        """Judges that fell since the first evaluation, or since their best one, while the reward rose.
+
+        By more than chance makes one of so many fall: of the judges, and of the evaluations of which one was
+        the best. That is what the report says of the first and the last evaluation.
+        """
+        names = [key.removeprefix("eval/") for key in record if key.startswith("eval/")]
+        judges = [name for name in names if name == "clean" or name.startswith("judge/")]
+        judges = [name for name in judges if name.removeprefix("judge/") not in self.rewards]
+        fallen, risen = [], []
+        for judge in judges:
+            since = self._fell(judge, record, len(judges))
+            if since:
+                before, trained = since
+                values = " to ".join(f"{each[f'eval/{judge}']:.3f}" for each in (before, record))
+                name = judge.removeprefix("judge/")
+                fallen.append(f"{name} {values} since iteration {before['iteration']}")
+                risen.append(f"{TRAINED[trained]} rises to {record[f'eval/{trained}']:.3f}")
         self._evaluations.append(record)
-        if len(fallen) <= risen:
+        if not fallen:
             return {}
         return {
-            "hacking": f"iteration {record['iteration']}: the trained reward rises "
-            f"to {record['eval/reward_mean']:.3f} while held-out judges fall ({'; '.join(fallen)}): "
-            "this may be reward hacking"
+            "hacking": f"iteration {record['iteration']}: {' and '.join(dict.fromkeys(risen))} while "
+            f"held-out judges fall ({'; '.join(fallen)}): this may be reward hacking"
         }
 
+    def _fell(self, judge: str, record: dict, judges: int) -> tuple[dict, str] | None:
+        """Since which evaluation a judge fell, and what rose since then; None where it did not."""
+        known = [past for past in self._evaluations if f"eval/{judge}" in past]
+        if not known:
+            return None
+        best = max(known, key=lambda past: past[f"eval/{judge}"])
+        for before, among in ((best, judges * len(known)), (known[0], judges)):
+            trained = next((name for name in TRAINED if self._change(before, record, name) > 0), None)
+            if trained and self._change(before, record, judge, among) < 0:
+                return before, trained
+        return None
 
-def change(before: dict, after: dict, name: str) -> int:
-    """-1, 0 or 1: whether `reward` or `judge/NAME` fell, held or rose by more than 2 standard errors."""
-    key = "eval/reward_mean" if name == "reward" else f"eval/{name}"
-    error = math.hypot(before[f"standard_error/{name}"], after[f"standard_error/{name}"])
-    difference = after[key] - before[key]
-    return (difference > STANDARD_ERRORS * error) - (difference < -STANDARD_ERRORS * error)
+    def _change(self, before: dict, after: dict, name: str, among: int = 1) -> int:
+        """-1, 0 or 1: whether a metric of two evaluations fell, held or rose.
+
+        Picture by picture where the run has kept what each got, by the two means' errors where it has not.
+        """
+        paired = compare_metric(self._scores(before["iteration"]), self._scores(after["iteration"]), name)
+        if paired is not None:
+            return paired.direction(among)
+        error = f"standard_error/{'reward' if name == 'reward_mean' else name}"
+        if error not in before or error not in after:
+            return 0
+        difference = after[f"eval/{name}"] - before[f"eval/{name}"]
+        largest = STANDARD_ERRORS * math.hypot(before[error], after[error])
+        return (difference > largest) - (difference < -largest)

@@ -19,8 +19,7 @@ import torch
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.prompts.source import PromptSource
-from crd_fast.ranks import Ranks, check_ranks, own_prompts
+from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.rewards.foreign import OPTION
@@ -28,15 +27,15 @@ from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
 from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
-from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
 from crd_fast.run.scores import scores_path, write_scores
-from crd_fast.run.watch import Watch, reward_metrics
+from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.checkpoints import Checkpoints
 from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
+from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.places import absolute
@@ -51,7 +50,6 @@ from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
 logger = logging.getLogger("crd_fast")
-ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
 
 
 class Trainer:
@@ -88,7 +86,7 @@ class Trainer:
         self.checkpoints = Checkpoints(output, recipe, self.ranks, resume)
         newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
-        self.prompts = PromptSource(recipe.rollout.prompts)
+        self.prompts = IterationPrompts(recipe, self.ranks, self.observer)
         refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
@@ -97,13 +95,13 @@ class Trainer:
             self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
         )
         evaluated = held_out.entries if held_out else []
-        now = [*(entry["prompt"] for entry in evaluated), *self._drawn(begin, begin + 1)]
+        now = [*(entry["prompt"] for entry in evaluated), *self.prompts.texts(begin, begin + 1)]
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(
                 recipe,
                 now,
-                self._drawn(begin, None),
-                self._encoding,
+                self.prompts.ahead(begin),
+                self.prompts.counted,
                 lambda reader: check_lengths(
                     reader,
                     [(self.prompts.entries(), self.rewards), *(held_out.asked if held_out else [])],
@@ -161,10 +159,6 @@ class Trainer:
             # a run that was stopped before its first checkpoint starts over, in the same folder
             after = (self.iteration - self._unlogged if newest else -1) if resume else None
             self.log = RunLog(output, recipe, after)
-            rollout = recipe.rollout
-            self.watch = Watch(
-                output, rollout.prompts_per_iteration, rollout.samples_per_prompt, read_metrics(output)
-            )
 
     def run(self) -> bool:
         """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint.
@@ -241,16 +235,14 @@ class Trainer:
     def iterate(self) -> dict:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
-        shares = self._shares()
-        own = own_prompts(shares, self.ranks.rank, self.ranks.count)
         with self._located(), self.rewards.start() as scoring:
-            embeddings, latents_N = self._rollout(own, scoring)
+            embeddings, latents_N = self._rollout(scoring)
             clock.append(time.perf_counter())
-            scores_PK = self._scores(shares, scoring)
+            scores_PK = self._scores(scoring)
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
         advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
-        updates = self._update(shares, own, latents_N, advantage_PK, embeddings)
+        updates = self._update(latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             with self.observer.phase("snapshots"):
@@ -271,17 +263,16 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _rollout(self, own: np.ndarray, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _rollout(self, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """K samples of each of this rank's prompts by the sampler: embeddings (P), latents (P * K).
 
-        own: which of the iteration's prompts. A prompt's samples go to `scoring` as soon as all are there.
+        A prompt's samples go to `scoring` as soon as all are there.
         """
         config = self.recipe.rollout
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
-        drawn = self.prompts.draw(count, self.recipe.train.seed, self.iteration)
-        metadata = [drawn[prompt] for prompt in own]
+        own, metadata = self.prompts.own, self.prompts.drawn(self.iteration)
         prompts = [entry["prompt"] for entry in metadata]
-        self.model.encode(prompts, self._drawn(self.iteration, None), self._encoding)
+        self.model.encode(prompts, self.prompts.ahead(self.iteration), self.prompts.counted)
         seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
         seeds = seeds.view(count, samples)[torch.from_numpy(own)]
         with self.observer.phase("rollout", seeds.numel()):
@@ -300,56 +291,27 @@ class Trainer:
                 )
         return embeddings, latents_N
 
-    def _drawn(self, begin: int, end: int | None) -> Iterator[str]:
-        """This rank's prompts of the iterations `begin` to `end`; None: as many as are encoded at a time.
-
-        Text encoders take long to load, and what they make takes megabytes a prompt.
-        """
-        recipe, ranks = self.recipe, self.ranks
-        count = recipe.rollout.prompts_per_iteration
-        end = begin + max(1, ENCODED_AHEAD * ranks.count // count) if end is None else end
-        own = own_prompts(self._shares(), ranks.rank, ranks.count)
-        for iteration in range(begin, min(end, recipe.train.iterations)):
-            drawn = self.prompts.draw(count, recipe.train.seed, iteration)
-            yield from (drawn[prompt]["prompt"] for prompt in own)
-
-    def _encoding(self, prompts: list[str]) -> Iterator[str]:
-        """The same, counted."""
-        with self.observer.phase("encoding", len(prompts)):
-            for prompt in prompts:
-                yield prompt
-                self.observer.advance(1)
-
-    def _shares(self) -> list[np.ndarray]:
-        """Which of an iteration's prompts each optimizer step has."""
-        config = self.recipe
-        return np.array_split(
-            np.arange(config.rollout.prompts_per_iteration), config.train.steps_per_iteration
-        )
-
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):
             images = decoded(self.model, latents)
         return to_uint8(images)
 
-    def _scores(self, shares: list[np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
+    def _scores(self, scoring: Scoring) -> dict[str, np.ndarray]:
         """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
         config = self.recipe.rollout
         shape = config.prompts_per_iteration, config.samples_per_prompt
-        order = np.concatenate([own_prompts(shares, r, self.ranks.count) for r in range(self.ranks.count)])
+        order = np.argsort(self.prompts.everywhere)
         with self.observer.phase("rewards", math.prod(shape) // self.ranks.count):
             scores = scoring.results()
             self.observer.advance(math.prod(shape) // self.ranks.count)
-            return {
-                name: self.ranks.gather(values).reshape(shape)[np.argsort(order)]
-                for name, values in scores.items()
-            }
+            return {name: self.ranks.gather(values).reshape(shape)[order] for name, values in scores.items()}
 
-    def _update(self, shares, own, latents_N, advantage_PK, embeddings) -> dict[str, float]:
+    def _update(self, latents_N, advantage_PK, embeddings) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         signal = self.signal.sizes() if self.signal else None
+        shares, own = self.prompts.shares, self.prompts.own
         pairs_by_step = [
             draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK, strength_PK, signal)
             for prompts in shares
@@ -396,7 +358,6 @@ class Trainer:
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         if self.ranks.main:
             self.log.write(record, grid)
-            self.watch.see(record)
 
     @observed("checkpoint")
     def save(self) -> None:

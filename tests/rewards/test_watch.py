@@ -1,10 +1,16 @@
-"""Warnings about rewards, from made-up metrics."""
+"""Warnings about rewards, from made-up metrics and scores of pictures."""
+
+import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.run.report.held_out import changes, judged
+from crd_fast.run.report.run import read_run
+from crd_fast.run.report.warnings import warnings
+from crd_fast.run.scores import Scores, scores_path, write_scores
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 
@@ -66,10 +72,92 @@ def test_judges_that_fall_with_the_reward_are_no_hacking(watch):
         assert watch.see(evaluation(number, value, {"a": value})) == []
 
 
-def test_one_judge_of_three_may_fall(watch):
+def test_each_judge_that_falls_is_named(watch):
     watch.see(evaluation(0, 0.3, {"a": 0.5, "b": 0.5, "c": 0.5}))
-    assert watch.see(evaluation(1, 0.5, {"a": 0.6, "b": 0.6, "c": 0.3})) == []
-    assert len(watch.see(evaluation(2, 0.6, {"a": 0.3, "b": 0.6, "c": 0.3}))) == 1
+    [warning] = watch.see(evaluation(1, 0.5, {"a": 0.6, "b": 0.3, "c": 0.3}))
+    assert "(b 0.500 to 0.300 since iteration 0; c 0.500 to 0.300 since iteration 0)" in warning
+
+
+def test_what_is_trained_on_is_no_judge(tmp_path):
+    watch = Watch(tmp_path, 4, 4, {"a": 1.0})
+    watch.see(evaluation(0, 0.3, {"a": 0.5}))
+    assert watch.see(evaluation(1, 0.5, {"a": 0.2})) == []
+
+
+PROMPTS = 40
+
+
+def by_picture(tmp_path, number, **gains):
+    """An evaluation of which each picture's scores are kept: hard and easy prompts, and what was gained."""
+    rng = np.random.default_rng([7, number])
+    hard = np.random.default_rng(99).uniform(0, 1, PROMPTS)
+    values = {
+        name: hard + gain + rng.normal(0, 0.02, PROMPTS)
+        for name, gain in {"reward": 0.1 * number, **gains}.items()
+    }
+    prompts = [f"prompt {i}" for i in range(PROMPTS)]
+    index, seeds = range(PROMPTS), [1] * PROMPTS
+    scores = Scores(index, prompts, seeds, [""] * PROMPTS, [False] * PROMPTS, values)
+    write_scores(scores_path(tmp_path, number), scores)
+    judged = {name.removeprefix("judge/"): of for name, of in values.items() if name.startswith("judge/")}
+    metrics = judge_metrics(values["reward"], judged, prompts) | {
+        "eval/reward_mean": float(values["reward"].mean())
+    }
+    metrics |= {"eval/clean": float(values["clean"].mean())} if "clean" in values else {}
+    return {"iteration": number} | metrics
+
+
+def test_evaluations_are_paired_picture_by_picture(watch, tmp_path):
+    """Prompts differ from one another far more than a prompt does from itself."""
+    first = by_picture(tmp_path, 0, **{"judge/a": 0.0})
+    later = by_picture(tmp_path, 10, **{"judge/a": -0.03})
+    for record in (first, later):
+        assert record["standard_error/judge/a"] > 0.03
+    assert watch.see(first) == []
+    [warning] = watch.see(later)
+    assert "the trained reward rises to" in warning and "a 0." in warning
+    # without what each picture got, the two means' errors do not tell it from chance
+    for number in (0, 10):
+        scores_path(tmp_path, number).unlink()
+    unpaired = Watch(tmp_path / "unpaired", 4, 4)
+    (tmp_path / "unpaired").mkdir()
+    assert unpaired.see(first) == unpaired.see(later) == []
+
+
+def test_clean_pictures_are_a_judge(watch, tmp_path):
+    assert watch.see(by_picture(tmp_path, 0, clean=0.0)) == []
+    [warning] = watch.see(by_picture(tmp_path, 10, clean=-0.1))
+    assert "(clean 0." in warning
+
+
+def test_chance_is_none(tmp_path):
+    """Many judges, many evaluations, and nothing but noise: as rarely as the level says."""
+    warned = 0
+    for run in range(40):
+        watch = Watch(tmp_path / str(run), 4, 4)
+        (tmp_path / str(run)).mkdir()
+        for number in range(4):
+            record = by_picture(
+                tmp_path / str(run), number + 10 * run, **{f"judge/{i}": 0.0 for i in range(4)}
+            )
+            watch.see(record)
+        warned += "hacking" in watch.given
+    assert warned <= 40 * 0.15, warned
+
+
+@pytest.mark.parametrize("fall", [0.0, -0.005, -0.03])
+def test_the_report_says_the_same(watch, tmp_path, fall):
+    """Of the first and the last evaluation, which are all there are."""
+    records = [by_picture(tmp_path, n, **{"judge/a": n * fall / 10, "judge/b": 0.0}) for n in (0, 10)]
+    for record in records:
+        watch.see(record)
+    (tmp_path / "config.yaml").write_text("rewards: {ocr: 1.0}\neval_rewards: {a: {}, b: {}}\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = read_run(tmp_path)
+    run.warned.clear()  # what was warned of while it ran is on the page as it is
+    said = any("possible reward hacking" in line for line in warnings(run, changes(run), judged(run)))
+    assert said == ("hacking" in watch.given)
+    assert said == (fall == -0.03)
 
 
 def test_a_resumed_run_knows_what_was_given(watch, tmp_path):
@@ -77,7 +165,7 @@ def test_a_resumed_run_knows_what_was_given(watch, tmp_path):
     for record in records:
         watch.see(record)
     before = (tmp_path / WARNINGS).read_text()
-    resumed = Watch(tmp_path, 4, 4, records)
+    resumed = Watch(tmp_path, 4, 4, (), records)
     assert (tmp_path / WARNINGS).read_text() == before
     following = iteration(5, equal=0.75, std=0.0)
     assert resumed.see(following) == watch.see(following) and resumed.given == watch.given

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
-from crd_fast.run.scores import LEVEL, Comparison, compare_metric, deviation, gap, mean_of, measure_of
+from crd_fast.run.scores import Comparison, compare_metric, deviation, gap, mean_of, measure_of
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 REWARD = "reward_mean"
@@ -41,13 +41,11 @@ class Change:
         """up or down where chance hardly does as much, same where it does, unknown."""
         if self.error is None or self.compared is None:
             return "unknown"
-        if not self.compared.significant:
-            return "same"
-        return "up" if self.difference > 0 else "down"
+        return {-1: "down", 0: "same", 1: "up"}[self.compared.direction()]
 
     def fell(self, among: int = 1) -> bool:
         """Whether it fell by more than chance makes one of so many fall."""
-        return self.direction == "down" and self.compared is not None and self.compared.p < LEVEL / among
+        return self.compared is not None and self.compared.direction(among) < 0
 
     @property
     def digits(self) -> int:

@@ -1,0 +1,59 @@
+"""Which prompts an iteration has, in which optimizer step, and on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from crd_fast.config import Recipe
+from crd_fast.prompts.source import PromptSource
+from crd_fast.ranks import Ranks, own_prompts
+from crd_fast.run.observer import Observer
+
+ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
+
+
+class IterationPrompts:
+    """The recipe's prompts for training. What is drawn is a function of the seed and the iteration.
+
+    shares: which of an iteration's P prompts each optimizer step has; own: which of them this rank has, in
+    the order of its rollout; everywhere: the same of all ranks, one after the other.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, observer: Observer):
+        self.recipe, self.observer = recipe, observer
+        self.source = PromptSource(recipe.rollout.prompts)
+        self.count = recipe.rollout.prompts_per_iteration
+        self.shares = np.array_split(np.arange(self.count), recipe.train.steps_per_iteration)
+        by_rank = [own_prompts(self.shares, rank, ranks.count) for rank in range(ranks.count)]
+        self.own, self.everywhere = by_rank[ranks.rank], np.concatenate(by_rank)
+        self._ahead = max(1, ENCODED_AHEAD * ranks.count // self.count)  # iterations
+
+    def entries(self) -> list[dict]:
+        """Every prompt there is, with its metadata."""
+        return self.source.entries()
+
+    def drawn(self, iteration: int) -> list[dict]:
+        """This rank's prompts of an iteration, with their metadata."""
+        drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
+        return [drawn[prompt] for prompt in self.own]
+
+    def texts(self, begin: int, end: int) -> Iterator[str]:
+        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes."""
+        for iteration in range(begin, min(end, self.recipe.train.iterations)):
+            yield from (entry["prompt"] for entry in self.drawn(iteration))
+
+    def ahead(self, begin: int) -> Iterator[str]:
+        """Those from `begin` on, as many as are encoded at a time.
+
+        Text encoders take long to load, and what they make takes megabytes a prompt.
+        """
+        return self.texts(begin, begin + self._ahead)
+
+    def counted(self, prompts: list[str]) -> Iterator[str]:
+        """The same, as a phase `encoding` that the observer is told of."""
+        with self.observer.phase("encoding", len(prompts)):
+            for prompt in prompts:
+                yield prompt
+                self.observer.advance(1)
