@@ -14,6 +14,7 @@ import typer
 from crd_fast import __version__
 from crd_fast.commands.boundary import bounded
 from crd_fast.commands.checkpoints import evaluate, report, sample
+from crd_fast.commands.export import export
 from crd_fast.commands.init import init
 from crd_fast.commands.plan import plan
 from crd_fast.commands.recipes import recipes
@@ -63,6 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "eval": evaluate,
     "sample": sample,
+    "export": export,
     "score": score,
     "report": report,
     "serve-reward": serve_reward,

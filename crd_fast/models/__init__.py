@@ -61,7 +61,7 @@ def load_model(
         library.utils.logging.disable_progress_bar()
     hush("diffusers", "transformers")
     transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
-    folder, model_class = _find(recipe.model.path)
+    folder, model_class = find_pipeline(recipe.model.path)
     checks.check_files(folder)
     model = model_class(folder, recipe)
     if recipe.model.method == "lora":
@@ -130,8 +130,11 @@ def prepare_builtin(model, recipe: Recipe, device: torch.device) -> None:
     choose_attention(model.transformer, recipe.model.attention)
 
 
-def _find(path: str) -> tuple[Path, type]:
-    """The pipeline's folder, downloaded if it is a hub id, and the adapter of its family."""
+def find_pipeline(path: str) -> tuple[Path, type]:
+    """The pipeline's folder, downloaded if it is a hub id, and the adapter of its family.
+
+    Raises UserError for what is neither, and for a family that is not supported.
+    """
     from crd_fast.models import checks
 
     if Path(path).is_dir():

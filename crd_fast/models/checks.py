@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -97,6 +98,20 @@ def variant(folder: Path) -> str | None:
                 name = file.name.removeprefix(f"{stem}.safetensors.index.").removeprefix(f"{stem}.")
                 return name.split(".")[0]
     return None
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of a component's weights on the disk, that of most of their bytes; float32 where unknown."""
+    sizes: Counter[str] = Counter()
+    for file in _weights(folder):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                first, last = tensor["data_offsets"]
+                sizes[tensor["dtype"]] += last - first
+    most = max(sizes, key=lambda name: sizes[name], default="F32")
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from crd_fast.errors import UserError
@@ -37,3 +41,29 @@ def write_new(path: Path, option: str, content: bytes) -> None:
     except (OSError, ValueError) as error:  # a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+
+
+@contextmanager
+def made_beside(path: Path, option: str) -> Iterator[Path]:
+    """Gives where to write a file or folder; it gets the name `path` once all of it is there.
+
+    Where something is raised inside, nothing is left. Raises UserError where something is at `path` already,
+    which is left alone, or where nothing can be written.
+    """
+    check_new(path, option)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+    try:
+        partial = holder / path.name
+        yield partial
+        check_new(path, option)
+        try:
+            partial.rename(path)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""What `crd-fast export` writes is what diffusers and ComfyUI load, and never over anything."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from crd_fast.train.trainer import Trainer
+from crd_fast.weights import checkpoint
+from tests.models.conftest import RESOLUTION, by_pipeline, load_pipeline
+
+SETTINGS = ("evaluate.every=1", "evaluate.steps=2", "checkpoint.every=1")
+
+
+@pytest.fixture
+def run_of(tiny, recipe, tmp_path):
+    """A run of two iterations with evaluations; a reward in it cannot be imported any more."""
+
+    def train(family, *overrides):
+        folder = tmp_path / "run"
+        assert Trainer(recipe(tiny(family), *SETTINGS, *overrides), folder).run()
+        return folder
+
+    return train
+
+
+def exported(inside, source, to, out, *options):
+    code, said, errors = inside("export", source, "--to", to, "--out", out, *options)
+    assert code == 0, errors
+    assert [path.name for path in out.parent.glob(f".{out.name}*")] == []
+    return said
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_lora(inside, run_of, tiny, tmp_path, family):
+    """diffusers takes the folder and, as ComfyUI reads it, the file; the fused pipeline draws the same."""
+    run = run_of(family)
+    source = run / "checkpoints" / "iteration-000002"
+    pipe = load_pipeline(tiny(family))
+    untrained, _ = by_pipeline(pipe, family)
+    pipe.load_lora_weights(source / "diffusers")
+    expected, _ = by_pipeline(pipe, family)
+    pipe.unload_lora_weights()
+    assert (expected - untrained).abs().max() > 1e-3
+
+    exported(inside, source, "diffusers", tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(by_pipeline(pipe, family)[0], expected, rtol=0, atol=0)
+    pipe.unload_lora_weights()
+
+    exported(inside, run, "comfyui", tmp_path / "lora.safetensors", "--checkpoint", "2")
+    state = load_file(tmp_path / "lora.safetensors")
+    assert all(re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", key) for key in state)
+    pipe.load_lora_weights(state)  # tensors alone, as ComfyUI has them
+    torch.testing.assert_close(by_pipeline(pipe, family)[0], expected, rtol=1e-5, atol=1e-5)
+
+    exported(inside, run, "fused", tmp_path / "deep" / "fused", "--checkpoint", "newest")
+    fused = load_pipeline(tmp_path / "deep" / "fused")
+    assert not any("lora" in name for name, _ in fused.transformer.named_parameters())
+    torch.testing.assert_close(by_pipeline(fused, family)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_keeps_the_dtype_of_each_component(inside, run_of, tiny, tmp_path):
+    folder = tmp_path / "base"
+    pipe = DiffusionPipeline.from_pretrained(tiny("sd3"))
+    pipe.transformer.to(torch.bfloat16)
+    pipe.text_encoder_3.to(torch.float16)
+    pipe.save_pretrained(folder)
+    run = run_of("sd3")
+    exported(inside, run, "fused", tmp_path / "fused", "--model", folder)
+    dtypes = {name: value.dtype for name, value in load_stored(tmp_path / "fused").items()}
+    assert dtypes == {"transformer": torch.bfloat16, "text_encoder_3": torch.float16, "vae": torch.float32}
+
+
+def load_stored(folder):
+    """A weight of some components, as it is in the file."""
+    found = {}
+    for name in ("transformer", "text_encoder_3", "vae"):
+        (file,) = (folder / name).glob("*.safetensors")
+        found[name] = next(
+            value for key, value in load_file(file).items() if "attn" in key or "Attention" in key
+        )
+    return found
+
+
+def test_all_weights(inside, run_of, tiny, tmp_path):
+    run = run_of("sd3", "model.method=full", "train.learning_rate=0.001")
+    trained = load_file(checkpoint.find(run) / "transformer" / "diffusion_pytorch_model.safetensors")
+    exported(inside, run, "diffusers", tmp_path / "transformer", "--checkpoint", "newest")
+    exported(inside, run, "fused", tmp_path / "fused", "--checkpoint", "newest")
+    exported(inside, run, "hub", tmp_path / "hub", "--checkpoint", "newest")
+    for folder in ("transformer", "fused/transformer", "hub/transformer"):
+        state = load_file(tmp_path / folder / "diffusion_pytorch_model.safetensors")
+        assert state.keys() == trained.keys()
+        assert all(torch.equal(value, trained[key]) for key, value in state.items())
+    load_pipeline(tmp_path / "fused")
+    assert str(tmp_path) not in (tmp_path / "hub" / "transformer" / "config.json").read_text()
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.base_model_relation == "finetune" and "SD3Transformer2DModel" in card.text
+    code, _, errors = inside("export", run, "--to", "comfyui", "--out", tmp_path / "a.safetensors")
+    assert code == 2 and "expected a run with model.method lora" in errors
+
+
+def python_of(text):
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_a_folder_for_the_hub(inside, run_of, tiny, tmp_path):
+    run = run_of("sd3", "eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2")
+    said = exported(inside, run, "hub", tmp_path / "my-lora", "--base-model", "org/base", "--checkpoint", "2")
+    assert "hf upload YOUR-NAME/my-lora" in said
+    text = (tmp_path / "my-lora" / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/base" and data["library_name"] == "diffusers"
+    assert data["license"] == "other" and "was not found beside its weights" in text
+    assert "lora" in data["tags"] and data["base_model_relation"] == "adapter"
+    assert str(tmp_path) not in text and str(tiny("sd3").parent) not in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == ["before.png", "after.png"]
+    for name, iteration in zip(pictures, (0, 2)):
+        grid = run / "samples" / f"{iteration:06d}.png"
+        assert (tmp_path / "my-lora" / name).read_bytes() == grid.read_bytes()
+    table = [line for line in text.splitlines() if line.startswith("| Reward, weighted sum")]
+    first, last = [
+        row["eval/reward_mean"]
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if row["iteration"] in (0, 2)
+    ]
+    assert len(table) == 1 and f"{first:.3f}" in table[0] and f"{last:.3f}" in table[0] and "±" in table[0]
+    assert re.search(r"^\| Colorfulness \| judge \|", text, re.MULTILINE)
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert settings["loss"]["beta"] == 10.0 and settings["rollout"]["prompts"] == "prompts.txt"
+
+    code = python_of(text).replace("org/base", str(tiny("sd3")))
+    code = code.replace("YOUR-NAME/my-lora", str(tmp_path / "my-lora")).replace('pipe.to("cuda")\n', "")
+    names = {}
+    exec(code.replace("torch.bfloat16", "torch.float32"), names)
+    assert names["image"].size == (RESOLUTION, RESOLUTION)
+
+
+def test_the_licence_of_the_base(inside, run_of, tiny, tmp_path):
+    base = tmp_path / "base"
+    DiffusionPipeline.from_pretrained(tiny("flux")).save_pretrained(base)
+    front = "license: other\nlicense_name: base-licence\nlicense_link: LICENSE.md\n"
+    (base / "README.md").write_text(f"---\n{front}---\n# Base\n", encoding="utf-8")
+    run = run_of("flux")
+    exported(inside, run, "hub", tmp_path / "hub", "--model", base, "--base-model", "org/base")
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "base-licence")
+    assert card.data.license_link.endswith("/org/base/blob/main/LICENSE.md")
+    assert "true_cfg_scale=1.0" in python_of(card.text)
+
+
+def test_a_checkpoint_outside_its_run(inside, run_of, tmp_path):
+    """Its card says what is not known, and its base need not be there any more."""
+    run = run_of("sd3")
+    moved = (run / "checkpoints" / "iteration-000001").rename(tmp_path / "moved")
+    exported(inside, moved, "hub", tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "No evaluation before and after is known" in text and "](" not in text.split("## Use it")[0]
+    code, _, errors = inside("export", moved, "--to", "fused", "--out", tmp_path / "f", "--model", tmp_path)
+    assert code == 2 and "model_index.json" in errors
+    assert not (tmp_path / "f").exists()
+
+
+def test_which_checkpoint(inside, run_of, tmp_path):
+    """best is the one that is marked, and taken where none is named."""
+    run = run_of("sd3")
+    best = run / "checkpoints" / "best"
+    best.unlink()
+    best.symlink_to("iteration-000001")
+    for options, iteration in (
+        ((), 1),
+        (("--checkpoint", "best"), 1),
+        (("--checkpoint", "newest"), 2),
+        (("--checkpoint", "1"), 1),
+    ):
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        assert f"after iteration {iteration}" in exported(inside, run, "diffusers", out, *options)
+        (file,) = out.glob("*.safetensors")
+        source = run / "checkpoints" / f"iteration-{iteration:06d}" / "diffusers" / file.name
+        assert file.read_bytes() == source.read_bytes()
+    best.unlink()
+    for name in ("best", "7"):
+        code, _, errors = inside(
+            "export", run, "--to", "diffusers", "--out", tmp_path / "x", "--checkpoint", name
+        )
+        assert code == 2 and f"has no {name}, expected one of newest, 1, 2" in errors
+    assert "after iteration 2" in exported(inside, run, "diffusers", tmp_path / "y")
+
+
+def test_nothing_is_written_over_and_nothing_is_left(inside, run_of, tmp_path):
+    run = run_of("sd3")
+    there = tmp_path / "there.safetensors"
+    there.write_text("mine")
+    code, _, errors = inside("export", run, "--to", "comfyui", "--out", there)
+    assert code == 2 and "already exists" in errors and there.read_text() == "mine"
+    file = checkpoint.find(run) / "diffusers" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    source = ("export", run / "checkpoints" / "iteration-000002", "--to", "comfyui")
+    code, _, errors = inside(*source, "--out", tmp_path / "new.safetensors")
+    assert code == 2 and "missing or damaged" in errors and errors.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_comfyui_does_not_read(inside, run_of, tmp_path):
+    code, _, errors = inside(
+        *("export", run_of("sana"), "--to", "comfyui", "--out", tmp_path / "a.safetensors")
+    )
+    assert code == 2 and "ComfyUI does not read Sana" in errors
+
+
+@pytest.mark.parametrize("family", ["flux2-klein", "qwen-image", "z-image"])
+def test_default_layers_are_read_by_comfyui(inside, run_of, tmp_path, family):
+    run = run_of(family, "evaluate.every=0", "train.iterations=1")
+    exported(inside, run, "comfyui", tmp_path / "a.safetensors")
+    expected = checkpoint.find(run) / "diffusers" / "pytorch_lora_weights.safetensors"
+    found, expected = load_file(tmp_path / "a.safetensors"), load_file(expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_alpha_beside_the_tensors_goes_into_them(inside, run_of, tmp_path):
+    """As checkpoints of earlier versions have it."""
+    run = run_of("flux", "evaluate.every=0", "train.iterations=1")
+    folder = checkpoint.find(run)
+    (file,) = (folder / "diffusers").glob("*.safetensors")
+    state = load_file(file)
+    said = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12})
+    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": said})
+    (folder / "manifest.json").unlink()
+    values = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(values | {"format": checkpoint.WITHOUT_MANIFEST}))
+    exported(inside, folder, "comfyui", tmp_path / "a.safetensors")
+    for key, value in load_file(tmp_path / "a.safetensors").items():
+        assert torch.equal(value, state[key] * (3 if "lora_B" in key else 1))
+
+
+def test_a_layer_that_comfyui_does_not_read(inside, run_of, tmp_path):
+    run = run_of(
+        "flux2-klein",
+        "model.lora_targets=[time_guidance_embed.timestep_embedder.linear_1]",
+        "evaluate.every=0",
+    )
+    code, _, errors = inside("export", run, "--to", "comfyui", "--out", tmp_path / "a.safetensors")
+    assert code == 2 and "no adapter of time_guidance_embed.timestep_embedder.linear_1" in errors
+
+
+@pytest.mark.parametrize("to", ["comfyui", "fused", "hub"])
+def test_a_small_model_that_ships(inside, tmp_path, to):
+    code, _, errors = inside("export", "builtin", "--to", to, "--out", tmp_path / "a.safetensors")
+    assert code == 2 and "nothing is trained in it" in errors
