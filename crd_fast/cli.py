@@ -13,7 +13,8 @@ import typer
 
 from crd_fast import __version__
 from crd_fast.commands.boundary import bounded
-from crd_fast.commands.checkpoints import evaluate, report, sample
+from crd_fast.commands.checkpoints import report, sample
+from crd_fast.commands.evaluate import evaluate
 from crd_fast.commands.export import export
 from crd_fast.commands.init import init
 from crd_fast.commands.plan import plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,15 @@ def _short(value: Any) -> str:
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipes_by_model() -> dict[str, dict[int, str]]:
+    """The recipes that ship for cards: by the model's short name, then by GB of memory, least first."""
+    found: dict[str, dict[int, str]] = {}
+    for name in recipe_names():
+        if match := re.fullmatch(r"(.+)-(\d+)gb", name):
+            found.setdefault(match.group(1), {})[int(match.group(2))] = name
+    return {model: dict(sorted(sizes.items())) for model, sizes in found.items()}
 
 
 def what_it_is(name: str) -> str:

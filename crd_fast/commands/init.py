@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,26 +98,24 @@ def nearest(path: Path) -> str:
 
 def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
     """The recipe that ships for the model and at most the card's memory; the card where one is named."""
-    from crd_fast.config import recipe_names
+    from crd_fast.config import recipes_by_model
     from crd_fast.plan.gpus import GIB, parse_gpu
 
     if model in WORLDS:
         return model, None
     memory, card = parse_gpu(gpu)
-    sizes: dict[str, list[int]] = {}
-    for name in recipe_names():
-        if found := re.fullmatch(r"(.+)-(\d+)gb", name):
-            sizes.setdefault(found.group(1), []).append(int(found.group(2)))
-    if model not in sizes:
-        known = [*WORLDS, *sizes]
+    models = recipes_by_model()
+    if model not in models:
+        known = [*WORLDS, *models]
         hint = did_you_mean(model, known) or f"; known: {', '.join(known)}"
         raise UserError(f"--model: no recipe ships for {model!r}{hint}")
-    fitting = [size for size in sizes[model] if size * GIB <= memory]
+    fitting = [name for size, name in models[model].items() if size * GIB <= memory]
     if not fitting:
         raise UserError(
-            f"--gpu {gpu}: the smallest recipe of {model} is for {min(sizes[model])} GB, expected such a card"
+            f"--gpu {gpu}: the smallest recipe of {model} is for {min(models[model])} GB, expected such "
+            "a card"
         )
-    return f"{model}-{max(fitting)}gb", card
+    return fitting[-1], card
 
 
 def chosen(model: str, reward: str) -> dict[str, str]:

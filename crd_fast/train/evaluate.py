@@ -74,7 +74,8 @@ class Evaluated:
 class Evaluation:
     """The held-out prompts of a recipe, encoded once.
 
-    held_out: where they have been read before. trained: the prompts that are trained on, where known.
+    held_out: where they have been read before. trained: the prompts that are trained on, where known. seed:
+    of the pictures.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Evaluation:
         ranks: Ranks,
         held_out: HeldOut | None = None,
         trained: Collection[str] | None = None,
+        seed: int = EVALUATION_SEED,
     ):
         config = recipe.evaluate
         self.model, self.recipe, self.rewards = model, recipe, rewards
@@ -96,7 +98,7 @@ class Evaluation:
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
         self.empty = model.encode_prompts([""])
         self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
-        self.seeds = seed_table(EVALUATION_SEED, count=len(self.metadata))
+        self.seeds = seed_table(seed, count=len(self.metadata))
         known = None if trained is None else {same_prompt(prompt) for prompt in trained}
         self.trained = [None if known is None else same_prompt(e["prompt"]) in known for e in self.metadata]
 

@@ -1,16 +1,18 @@
-"""Using trained weights: evaluation of a checkpoint, and pictures for given prompts."""
+"""Using a model, trained here, elsewhere or not at all: evaluation, and pictures for given prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from crd_fast.config import Recipe, build_recipe, load_recipe
+from crd_fast.config import Recipe, build_recipe, load_recipe, recipe_names, recipes_by_model
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.models.base import FlowModel
@@ -18,37 +20,61 @@ from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
-from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, tile, to_uint8
-from crd_fast.train.micro_batch import decoded, resolve_micro_batch
+from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
+from crd_fast.train.micro_batch import decoded, release_memory, resolve_micro_batch
 from crd_fast.train.places import check_base
 from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
+from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
 
 
 @dataclass(frozen=True)
 class Source:
-    """Trained weights on disk, or a built-in model: what they are of, before any are loaded.
+    """What pictures are made with: weights that were trained here, or a model as it is, before any is loaded.
 
-    folder: of the checkpoint; None for a built-in model, untrained.
+    folder: of the checkpoint; None for a model that was not trained here. lora: a file that it is used with.
+    own: whether the recipe is its own, a run's or one that ships; a mere pipeline has the defaults.
     """
 
     recipe: Recipe
-    folder: Path | None
+    folder: Path | None = None
+    lora: Path | None = None
+    own: bool = True
 
     @classmethod
-    def of(cls, source: str, base: str | None = None) -> Source:
-        """From the folder of a run or of a checkpoint, or the name of a model that ships.
+    def of(cls, source: str, base: str | None = None, lora: Path | None = None) -> Source:
+        """From the folder of a run, a checkpoint or a pipeline, a recipe, a model's short name or hub id.
 
-        base: where the model is that the run began with, if it has moved.
+        base: where the model is that a run began with, if it has moved. lora: only for what was not trained
+        here. Raises UserError where the source is none of these.
         """
-        if source in WORLDS:
-            return cls(load_recipe(source), None)
-        if not Path(source).exists():
-            raise UserError(f"{source}: no such folder (expected a run, a checkpoint, {' or '.join(WORLDS)})")
-        folder = checkpoint.find(Path(source))
+        path = Path(source).expanduser()
+        if source not in WORLDS and path.is_dir() and not (path / "model_index.json").exists():
+            if lora is not None:
+                raise UserError(f"--lora {lora}: goes with a model, but {source} has trained weights")
+            return cls._trained(path, base)
+        if source in WORLDS or source in recipe_names() or path.suffix in (".yaml", ".yml"):
+            recipe = load_recipe(source, ["model.sharding=none"])
+            file = lora or recipe.model.init_lora
+            return cls(recipe, lora=None if file is None else Path(file))
+        if source in recipes_by_model():
+            return cls(load_recipe(_fitting(source)), lora=lora)
+        if path.is_dir() or (not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)):
+            model = str(path.absolute()) if path.is_dir() else source
+            precision = "bf16" if torch.cuda.is_available() else "fp32"
+            recipe = build_recipe({"model": {"path": model}, "train": {"precision": precision}})
+            return cls(recipe, lora=lora, own=False)
+        raise UserError(
+            f"{source}: no such folder (expected a run, a checkpoint, a pipeline, a recipe, a hub id, "
+            f"{', '.join(recipes_by_model())}, {' or '.join(WORLDS)})"
+        )
+
+    @classmethod
+    def _trained(cls, path: Path, base: str | None) -> Source:
+        folder = checkpoint.find(path)
         values = checkpoint.read_state(folder)["recipe"]
         if base is not None:
             values = values | {"model": values["model"] | {"path": base}}
@@ -58,11 +84,66 @@ class Source:
 
     def load(self, prompts: Iterable[str] = ()) -> FlowModel:
         """The model with the policy's weights active. prompts: those that will be needed."""
+        if self.lora is not None and not self.lora.is_file():
+            raise UserError(f"--lora {self.lora}: no such file")
         model = load_model(self.recipe, prompts)
         if self.folder is not None:
             checkpoint.check_same_model(checkpoint.read_state(self.folder), model, self.folder)
             checkpoint.load(self.folder, make_weights(model, self.recipe))
+        if self.lora is not None:
+            LoraWeights.of_file(model.transformer, self.lora, model.lora_loader, model.device)
         return model
+
+    def like(self, other: Source) -> Source:
+        """Asked for the same as the other one, so that the two can be compared.
+
+        What is the base of the other one is also loaded as that was.
+        """
+        values, wanted = self.recipe.model_dump(), other.recipe.model_dump()
+        untrained = self.folder is None and (other.folder is not None or not self.own)
+        if untrained and self.recipe.model.path == other.recipe.model.path:
+            values["model"] = wanted["model"] | {"init_lora": None}
+        values |= {key: wanted[key] for key in ("rewards", "eval_rewards", "evaluate")}
+        values["rollout"]["resolution"] = wanted["rollout"]["resolution"]
+        values["train"]["precision"] = wanted["train"]["precision"]
+        return replace(self, recipe=build_recipe(values))
+
+
+def _fitting(model: str) -> str:
+    """The recipe of a model for the GPU here: the largest that fits, the smallest where none does."""
+    sizes = recipes_by_model()[model]
+    if not torch.cuda.is_available():
+        return list(sizes.values())[-1]
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    # a card has a little less than it is sold with
+    return next(
+        (name for size, name in reversed(sizes.items()) if size <= 1.05 * memory), next(iter(sizes.values()))
+    )
+
+
+def asked(
+    found: Source,
+    change: Callable[[dict], dict] = lambda values: values,
+    allow_code: bool = False,
+    rewards: dict[str, Any] | None = None,
+    size: int | None = None,
+    **overrides: Any,
+) -> Source:
+    """The source with what is asked of it, as `evaluate_checkpoint` has it. UserError where that lacks."""
+    values = change(found.recipe.model_dump())
+    if rewards is not None:
+        values |= {"rewards": rewards, "eval_rewards": {}}
+    if size is not None:
+        values["rollout"] |= {"resolution": size}
+    values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
+    recipe = build_recipe(values)
+    if not found.own:
+        lacking = {"--reward": rewards, "--prompts": overrides.get("prompts")}
+        if missing := [option for option, given in lacking.items() if given is None]:
+            raise UserError(f"{' and '.join(missing)}: expected for {recipe.model.path}, which has no recipe")
+    if not allow_code and rewards is None and found.folder is not None:
+        check_consent(recipe, str(found.folder))
+    return replace(found, recipe=recipe)
 
 
 def evaluate_checkpoint(
@@ -80,24 +161,39 @@ def evaluate_checkpoint(
     the section `evaluate`; None keeps it.
     """
     found = Source.of(source, base)
-    values = change(found.recipe.model_dump())
-    overrides = {"prompts": prompts, **overrides}
-    values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
-    recipe = build_recipe(values)
-    if not allow_code:
-        check_consent(recipe, str(found.folder))
-    rewards = Rewards(recipe.rewards)
-    held_out = HeldOut(recipe, rewards)
-    rewards.try_out(held_out.entries[0], recipe.rollout.resolution, recipe.evaluate.samples_per_prompt)
-    model = found.load(entry["prompt"] for entry in held_out.entries)
-    check_lengths(model.prompt_reader, held_out.asked)
-    micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
-    return Evaluation(model, recipe, rewards, micro_batch, Ranks(), held_out).run()
+    return next(evaluated([asked(found, change, allow_code, prompts=prompts, **overrides)]))
+
+
+def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Evaluated]:
+    """Each one's evaluation, one model in memory at a time. All are asked for the same, but for guidance.
+
+    seed: of the pictures; None: as in the evaluations of runs.
+    """
+    first = sources[0].recipe
+    rewards = Rewards(first.rewards)
+    held_out = HeldOut(first, rewards)
+    rewards.try_out(held_out.entries[0], first.rollout.resolution, first.evaluate.samples_per_prompt)
+    for source in sources:
+        model = source.load(entry["prompt"] for entry in held_out.entries)
+        check_lengths(model.prompt_reader, held_out.asked)
+        micro_batch = resolve_micro_batch(source.recipe.rollout.micro_batch)
+        evaluation = Evaluation(
+            model,
+            source.recipe,
+            rewards,
+            micro_batch,
+            Ranks(),
+            held_out,
+            seed=EVALUATION_SEED if seed is None else seed,
+        )
+        yield evaluation.run()
+        del model, evaluation
+        release_memory()
 
 
 def sample_grid(
     source: str,
-    prompts: list[str],
+    prompts: Sequence[str | dict],
     out: Path,
     *,
     samples: int,
@@ -105,22 +201,47 @@ def sample_grid(
     steps: int | None = None,
     seed: int = 0,
     base: str | None = None,
-) -> None:
-    """Writes a new PNG: a row of `samples` pictures for each prompt. base: as of `Source.of`."""
-    found = Source.of(source, base)
-    model, recipe = found.load(prompts), found.recipe
-    check_lengths(model.prompt_reader, [([{"prompt": prompt} for prompt in prompts], Rewards({}))])
+    lora: Path | None = None,
+    size: int | None = None,
+    rewards: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Writes a new PNG: a row of `samples` pictures for each prompt, which may come with its metadata.
+
+    base, lora: as of `Source.of`. Returns prompt, seed and, with rewards, `scores` of each picture, row by
+    row.
+    """
+    found = Source.of(source, base, lora)
+    if size is not None:
+        values = found.recipe.model_dump()
+        values["rollout"]["resolution"] = size
+        found = replace(found, recipe=build_recipe(values))
+    entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts, recipe = [entry["prompt"] for entry in entries], found.recipe
+    judges = Rewards(rewards or {})
+    judges.check(entries)
+    model = found.load(texts)
+    check_lengths(model.prompt_reader, [(entries, judges)])
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    micro_batch = resolve_micro_batch(recipe.rollout.micro_batch)
+    sampling = Sampling.of(
+        recipe, config, model.encode_prompts([""]), resolve_micro_batch(recipe.rollout.micro_batch)
+    )
+    seeds = seed_table(seed, count=len(texts) * samples)
     latents = generate(
         model,
-        model.encode_prompts(prompts),
-        torch.arange(len(prompts)).repeat_interleave(samples),
-        seed_table(seed, count=len(prompts) * samples),
-        Sampling.of(recipe, config, model.encode_prompts([""]), micro_batch),
+        model.encode_prompts(texts),
+        torch.arange(len(texts)).repeat_interleave(samples),
+        seeds,
+        sampling,
     )
-    grid = Image.fromarray(tile(to_uint8(decoded(model, latents)), columns=samples))
+    images = to_uint8(decoded(model, latents))
     png = BytesIO()
-    grid.save(png, "PNG")
+    Image.fromarray(tile(images, columns=samples)).save(png, "PNG")
     write_new(out, "--out", png.getvalue())
+    of_each = [entry for entry in entries for _ in range(samples)]
+    scores = judges.score(images, of_each) if rewards else {}
+    return [
+        {"prompt": entry["prompt"], "seed": int(seeds[i])}
+        | ({"scores": {name: float(of[i]) for name, of in scores.items()}} if rewards else {})
+        for i, entry in enumerate(of_each)
+    ]

@@ -61,9 +61,7 @@ class LoraWeights(Weights):
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # three adapters are meant
                 for name in ("policy", *SNAPSHOTS):
                     network.add_adapter(self.config, adapter_name=name)
-        self._layers: list[Any] = [
-            module for module in network.modules() if isinstance(module, BaseTunerLayer)
-        ]
+        self._layers: list[Any] = list(_layers_of(network).values())
         for layer in self._layers:  # for good: compiled code does not notice a hook that comes later
             layer.adapters_of_rows = None
             layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
@@ -76,6 +74,25 @@ class LoraWeights(Weights):
                 # this flag, and snapshots should round as the policy does
                 parameter.requires_grad_(True)
         self._activate("policy")
+
+    @classmethod
+    def of_file(
+        cls,
+        network: ModelMixin,
+        file: Path,
+        loader=SD3LoraLoaderMixin,
+        device: torch.device | None = None,
+    ) -> LoraWeights:
+        """With the layers and the highest rank of a LoRA file, and begun with it.
+
+        Raises UserError, one line, for what is no LoRA of this transformer.
+        """
+        found = _adapters_of(network, file, loader)
+        network.unload_lora()  # the layers are as they were, for adapters with our names
+        rank = max(down.shape[0] for down, _, _ in found.values())
+        weights = cls(network, rank, rank, list(found), 0, loader, device)
+        weights.start_from(file)
+        return weights
 
     def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
         marker = f".{name}."
@@ -102,36 +119,13 @@ class LoraWeights(Weights):
 
     def _read(self, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
         """A, B and scaling of each layer that a file adapts, of the layers here."""
-        if not file.is_file():
-            raise UserError(f"model.init_lora: {file}: no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self._load_beside(file)
-                layers: dict[str, Any] = {
-                    name: module
-                    for name, module in self.network.named_modules()
-                    if isinstance(module, BaseTunerLayer)
-                }
-                found = {
-                    name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
-                    for name, layer in layers.items()
-                    if BESIDE in layer.lora_A
-                }
-            except Exception as error:  # whatever diffusers and peft raise for a file that is none
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"model.init_lora: {file}: expected a LoRA of this transformer: {reason}"
-                ) from error
-            finally:
-                if BESIDE in self.network.peft_config:
-                    self.network.delete_adapters(BESIDE)
-                for parameters in self._parameters.values():  # the adapter that came last had frozen them
-                    for parameter in parameters.values():
-                        parameter.requires_grad_(True)
-                self._activate("policy")
-        if not found:
-            raise UserError(f"model.init_lora: {file}: found no adapter of this transformer in it")
+        try:
+            found = _adapters_of(self.network, file, self.loader)
+        finally:
+            for parameters in self._parameters.values():  # the adapter that came last had frozen them
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+            self._activate("policy")
         foreign = [name for name in found if f"{name}.lora_A.weight" not in self._parameters["policy"]]
         if foreign:
             raise UserError(
@@ -144,19 +138,6 @@ class LoraWeights(Weights):
                 f"model.lora_rank: expected at least {highest}, as {file} has, got {self.config.r}"
             )
         return found
-
-    def _load_beside(self, file: Path) -> None:
-        reads_alphas = "return_alphas" in inspect.signature(self.loader.lora_state_dict).parameters
-        alphas: Any = None
-        if reads_alphas:
-            state, alphas, metadata = self.loader.lora_state_dict(
-                str(file), return_alphas=True, return_lora_metadata=True
-            )
-        else:
-            state, metadata = self.loader.lora_state_dict(str(file), return_lora_metadata=True)
-        self.network.load_lora_adapter(
-            state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
-        )
 
     def trained(self) -> list[torch.nn.Parameter]:
         return list(self._parameters["policy"].values())
@@ -232,3 +213,50 @@ def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
     if layer.adapters_of_rows is None:
         return None
     return args, kwargs | {"adapter_names": layer.adapters_of_rows}
+
+
+def _adapters_of(
+    network: Any, file: Path, loader: Any
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it."""
+    if not file.is_file():
+        raise UserError(f"model.init_lora: {file}: no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _load_beside(network, file, loader)
+            found = {
+                name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
+                for name, layer in _layers_of(network).items()
+                if BESIDE in layer.lora_A
+            }
+        except Exception as error:  # whatever diffusers and peft raise for a file that is none
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"model.init_lora: {file}: expected a LoRA of this transformer: {reason}"
+            ) from error
+        finally:
+            if BESIDE in getattr(network, "peft_config", {}):
+                network.delete_adapters(BESIDE)
+    if not found:
+        raise UserError(f"model.init_lora: {file}: found no adapter of this transformer in it")
+    return found
+
+
+def _load_beside(network: Any, file: Path, loader: Any) -> None:
+    reads_alphas = "return_alphas" in inspect.signature(loader.lora_state_dict).parameters
+    alphas: Any = None
+    if reads_alphas:
+        state, alphas, metadata = loader.lora_state_dict(
+            str(file), return_alphas=True, return_lora_metadata=True
+        )
+    else:
+        state, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
+    network.load_lora_adapter(
+        state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
+    )
+
+
+def _layers_of(network: torch.nn.Module) -> dict[str, Any]:
+    """The layers that have adapters, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
