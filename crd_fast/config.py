@@ -137,7 +137,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110)
 
 
-def _is_finite(number: numbers.Real) -> bool:
+def _is_finite(number: float | numbers.Real) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # a whole number that no float holds

@@ -109,7 +109,8 @@ class Trained:
                 "that other programs load; expected --to diffusers"
             )
         name = self.state["model"]["name"]
-        found = [pipeline for pipeline in FAMILIES if family(pipeline).name == name]
+        kinds: dict[str, Any] = {pipeline: family(pipeline) for pipeline in FAMILIES}
+        found = [pipeline for pipeline, kind in kinds.items() if kind.name == name]
         if not found:
             raise UserError(f"{self.folder}: a model of an unknown family, {name}")
         return found[0]

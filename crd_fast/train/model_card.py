@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import ModelCardData, constants, try_to_load_from_cache
@@ -18,7 +18,6 @@ from crd_fast import __version__
 from crd_fast.models import checks
 from crd_fast.run.report import facts
 from crd_fast.run.report.held_out import (
-    LEVEL,
     REWARD,
     base_note,
     change_of,
@@ -30,6 +29,7 @@ from crd_fast.run.report.held_out import (
 from crd_fast.run.report.run import Run, read_run
 from crd_fast.run.report.warnings import warnings
 from crd_fast.run.report.words import label, signed
+from crd_fast.run.scores import LEVEL
 from crd_fast.train.export import Trained
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -77,7 +77,7 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
             "reinforcement-learning",
             "crd-fast",
         ],
-        **licence,
+        **cast(dict[str, Any], licence),
     )
     run = run_until(trained)
     call = {"num_inference_steps": recipe.evaluate.steps, "height": recipe.rollout.resolution}
