@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,124 +23,7 @@ from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
 from tests.cli.conftest import SMALL, command, metrics
 
 PATIENCE = 120  # seconds until a test that hangs fails
-MINE = '''
-import ctypes
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
-from crd_fast.errors import UserError
-
-HERE = Path(__file__).parent
-
-
-def first_time(name):
-    """Whether no process has come here yet."""
-    try:
-        (HERE / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def wait_for(count, pattern):
-    while len(list(HERE.glob(pattern))) < count:
-        time.sleep(0.01)
-
-
-def paints(images, prompts, metadata):
-    images[:] = 0
-    return [0.0] * len(images)
-
-
-def mean(images, prompts, metadata, scale=1.0):
-    return [scale * float(image.mean()) + len(prompt) for image, prompt in zip(images, prompts)]
-
-
-def process(images, prompts, metadata):
-    images.copy()[:] = 0
-    return [os.getpid()] * len(images)
-
-
-def both(images, prompts, metadata):
-    """Comes back only if two calls are at work at once."""
-    (HERE / f"both-{prompts[0]}").touch()
-    wait_for(2, "both-*")
-    return mean(images, prompts, metadata)
-
-
-def exits(images, prompts, metadata):
-    if prompts[0] == "always" or (prompts[0] == "once" and first_time("exits")):
-        os._exit(7)
-    return mean(images, prompts, metadata)
-
-
-def killed(images, prompts, metadata):
-    if first_time("killed"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return mean(images, prompts, metadata)
-
-
-def hangs(images, prompts, metadata):
-    if prompts[0] == "always" or (prompts[0] == "once" and first_time("hangs")):
-        ctypes.PyDLL(None).sleep(3600)  # holds Python's lock: nothing in this process can end it
-    return mean(images, prompts, metadata)
-
-
-def fails(images, prompts, metadata):
-    raise {"key": KeyError("x"), "user": UserError("reward mine: no"), "exit": SystemExit(3)}[prompts[0]]
-
-
-def remote(images, prompts, metadata):
-    if first_time("remote-1") or first_time("remote-2"):
-        raise ConnectionRefusedError("no one there")
-    return mean(images, prompts, metadata)
-
-
-def nothing(images, prompts, metadata):
-    return [float("nan")] * len(images)
-
-
-def starts_more(images, prompts, metadata):
-    """Leaves a process behind, says so, and hangs; every time."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-    for pid in (os.getpid(), child.pid):
-        (HERE / f"pid-{pid}").touch()
-    ctypes.PyDLL(None).sleep(3600)  # holds Python's lock
-
-
-class Judge:
-    def __init__(self, limit=3):
-        if limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
-        self.limit = limit
-
-    def setup(self, device):
-        self.device = device
-        (HERE / f"loaded-{os.getpid()}").touch()
-
-    def check(self, metadata):
-        for entry in metadata:
-            if "refuse" in entry["prompt"]:
-                raise UserError(f"reward judge: refused {entry['prompt']!r}")
-
-    def score(self, images, prompts, metadata):
-        return [min(float(image.max()), self.limit) for image in images]
-
-    def report(self, images, prompts, metadata):
-        return {"judge/device": self.device, "judge/images": len(images), "judge/process": os.getpid()}
-
-
-class Broken:
-    def setup(self, device):
-        os._exit(9)
-
-    def score(self, images, prompts, metadata):
-        return [0.0] * len(images)
-'''
+MINE = Path(__file__).with_name("rewards_in_workers.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
