@@ -77,7 +77,7 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
             "reinforcement-learning",
             "crd-fast",
         ],
-        **licence,
+        **licence,  # type: ignore[arg-type]
     )
     run = run_until(trained)
     call = {"num_inference_steps": recipe.evaluate.steps, "height": recipe.rollout.resolution}
