@@ -35,7 +35,6 @@ def run_of(tiny, recipe, tmp_path):
 def exported(inside, source, to, out, *options):
     code, said, errors = inside("export", source, "--to", to, "--out", out, *options)
     assert code == 0, errors
-    assert "No LoRA keys" not in errors
     assert [path.name for path in out.parent.glob(f".{out.name}*")] == []
     return said
 
