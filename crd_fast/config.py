@@ -125,6 +125,14 @@ class Recipe(Section):
                 f"small model that ships; set {' and '.join(foreign)}{off}"
             )
 
+    @property
+    def guided_base(self) -> float | None:
+        """The guidance scale that the base is evaluated with once more, at the start; None: it is not."""
+        config, scale = self.evaluate, self.loss.guidance_scale
+        if not (config.every and config.guided_base) or scale <= 1 or scale == config.guidance_scale:
+            return None
+        return scale
+
     def training_steps(self) -> list[int]:
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the
         denoising, or of these the noisier half.

@@ -286,6 +286,9 @@ class EvaluateConfig(Section):
     """Of Euler's solver for the evaluation's pictures."""
     guidance_scale: float = Field(1.0, ge=0)
     """Of the evaluation's pictures. 1: as the trained model is meant to be used."""
+    guided_base: bool = True
+    """The base is evaluated once more before training, with `loss.guidance_scale`, where that differs: what
+    the trained model has to be better than."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
 

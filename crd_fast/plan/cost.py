@@ -42,6 +42,7 @@ class Cost:
     evaluations: int  # in the whole run
     evaluated: int  # pictures of one evaluation
     evaluation_flops: float  # of one
+    guided_base_flops: float  # of the base with guidance, evaluated once; 0 where it is not
     checkpoint_evaluations: int  # up to the first checkpoint
     reward_seconds: float  # of one picture, on the CPU
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
@@ -95,7 +96,11 @@ class Cost:
     def _hours(self, iterations: int, evaluations: int) -> float | None:
         if self.iteration is None or self.evaluation is None:
             return None
-        return (iterations * self.iteration + evaluations * self.evaluation) / 3600
+        seconds = iterations * self.iteration + evaluations * self.evaluation
+        if self.guided_base_flops:
+            seconds += self.seconds(self.guided_base_flops, self.efficiency) or 0.0
+            seconds += self.reward_seconds * self.evaluated
+        return seconds / 3600
 
     @property
     def hours(self) -> float | None:
@@ -117,13 +122,14 @@ class Cost:
         """Of the run."""
         if self.bound is None:
             return None
-        evaluating = self.seconds(self.evaluation_flops) or 0.0
-        return (self.iterations * self.bound + self.evaluations * evaluating) / 3600
+        evaluating = self.seconds(self.evaluations * self.evaluation_flops + self.guided_base_flops) or 0.0
+        return (self.iterations * self.bound + evaluating) / 3600
 
     @property
     def flops(self) -> float:
         """Of the whole run."""
-        return self.iterations * sum(self.plan.flops.values()) + self.evaluations * self.evaluation_flops
+        evaluating = self.evaluations * self.evaluation_flops + self.guided_base_flops
+        return self.iterations * sum(self.plan.flops.values()) + evaluating
 
     # -- space --------------------------------------------------------------------------------------------
 
@@ -155,6 +161,7 @@ class Cost:
             "iterations": self.iterations,
             "flops_per_evaluation": self.evaluation_flops,
             "evaluations": self.evaluations,
+            "flops_of_guided_base": self.guided_base_flops,
             "flops_of_run": self.flops,
             "seconds_per_iteration": {"bound": self.bound, "estimate": self.iteration, "reward": reward},
             "seconds_per_evaluation": self.evaluation,
@@ -174,6 +181,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     evaluated = _evaluated(recipe) if every else 0
     forwards = recipe.evaluate.steps * (2 if recipe.evaluate.guidance_scale > 1 else 1)
     flops = plan.row_flops["sampler"] * forwards + plan.row_flops["decode"]
+    guided = plan.row_flops["sampler"] * 2 * recipe.evaluate.steps + plan.row_flops["decode"]
     return Cost(
         plan,
         card,
@@ -185,6 +193,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         evaluations=evaluations(every, iterations, iterations),
         evaluated=evaluated,
         evaluation_flops=evaluated * flops,
+        guided_base_flops=evaluated * guided if recipe.guided_base else 0.0,
         checkpoint_evaluations=evaluations(every, first, iterations),
         reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
         prompts=_encoded_prompts(recipe),

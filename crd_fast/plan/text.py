@@ -62,6 +62,7 @@ def time_lines(cost: Cost) -> list[str]:
         lines.append(
             f"evaluation: {cost.evaluated} pictures, {operations(cost.evaluation_flops)}, "
             f"{cost.evaluations} times in the run"
+            + (f"; once {operations(cost.guided_base_flops)} with guidance" * bool(cost.guided_base_flops))
         )
     lines.append(f"the run: {cost.iterations} iterations, {operations(cost.flops)} with its evaluations")
     if cost.card is None:

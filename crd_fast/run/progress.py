@@ -18,8 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.observer import Observer
-from crd_fast.run.scores import compare_metric, scores_of
+from crd_fast.run.scores import Scores, compare_metric, guided_base_scores, scores_of
 
 
 class Bars(Observer):
@@ -102,7 +103,8 @@ def duration(seconds: float) -> str:
 def before_and_after(run: Path, records: list[dict]) -> Table | None:
     """The first and the last evaluation of a run side by side; None if there are not two.
 
-    Changes have their standard error, paired picture by picture, where `run` has the pictures' scores.
+    Changes have their standard error, paired picture by picture, where `run` has the pictures' scores. Beside
+    them the base with guidance, where it was evaluated, and what the last evaluation differs from it by.
     """
     evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
     if len(evaluated) < 2:
@@ -116,15 +118,27 @@ def before_and_after(run: Path, records: list[dict]) -> Table | None:
         title = f"Evaluated prompts, {images}; {shared} of the prompts are trained on as well"
     table = Table(title=title)
     table.add_column("", style="bold")
-    for title in (f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"):
+    heads = [f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"]
+    guided = guided_base_scores(run)
+    scale = first.get(f"{GUIDED_BASE}guidance_scale")
+    if scale is not None:
+        heads += [f"base, guidance {scale:g}", "against it"]
+    for title in heads:
         table.add_column(title, justify="right")
     names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
     for name in sorted(names, key=lambda name: ("reward" in name, name in ("overall", "clean"))):
         before, after = first[f"eval/{name}"], last.get(f"eval/{name}", float("nan"))
-        change = f"{after - before:+.3f}"
-        both = compare_metric(start, end, name)
-        if both is not None and not math.isnan(both.error):
-            change += f" ± {both.error:.3f}{'*' if both.significant else ' '}"
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
+        cells = [f"{before:.3f}", f"{after:.3f}", _change(before, after, start, end, name)]
+        base = first.get(GUIDED_BASE + name)
+        if base is not None:
+            cells += [f"{base:.3f}", _change(base, after, guided, end, name)]
+        table.add_row(name, *cells)
     table.caption = "± one standard error, prompts as the units; * p < 0.05, paired"
     return table
+
+
+def _change(before: float, after: float, start: Scores | None, end: Scores | None, name: str) -> str:
+    both = compare_metric(start, end, name)
+    if both is None or math.isnan(both.error):
+        return f"{after - before:+.3f}"
+    return f"{after - before:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"

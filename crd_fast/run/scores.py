@@ -58,6 +58,11 @@ def scores_path(run: Path, iteration: int) -> Path:
     return run / EVALUATIONS / f"{iteration:06d}.jsonl"
 
 
+def guided_base_path(run: Path) -> Path:
+    """Of the base with guidance, evaluated once before training."""
+    return run / EVALUATIONS / "guided_base.jsonl"
+
+
 def write_scores(path: Path, scores: Scores) -> None:
     """One object a line, one line a picture. Replaces what an earlier try of the iteration has left."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,14 @@ def scores_of(run: Path, iteration: int) -> Scores | None:
     """Those of a run's folder; None where they are not there or damaged."""
     try:
         return read_scores(scores_path(run, iteration))
+    except (OSError, UserError):
+        return None
+
+
+def guided_base_scores(run: Path) -> Scores | None:
+    """Those of a run's folder; None where they are not there or damaged."""
+    try:
+        return read_scores(guided_base_path(run))
     except (OSError, UserError):
         return None
 

@@ -16,6 +16,7 @@ from crd_fast.errors import UserError
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
+from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.run.scores import Scores
 from crd_fast.run.watch import judge_metrics
@@ -107,7 +108,19 @@ class Evaluation:
 
     def run(self, observer: Observer = NOBODY) -> Evaluated:
         """With the active weights. Each rank makes its part of the images; the main process scores them."""
-        config = self.recipe.evaluate
+        return self._run(
+            Sampling.of(self.recipe, self.recipe.evaluate, self.empty, self.micro_batch), observer
+        )
+
+    def run_guided(self, guidance_scale: float, observer: Observer = NOBODY) -> Evaluated:
+        """The same with another guidance scale, of which the recipe's own evaluations know nothing."""
+        # guided forwards are twice as large; whether these fit says nothing about others
+        size = max(1, self.micro_batch.size // 2)
+        config = self.recipe.evaluate.model_copy(update={"guidance_scale": guidance_scale})
+        micro_batch = MicroBatch(size, self.micro_batch.fixed)
+        return self._run(Sampling.of(self.recipe, config, self.empty, micro_batch), observer)
+
+    def _run(self, sampling: Sampling, observer: Observer) -> Evaluated:
         # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
         each = -(-len(self) // self.ranks.count)
         own = (torch.arange(each) + each * self.ranks.rank).clamp(max=len(self) - 1)
@@ -116,7 +129,7 @@ class Evaluation:
             self.embeddings,
             self.prompt_index[own],
             self.seeds[own],
-            Sampling.of(self.recipe, config, self.empty, self.micro_batch),
+            sampling,
             observer=observer,
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
@@ -155,6 +168,16 @@ class Evaluation:
         prompts = [entry["prompt"] for entry in self.metadata[:count]]
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
         return grid
+
+
+def guided_base_metrics(metrics: dict[str, float], guidance_scale: float | None) -> dict[str, float]:
+    """An evaluation's metrics under the names that the base with guidance has."""
+    found = {
+        GUIDED_BASE + name.removeprefix("eval/"): value
+        for name, value in metrics.items()
+        if name.startswith("eval/") and name != "eval/images"
+    }
+    return found | {f"{GUIDED_BASE}guidance_scale": float(guidance_scale or 1)}
 
 
 def same_prompt(prompt: str) -> str:

@@ -29,12 +29,12 @@ from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
-from crd_fast.run.scores import scores_path, write_scores
+from crd_fast.run.scores import guided_base_path, scores_path, write_scores
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.checkpoints import Checkpoints
-from crd_fast.train.evaluate import Evaluation, HeldOut, to_uint8
+from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics, to_uint8
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
@@ -343,17 +343,33 @@ class Trainer:
         try:
             with self.observer.phase("evaluation", len(evaluation)):
                 found = evaluation.run(self.observer)
+            seconds = {"seconds_eval": time.perf_counter() - started}
+            guided = self._guided_base(evaluation)
+            if guided is not None:
+                seconds["seconds_guided_base"] = time.perf_counter() - started - seconds["seconds_eval"]
         except StopNow:
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
         if found.scores is None:
             return
-        record |= found.metrics | {"seconds_eval": time.perf_counter() - started}
+        record |= found.metrics | seconds
         grid = evaluation.save_grid(found.images, self.output / "samples", f"{self.iteration:06d}")
         write_scores(scores_path(self.output, self.iteration), found.scores)
+        if guided is not None and guided.scores is not None:
+            record |= guided_base_metrics(guided.metrics, self.recipe.guided_base)
+            evaluation.save_grid(guided.images, self.output / "samples", "guided_base")
+            write_scores(guided_base_path(self.output), guided.scores)
         self._log(record, grid)
         self.checkpoints.evaluated(record)
+
+    def _guided_base(self, evaluation: Evaluation) -> Evaluated | None:
+        """Before training, what the pretrained model does with guidance, where the recipe asks for it."""
+        scale = self.recipe.guided_base
+        if self.iteration or scale is None:
+            return None
+        with self.observer.phase("guided base", len(evaluation)), self.weights.use("reference"):
+            return evaluation.run_guided(scale, self.observer)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         if self.ranks.main:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from crd_fast.run.scores import read_scores, scores_path
+from crd_fast.run.scores import guided_base_path, read_scores, scores_path
 from tests.cli.conftest import metrics
+from tests.cli.report_runs import Page
 
 SETTINGS = ("eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2", "evaluate.max_prompts=6")
 
@@ -21,7 +22,8 @@ def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume
     run = tmp_path / "run"
     code, _, err = inside("train", small, "--output", run, *options(*SETTINGS))
     assert code == 0, err
-    assert sorted(path.name for path in (run / "evaluations").iterdir()) == ["000000.jsonl", "000002.jsonl"]
+    names = ["000000.jsonl", "000002.jsonl", "guided_base.jsonl"]
+    assert sorted(path.name for path in (run / "evaluations").iterdir()) == names
     for record in (metrics(run)[0], metrics(run)[-1]):
         scores = read_scores(scores_path(run, record["iteration"]))
         assert list(scores.index) == [i // 2 for i in range(12)] and len(set(scores.seeds)) == 12
@@ -65,6 +67,41 @@ def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume
             assert cells[name] == [*expected, "±", f"{stats.sem(after - before):.3f}{sure}"]
     code, out, err = inside("eval", run, "--samples", 1)  # other pictures
     assert code == 0 and "since iteration 0" in out and "±" not in out.split("reward_mean")[1].split("\n")[0]
+
+
+def test_the_base_with_guidance_is_that_of_the_untrained_model(inside, small, tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone.json"
+    code, out, err = inside("train", small, "--output", run)
+    assert code == 0, err
+    first, last = metrics(run)[0], metrics(run)[-1]
+    code, _, err = inside("eval", small, "--guidance-scale", 4.5, "--json", alone)
+    assert code == 0, err
+    (source,) = json.loads(alone.read_text())["sources"]
+    assert source["metrics"] and first["guided_base/guidance_scale"] == 4.5
+    for name, found in source["metrics"].items():
+        assert first[f"guided_base/{name}"] == found["value"]
+    assert not any(name.startswith("guided_base/") for name in last)
+    assert (run / "samples" / "guided_base.png").exists()
+
+    base, after = read_scores(guided_base_path(run)), read_scores(scores_path(run, 2))
+    assert base.pictures == after.pictures
+    # the terminal's table and the page have the paired difference
+    difference = after.values["overall"].mean() - base.values["overall"].mean()
+    cells = [line.split("│") for line in out.splitlines() if "│" in line]
+    (row,) = [line for line in cells if line[1].strip() == "overall"]
+    assert row[5].strip() == f"{first['guided_base/overall']:.3f}" and f"{difference:+.3f} ±" in row[6]
+    text = Page(run / "report.html").text
+    assert "The base with guidance scale 4.5 and the same seeds has correctness" in text
+    assert "was not measured" not in text
+
+
+@pytest.mark.parametrize("settings", ["evaluate.guided_base=false", "loss.guidance_scale=1"])
+def test_the_base_with_guidance_is_left_out(inside, small, tmp_path, settings):
+    run = tmp_path / "run"
+    code, out, err = inside("train", small, "--output", run, "--max-iterations", 1, "--set", settings)
+    assert code == 0, err
+    assert not any(name.startswith("guided_base/") for name in metrics(run)[0])
+    assert not guided_base_path(run).exists() and "against it" not in out
 
 
 @pytest.mark.parametrize("shared", [0, 2])

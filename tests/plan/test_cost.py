@@ -91,14 +91,20 @@ def test_hours_are_flops_over_the_cards_peak(recipe):
     assert found.iteration == pytest.approx(52e15 / peak / 0.25)
     evaluation = 40 * (10 * 1e13 + 2e13) / peak / 0.25  # 40 pictures of 10 steps
     assert found.evaluation == pytest.approx(evaluation)
+    guided = 40 * (20 * 1e13 + 2e13) / peak / 0.25  # the base once more, with guidance
     # iterations 0, 20 and the last are evaluated, 0 and 10 stand before the first checkpoint
-    assert found.hours == pytest.approx((30 * found.iteration + 3 * evaluation) / 3600)
+    assert found.hours == pytest.approx((30 * found.iteration + 3 * evaluation + guided) / 3600)
+    without = run_cost(recipe, None, "h100", "evaluate.guided_base=false", efficiency=0.25)
+    assert without.hours == pytest.approx(found.hours - guided / 3600)
+    assert found.flops - without.flops == pytest.approx(40 * 22e13)
     # the first one comes after 20 minutes, or after 10 iterations
     first = math.ceil(20 * 60 / found.iteration)
     assert first < 10
-    assert found.hours_to_checkpoint == pytest.approx((first * found.iteration + 1 * evaluation) / 3600)
+    assert found.hours_to_checkpoint == pytest.approx(
+        (first * found.iteration + 1 * evaluation + guided) / 3600
+    )
     rare = run_cost(recipe, None, "h100", "checkpoint.minutes=1000", efficiency=0.25)
-    assert rare.hours_to_checkpoint == pytest.approx((10 * found.iteration + 1 * evaluation) / 3600)
+    assert rare.hours_to_checkpoint == pytest.approx((10 * found.iteration + 1 * evaluation + guided) / 3600)
     assert found.bound_hours == pytest.approx(found.hours * 0.25)
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
 from crd_fast.run.scores import Comparison, compare_metric, deviation, gap, mean_of, measure_of
@@ -174,7 +175,33 @@ def base_note(run: Run) -> str:
     base = f" The base with the same seeds but {other} guidance was not measured."
     if run.evaluated[0]["iteration"]:
         return f"All pictures are drawn {how}."
+    base = _guided_base_note(run) or base
     return f"Iteration 0 is the base model; all pictures are drawn {how}.{base}"
+
+
+def _guided_base_note(run: Run) -> str:
+    """The base with guidance beside the last evaluation; nothing where it was not measured."""
+    first, last = ends(run)
+    scale = number(first, f"{GUIDED_BASE}guidance_scale")
+    name = next((n for n in ("overall", REWARD) if f"{GUIDED_BASE}{n}" in first and f"eval/{n}" in last), "")
+    if not name or not math.isfinite(scale):
+        return ""
+    base, now = number(first, f"{GUIDED_BASE}{name}"), number(last, f"eval/{name}")
+    both = compare_metric(run.guided_base, run.scores.get(last["iteration"]), name)
+    error = None if both is None or math.isnan(both.error) else both.error
+    places = digits(error)
+    what = "correctness" if name == "overall" else label(name).lower()
+    said = f" The base with guidance scale {scale:g} and the same seeds has {what} {base:.{places}f}"
+    if last is first:
+        return f"{said}."
+    size = signed(now - base, places)
+    if both is None or error is None:
+        return f"{said}; iteration {last['iteration']} differs from it by {size}."
+    sure = "" if both.significant else ", which cannot be told from no difference"
+    return (
+        f"{said}; iteration {last['iteration']} differs from it by {size} (standard error "
+        f"{error:.{places}f}{sure})."
+    )
 
 
 # --- reward and judges

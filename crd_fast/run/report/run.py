@@ -13,7 +13,7 @@ import yaml
 
 from crd_fast.errors import UserError
 from crd_fast.run.metrics import METRICS, read_metrics
-from crd_fast.run.scores import Scores, read_scores, scores_path
+from crd_fast.run.scores import Scores, guided_base_scores, read_scores, scores_path
 from crd_fast.run.watch import WARNINGS
 
 PHASES = ("rollout", "reward", "update")
@@ -23,7 +23,8 @@ PHASES = ("rollout", "reward", "update")
 class Run:
     """A run's folder, read.
 
-    scores: of each evaluation's pictures, by iteration, as far as they are there. warned: what was warned of
+    scores: of each evaluation's pictures, by iteration, as far as they are there; guided_base: of the base
+    with guidance. warned: what was warned of
     while it ran. problems: sentences about what could not be read.
     """
 
@@ -32,6 +33,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)  # one an iteration, iteration 0 included
     environment: dict[str, Any] = field(default_factory=dict)
     scores: dict[int, Scores] = field(default_factory=dict)
+    guided_base: Scores | None = None
     warned: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -62,7 +64,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'}: expected sections of settings, got {config!r}")
     left_out: list[int] = []
-    run = Run(folder, config, read_metrics(folder, left_out))
+    run = Run(folder, config, read_metrics(folder, left_out), guided_base=guided_base_scores(folder))
     run.problems += [f"Line {n} of {METRICS} is incomplete and was left out." for n in left_out]
     if (folder / "environment.json").is_file():
         environment = read_json(folder / "environment.json", run)
