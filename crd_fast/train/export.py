@@ -198,18 +198,33 @@ def write_fused(trained: Trained, out: Path) -> None:
     seen = SimpleNamespace(name=found.name, transformer=pipe.transformer)  # type: ignore[attr-defined]
     checkpoint.check_same_model(trained.state, seen, trained.folder)
     if not trained.full:
-        pipe.load_lora_weights(str(trained.weights))
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+        _fuse(pipe, trained.weights)
     pipe.save_pretrained(out)
+
+
+def _fuse(pipe: Any, lora: Path) -> None:
+    """Puts a LoRA into a pipeline's weights, of which no adapter stays."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of a LoRA that has nothing for text encoders
+    try:
+        pipe.load_lora_weights(str(lora))
+    finally:
+        logging.set_verbosity(verbosity)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
 
 
 def _load(folder: Path, pipeline: Any, transformer: Path | None) -> Any:
     """A pipeline on the host as it lies on the disk. transformer: the folder of one in its own's place."""
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     hush("diffusers", "transformers")
+    transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
     parts = {name: part for name, part in checks.read_index(folder).items() if isinstance(part, list)}
     with_weights = [
         name
