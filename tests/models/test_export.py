@@ -112,8 +112,9 @@ def python_of(text):
 
 
 def test_a_folder_for_the_hub(inside, run_of, tiny, tmp_path):
+    """Of a checkpoint before the last: nothing of its card is from later."""
     run = run_of("sd3", "eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2")
-    said = exported(inside, run, "hub", tmp_path / "my-lora", "--base-model", "org/base", "--checkpoint", "2")
+    said = exported(inside, run, "hub", tmp_path / "my-lora", "--base-model", "org/base", "--checkpoint", "1")
     assert "hf upload YOUR-NAME/my-lora" in said
     text = (tmp_path / "my-lora" / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
@@ -124,16 +125,17 @@ def test_a_folder_for_the_hub(inside, run_of, tiny, tmp_path):
     assert str(tmp_path) not in text and str(tiny("sd3").parent) not in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert pictures == ["before.png", "after.png"]
-    for name, iteration in zip(pictures, (0, 2)):
+    for name, iteration in zip(pictures, (0, 1)):
         grid = run / "samples" / f"{iteration:06d}.png"
         assert (tmp_path / "my-lora" / name).read_bytes() == grid.read_bytes()
     table = [line for line in text.splitlines() if line.startswith("| Reward, weighted sum")]
     first, last = [
         row["eval/reward_mean"]
         for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if row["iteration"] in (0, 2)
+        if row["iteration"] in (0, 1)
     ]
     assert len(table) == 1 and f"{first:.3f}" in table[0] and f"{last:.3f}" in table[0] and "±" in table[0]
+    assert "\n- iterations: 1 of 2\n" in text
     assert re.search(r"^\| Colorfulness \| judge \|", text, re.MULTILINE)
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     assert settings["loss"]["beta"] == 10.0 and settings["rollout"]["prompts"] == "prompts.txt"
