@@ -15,7 +15,7 @@ from crd_fast.models import load_model
 from crd_fast.models.prompt_cache import GIB, PromptCache, fingerprint
 from crd_fast.models.sd3 import SD3Model
 from crd_fast.run.observer import Observer
-from crd_fast.train import trainer
+from crd_fast.train import iteration_prompts
 from crd_fast.train.trainer import Trainer
 from tests.cli.conftest import metrics
 from tests.models.conftest import ALL, PROMPTS
@@ -206,7 +206,7 @@ class Counts(Observer):
 
 def test_only_what_the_next_iterations_need_is_encoded(tiny, recipe, tmp_path, many, encoded, monkeypatch):
     """Two iterations at a time, before the first of them; what is drawn does not change."""
-    monkeypatch.setattr(trainer, "ENCODED_AHEAD", 4)
+    monkeypatch.setattr(iteration_prompts, "ENCODED_AHEAD", 4)
     settings = recipe(
         tiny("sd3"),
         f"rollout.prompts={many}",
@@ -216,7 +216,7 @@ def test_only_what_the_next_iterations_need_is_encoded(tiny, recipe, tmp_path, m
     counts = Counts()
     run = Trainer(settings, tmp_path / "run", observer=counts)
     seed = settings.train.seed
-    drawn = [[entry["prompt"] for entry in run.prompts.draw(2, seed, i)] for i in range(5)]
+    drawn = [[entry["prompt"] for entry in run.prompts.source.draw(2, seed, i)] for i in range(5)]
     assert set(encoded) == {"", *drawn[0], *drawn[1]} and counts.begun == [5]
     for iteration, so_far in enumerate([2, 2, 4, 4, 5]):
         run.iterate()

@@ -92,8 +92,9 @@ def test_judges_are_scored_at_evaluations_and_never_trained_on(inside, mine, tmp
         tmp_path, "rewards: {'mine:redness': 1.0}\neval_rewards: {diversity: {}, colorfulness: 5.0}\n"
     )
     alone = recipe_file(tmp_path, "rewards: {'mine:redness': 1.0}\n", "alone.yaml")
-    found, found_weights = train(judged, tmp_path / "judged", ["evaluate.samples_per_prompt=2"])
-    expected, expected_weights = train(alone, tmp_path / "alone", ["evaluate.samples_per_prompt=2"])
+    settings = ["evaluate.samples_per_prompt=2", "evaluate.guided_base=false"]
+    found, found_weights = train(judged, tmp_path / "judged", settings)
+    expected, expected_weights = train(alone, tmp_path / "alone", settings)
     extra = {"eval/judge/diversity", "eval/judge/colorfulness"}
     errors = {"standard_error/reward", "standard_error/judge/diversity", "standard_error/judge/colorfulness"}
     assert [set(a) - set(b) for a, b in zip(found, expected)] == [extra | errors, set(), extra | errors]
