@@ -117,7 +117,7 @@ def before_and_after(run: Path, records: list[dict]) -> Table | None:
     if shared:
         title = f"Evaluated prompts, {images}; {shared} of the prompts are trained on as well"
     table = Table(title=title)
-    table.add_column("", style="bold")
+    table.add_column("", style="bold", overflow="fold")
     heads = [f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"]
     guided = guided_base_scores(run)
     scale = first.get(f"{GUIDED_BASE}guidance_scale")
