@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from crd_fast.commands.rendered import rendered
 from crd_fast.commands.terminal import console, say
 
 if TYPE_CHECKING:
     from crd_fast.train.export import Trained
-
-TEMPLATES = Path(__file__).with_name("templates")
 
 
 def export(
@@ -83,8 +82,6 @@ def export(
 
 def write_hub(trained: Trained, out: Path, base_model: str | None, name: str) -> None:
     """The weights, the grids before and after, and README.md, a model card. name: of the model."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from crd_fast.train import export, model_card
 
     values = model_card.values(trained, base_model)
@@ -92,13 +89,5 @@ def write_hub(trained: Trained, out: Path, base_model: str | None, name: str) ->
     if trained.full:
         model_card.forget_folders(out / "transformer" / "config.json")
     values["pictures"] = model_card.copy_grids(trained, out)
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    card = templates.get_template("model-card.md").render(values, name=name)
+    card = rendered("model-card.md", values | {"name": name})
     (out / "README.md").write_text(card, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crd_fast.commands.rendered import TEMPLATES, rendered
 from crd_fast.commands.terminal import say
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.run.new_files import check_new, write_new
@@ -16,7 +17,6 @@ from crd_fast.worlds import WORLDS
 if TYPE_CHECKING:
     from crd_fast.plan.gpus import Card
 
-TEMPLATES = Path(__file__).with_name("templates")  # Python there ends in .py.txt: it is no module of ours
 # Whose weights are given only to those who accepted a licence at the model's page.
 # For a folder of a pipeline: the model whose recipes are extended, by the pipeline's class.
 NEAREST = {
@@ -47,8 +47,6 @@ def init(
     ] = "mine",
 ) -> None:
     """Write a commented recipe, a reward with a test, and prompts; say what comes next."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from crd_fast.config import load_recipe
 
     path = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
@@ -64,14 +62,7 @@ def init(
         "extended": extended,
         **files,
     }
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        autoescape=False,
-    )
-    written = {"recipe.yaml": templates.get_template("recipe.yaml").render(settings)}
+    written = {"recipe.yaml": rendered("recipe.yaml", settings)}
     names = ["my_reward.py", "test_my_reward.py"] if reward == "mine" else []
     names += [name for name in (files["prompts"], files["heldout"]) if name.endswith(".txt")]
     for name in names:

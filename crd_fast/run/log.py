@@ -15,6 +15,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
+from crd_fast.run.new_files import write_atomically
 from crd_fast.run.trackers import open_trackers
 from crd_fast.run.watch import Watch
 
@@ -112,9 +113,3 @@ def refuse_full(output: Path, needed: float) -> None:
     if free < needed:
         wanted, found = (f"{count / 2**30:.2f} GB" for count in (needed, free))
         raise UserError(f"--output {output}: expected {wanted} free on its disk for checkpoints, got {found}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -1,4 +1,4 @@
-"""Files that are named on the command line: written where nothing was, and nowhere else."""
+"""How files are written: those named on the command line where nothing was, a run's own whole or not."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
             raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file by one that is whole, whenever the process ends."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from crd_fast.errors import UserError
+from crd_fast.run.new_files import write_atomically
 
 EVALUATIONS = "evaluations"
 CATEGORY_MEANS = ("overall", "clean")  # means of the categories' means, as GenEval has them
@@ -77,9 +78,7 @@ def write_scores(path: Path, scores: Scores) -> None:
             "text": scores.prompts[i],
         }
         lines.append(json.dumps(line) + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(lines))
 
 
 def scores_of(run: Path, iteration: int) -> Scores | None:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from crd_fast.errors import UserError
+from crd_fast.run.new_files import write_atomically
 from crd_fast.run.report.charts import TEMPLATES, charts
 from crd_fast.run.report.held_out import base_note, changes, headline, judged, prompts_note, trained_on
 from crd_fast.run.report.run import Run, number, read_json, read_run
@@ -167,7 +168,5 @@ def write_report(run: Path) -> Path:
         label=label,
         signed=signed,
     )
-    unfinished = path.with_suffix(".html.part")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, page)
     return path
