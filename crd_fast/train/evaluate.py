@@ -18,7 +18,7 @@ from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.observer import NOBODY, Observer
-from crd_fast.run.scores import Scores
+from crd_fast.run.scores import Scores, write_scores
 from crd_fast.run.watch import judge_metrics
 from crd_fast.seeds import seed_table
 from crd_fast.train.micro_batch import MicroBatch, decoded
@@ -158,6 +158,13 @@ class Evaluation:
             trained=self.trained,
             values=values,
         )
+
+    def save(self, found: Evaluated, folder: Path, name: str, scores: Path) -> np.ndarray:
+        """Writes the grid `name` into the folder, and what each picture got. Returns the grid."""
+        assert found.scores is not None, "of the main process"
+        grid = self.save_grid(found.images, folder, name)
+        write_scores(scores, found.scores)
+        return grid
 
     def save_grid(self, images: np.ndarray, folder: Path, name: str) -> np.ndarray:
         """The first tiles as one picture, and what was asked for beside it. Returns the picture."""

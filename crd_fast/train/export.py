@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from crd_fast.config import Recipe, build_recipe
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import FAMILIES, checks, family, find_pipeline
 from crd_fast.once import hush
-from crd_fast.train.places import check_base
+from crd_fast.train.places import check_base, recipe_of
 from crd_fast.weights import checkpoint, durable
 from crd_fast.worlds import WORLDS
 
@@ -80,10 +80,7 @@ class Trained:
             raise UserError(f"{source}: no such folder (expected a run or a checkpoint)")
         folder = find_checkpoint(Path(source), which)
         state = checkpoint.read_state(folder)
-        values = state["recipe"]
-        if base is not None:
-            values = values | {"model": values["model"] | {"path": base}}
-        recipe = build_recipe(values, ["model.sharding=none"], str(folder))
+        recipe = recipe_of(state, folder, base)
         run = folder.parent.parent
         return cls(folder, run if (run / "config.yaml").is_file() else None, recipe, state)
 

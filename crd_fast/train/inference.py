@@ -22,7 +22,7 @@ from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import decoded, release_memory, resolve_micro_batch
-from crd_fast.train.places import check_base
+from crd_fast.train.places import check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
@@ -75,10 +75,7 @@ class Source:
     @classmethod
     def _trained(cls, path: Path, base: str | None) -> Source:
         folder = checkpoint.find(path)
-        values = checkpoint.read_state(folder)["recipe"]
-        if base is not None:
-            values = values | {"model": values["model"] | {"path": base}}
-        recipe = build_recipe(values, ["model.sharding=none"], str(folder))
+        recipe = recipe_of(checkpoint.read_state(folder), folder, base)
         check_base(recipe, folder)
         return cls(recipe, folder)
 

@@ -39,6 +39,14 @@ def _of_setting(value: Any) -> Any:
     return os.path.abspath(path) if os.path.exists(path) else value
 
 
+def recipe_of(state: dict[str, Any], folder: Path, base: str | None) -> Recipe:
+    """A checkpoint's recipe, for one process. base: where the run's model is, if it has moved."""
+    values = state["recipe"]
+    if base is not None:
+        values = values | {"model": values["model"] | {"path": base}}
+    return build_recipe(values, ["model.sharding=none"], str(folder))
+
+
 def check_base(recipe: Recipe, source: Path) -> None:
     """Raises UserError where the model that a run or checkpoint began with is not where it was."""
     path = recipe.model.path

@@ -29,7 +29,7 @@ from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
 from crd_fast.run.row_counts import Throughput
-from crd_fast.run.scores import guided_base_path, scores_path, write_scores
+from crd_fast.run.scores import guided_base_path, scores_path
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.seeds import ROLLOUT, seed_table
@@ -354,12 +354,11 @@ class Trainer:
         if found.scores is None:
             return
         record |= found.metrics | seconds
-        grid = evaluation.save_grid(found.images, self.output / "samples", f"{self.iteration:06d}")
-        write_scores(scores_path(self.output, self.iteration), found.scores)
-        if guided is not None and guided.scores is not None:
+        samples, iteration = self.output / "samples", self.iteration
+        grid = evaluation.save(found, samples, f"{iteration:06d}", scores_path(self.output, iteration))
+        if guided is not None:
             record |= guided_base_metrics(guided.metrics, self.recipe.guided_base)
-            evaluation.save_grid(guided.images, self.output / "samples", "guided_base")
-            write_scores(guided_base_path(self.output), guided.scores)
+            evaluation.save(guided, samples, "guided_base", guided_base_path(self.output))
         self._log(record, grid)
         self.checkpoints.evaluated(record)
 
