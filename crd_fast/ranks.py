@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
+import os
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.device_mesh import DeviceMesh
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
@@ -18,6 +22,9 @@ from crd_fast.errors import UserError
 # How long the others wait for one while it encodes prompts, loads a large base or has an evaluation scored. A
 # process that ends takes the others with it, so that none waits this long for nothing.
 PATIENCE = timedelta(hours=6)
+
+# Defaults of their functions are the group of when they are imported, and keep it beyond its end.
+HOLDERS = ("torch.distributed.nn.functional", "torch.distributed.fsdp", "torch.distributed.optim")
 
 
 class Ranks:
@@ -27,6 +34,9 @@ class Ranks:
     """
 
     def __init__(self):
+        if "RANK" in os.environ:
+            for name in HOLDERS:
+                importlib.import_module(name)
         # also picks backend and device
         self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank, self.count = self._state.process_index, self._state.num_processes
@@ -114,9 +124,18 @@ class Ranks:
 
 
 def end_group() -> None:
-    """Ends the group's threads: those that run when the interpreter goes abort the process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Ends the group's threads: those that run when the interpreter goes abort the process.
+
+    They end with the last reference to the group. DTensor's cache keeps a mesh, and that its groups.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()  # a sharded model is a cycle
+    for mesh in gc.get_objects():
+        if type(mesh) is DeviceMesh:
+            vars(mesh).get("_pg_registry", {}).clear()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def own_prompts(shares: list[np.ndarray], rank: int, ranks: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The command line as a user calls it, and the order of the tests."""
 
+import sys
+
 import pytest
 
 import crd_fast  # noqa: F401  before torch: how OpenMP's threads wait
@@ -24,3 +26,15 @@ def inside(monkeypatch, capsys):
         return ended.value.code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def forgets_modules(tmp_path_factory):
+    """A module that one test wrote and imported is not there in the next, which may write its like."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    written = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(written):
+            del sys.modules[name]

@@ -3,15 +3,15 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.ranks import Ranks
+from crd_fast.ranks import Ranks, end_group
 from crd_fast.schema import LossConfig
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
@@ -62,7 +62,15 @@ def rank_main(rank, port, function, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     function(rank, *arguments)
-    dist.destroy_process_group()
+    # a thread of the group that still runs when the interpreter goes aborts the process, now and then
+    assert gloo_threads()
+    end_group()
+    assert not gloo_threads()
+
+
+def gloo_threads():
+    names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 def sharded(rank, recipes, folder):
