@@ -32,6 +32,7 @@ FILES = (
         "tensorboard",
         "warnings.txt",
         "report.html",
+        "rollout.safetensors",
     ),
     "flops.jsonl",
 )

@@ -63,11 +63,12 @@ def generate(
     finished: Callable[[torch.Tensor], None] = lambda latents: None,
     observer: Observer = NOBODY,
     branch: str = "policy",
+    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
 
     After each micro-batch `finished` is called with all latents so far. branch: what the observer is told
-    that the active weights are.
+    that the active weights are. begun: the first of them, made before.
     """
     device, watched = model.device, functools.partial(observer.branch, branch)
     shape = model.latent_shape(sampling.resolution)
@@ -95,6 +96,11 @@ def generate(
         return x
 
     done = 0
+    if begun is not None:
+        done = len(begun)
+        latents[:done] = begun
+        observer.advance(done)
+        finished(latents[:done])
     while done < len(seeds):
         chunk = slice(done, min(done + micro_batch.size, len(seeds)))
         try:
@@ -102,9 +108,9 @@ def generate(
         except torch.OutOfMemoryError as error:
             micro_batch.halve(error)
         else:
-            observer.advance(chunk.stop - done)
-            done = chunk.stop
+            made, done = chunk.stop - done, chunk.stop
             finished(latents[:done])
+            observer.advance(made)  # here a run may be stopped
             continue
         release_memory()
     return latents

@@ -38,6 +38,7 @@ from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
+from crd_fast.train.partial_rollout import PartialRollout, digest
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
@@ -146,6 +147,7 @@ class Trainer:
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         self.finite_steps = FiniteSteps()
+        self.partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self._record: dict = {"iteration": 0, "step": 0}  # the last iteration's, without an evaluation
         if newest and state:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
@@ -171,10 +173,12 @@ class Trainer:
                 self._run()
             except StopNow:
                 self._save_whole()
+                self.partial.keep()
             except Exception as error:
                 if self.ranks.count == 1 and self.stopping.whole:
                     try:
                         self._save_whole()
+                        self.partial.keep()
                     except UserError as second:
                         logger.warning("warning: %s", second)
                 if isinstance(error, torch.OutOfMemoryError):
@@ -204,7 +208,8 @@ class Trainer:
         if self._unlogged:
             self._conclude(dict(self._record))
         while self.iteration < self.recipe.train.iterations and not self._asked_to_stop():
-            record = self.iterate()
+            with self.partial.iteration():
+                record = self.iterate()
             self._record = dict(record)
             due = self._due(self.recipe.checkpoint.every) or self._evaluates()
             if due or self._asked_to_stop() or self.checkpoints.long_ago():
@@ -259,7 +264,7 @@ class Trainer:
             "old_decay": decays["old"],
             "sampler_decay": decays["sampler"],
             **seconds,
-            **self.throughput.metrics(reward_PK.size, len(latents_N), seconds),
+            **self.throughput.metrics(reward_PK.size - self.partial.taken, len(latents_N), seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
@@ -278,6 +283,13 @@ class Trainer:
         with self.observer.phase("rollout", seeds.numel()):
             with self.observer.phase("prompts"):
                 embeddings = self.model.encode_prompts(prompts)
+            scored = PromptScoring(scoring, self._images, metadata, samples)
+
+            def finished(latents: torch.Tensor) -> None:
+                self.partial.see(latents)
+                scored(latents)
+
+            begun = self.partial.begin(lambda: self._rollout_key(embeddings, seeds))
             with self.weights.use("sampler"):
                 latents_N = generate(
                     self.model,
@@ -285,11 +297,21 @@ class Trainer:
                     torch.arange(len(own)).repeat_interleave(samples),
                     seeds.flatten(),
                     Sampling.of(self.recipe, config, self.empty, self.rollout_micro_batch),
-                    PromptScoring(scoring, self._images, metadata, samples),
+                    finished,
                     self.observer,
                     "sampler",
+                    begun,
                 )
         return embeddings, latents_N
+
+    def _rollout_key(self, embeddings: dict[str, torch.Tensor], seeds: torch.Tensor) -> str:
+        """Of all that the latents follow from."""
+        sampler = {name: of for name, of in self.weights.state().items() if name.startswith("sampler/")}
+        tensors = sampler | embeddings | {f"empty/{name}": of for name, of in self.empty.items()}
+        model = self.recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
+        rollout = self.recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
+        precision = self.recipe.train.precision
+        return digest(tensors | {"seeds": seeds}, self.description, model, rollout, precision)
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):
