@@ -154,4 +154,4 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
             f"and {steps} optimizer steps, got {count}"
         )
     if ranks > 1 and recipe.loss.centering == "batch":
-        raise UserError("loss.centering: expected prompt for several processes, got batch")
+        raise UserError("loss.centering: expected prompt or none for several processes, got batch")

@@ -124,7 +124,7 @@ class AdvantageConfig(Section):
 
 
 SETTINGS_OF = {  # those of one method alone
-    "crd": ("type", "temperature", "centering"),
+    "crd": ("type", "temperature", "centering", "centering_batch"),
     "awm": ("weighting", "clip_range", "old_kl_beta"),
 }
 
@@ -155,8 +155,12 @@ class LossConfig(Section):
     """`mse`, or `bce`: cross-entropy of the centered log-ratio and the reward."""
     temperature: float = Field(math.inf, gt=0, allow_inf_nan=True)
     """How much the best and worst of a group weigh in its baseline; infinite: all alike."""
-    centering: Literal["prompt", "batch"] = "prompt"
-    """`prompt` is the method. `batch` is for comparison: it mixes prompts."""
+    centering: Literal["prompt", "batch", "none"] = "prompt"
+    """`prompt` is the method. For comparison: `batch` mixes prompts, `none` takes log-ratios and rewards as
+    they are."""
+    centering_batch: int | None = Field(None, ge=1)
+    """How many samples in a row `batch` centers together, as trainers do that center what shares a
+    micro-batch; null: all of an optimizer step."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
     """Of `awm`'s matching error over noise levels."""
     clip_range: float | None = Field(None, gt=0)
@@ -170,6 +174,10 @@ class LossConfig(Section):
     def _ordered(self):
         if self.method == "crd" and self.reward_adaptive_kl and self.kl_min > self.kl_beta:
             raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
+        if self.centering_batch is not None and self.centering != "batch":
+            raise ValueError(
+                f"centering_batch: expected null with centering {self.centering}, got {self.centering_batch}"
+            )
         for method, names in SETTINGS_OF.items():
             for name in names if method != self.method else ():
                 value, default = getattr(self, name), type(self).model_fields[name].default

@@ -264,8 +264,8 @@ class Planner:
         of_step = math.ceil(prompts / recipe.train.steps_per_iteration) * timesteps * group
         unit = group
         if recipe.loss.centering == "batch":
-            unit = of_step
-        elif micro_batch >= group:
+            unit = group = min(recipe.loss.centering_batch or of_step, of_step)
+        if micro_batch >= group:
             unit = min(micro_batch // group * group, of_step)
         split = unit > micro_batch  # an uncoupled method's micro-batches go backward one by one, as two show
         count = 2 * micro_batch if split else unit

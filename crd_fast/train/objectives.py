@@ -33,6 +33,10 @@ class Objective(ABC):
     def __init__(self, loss: LossConfig, advantage_clip: float):
         self.loss, self.advantage_clip = loss, advantage_clip
 
+    def together(self, pairs: Pairs) -> torch.Tensor:
+        """(B,) ids, in runs, of the pairs that `coefficients` has to see at once where it is coupled."""
+        return pairs.group
+
     @abstractmethod
     def coefficients(
         self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
@@ -51,24 +55,28 @@ class Objective(ABC):
 class CRD(Objective):
     """Centered reward distillation: the regression of centered log-ratios on centered rewards."""
 
-    coupled = True
-
     def __init__(self, loss: LossConfig, advantage_clip: float):
         super().__init__(loss, advantage_clip)
-        self.adaptive_weighting = loss.adaptive_weighting
+        self.adaptive_weighting, self.coupled = loss.adaptive_weighting, loss.centering != "none"
+
+    def together(self, pairs):
+        if self.loss.centering != "batch":
+            return pairs.group
+        size = self.loss.centering_batch or len(pairs)
+        return torch.arange(len(pairs), device=pairs.group.device) // size
 
     def coefficients(self, stats, pairs, denominator):
         return crd_kernels.center(
             stats,
             pairs.advantage,
-            pairs.group,
+            pairs.together,
             beta=self.loss.beta,
             kl_beta=self.loss.kl_beta,
             kl_min=min(self.loss.kl_min, self.loss.kl_beta),
             reward_adaptive_kl=self.loss.reward_adaptive_kl,
             loss_type=self.loss.type,
             temperature=self.loss.temperature,
-            centering=self.loss.centering,
+            centering="none" if self.loss.centering == "none" else "prompt",
             advantage_clip=self.advantage_clip,
             kl_weight=pairs.anchor,
             denominator=denominator,

@@ -29,6 +29,8 @@ class Pairs:
     offset: torch.Tensor = None  # type: ignore[assignment]
     # (B,) int64, of the rollout's steps that which has this sigma
     step: torch.Tensor = None  # type: ignore[assignment]
+    # (B,) int64, runs of equal ids: pairs whose coefficients depend on one another, by default the group
+    together: torch.Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.policy is None:
@@ -37,6 +39,8 @@ class Pairs:
             object.__setattr__(self, "offset", torch.zeros_like(self.anchor, dtype=torch.float64))
         if self.step is None:
             object.__setattr__(self, "step", torch.zeros_like(self.sample))
+        if self.together is None:
+            object.__setattr__(self, "together", self.group)
 
     def __len__(self) -> int:
         return len(self.sample)

@@ -89,7 +89,7 @@ class Updater:
             without_term = (pairs.policy == 0) & (pairs.anchor == 0)
             without_term[0] &= not without_term.all()
             pairs = pairs[~without_term]
-        pairs = pairs.to(latents.device)
+        pairs = replace(pairs, together=self.objective.together(pairs)).to(latents.device)
         while True:
             try:
                 return self._accumulate(pairs, denominator)
@@ -110,11 +110,8 @@ class Updater:
         return {name: float(value) for name, value in totals.items()}
 
     def _units(self, pairs: Pairs) -> Iterator[Pairs]:
-        """Runs of whole groups that are centered together: as many as fit a micro-batch, at least one."""
-        if self.loss.centering == "batch":
-            yield pairs
-            return
-        _, sizes = torch.unique_consecutive(pairs.group, return_counts=True)
+        """Whole runs of what belongs together: as many as fit a micro-batch, at least one."""
+        _, sizes = torch.unique_consecutive(pairs.together, return_counts=True)
         start = stop = 0
         for size in sizes.tolist():
             if stop > start and stop + size - start > self.micro_batch.size:

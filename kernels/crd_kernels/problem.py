@@ -72,6 +72,7 @@ class Kind(NamedTuple):
     reward_adaptive_kl: bool = False
     bce: bool = False
     one_group: bool = False  # centering over all samples
+    uncentered: bool = False  # no centering at all
     tempered: bool = False  # the temperature is finite
     off_policy: bool = False  # losses of a probability ratio of policy to old
     clipped: bool = False  # that ratio is bounded

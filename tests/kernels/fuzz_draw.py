@@ -243,7 +243,7 @@ def _settings(dice, case):
         values["beta"] = dice.choice((1.0, 30.0, 0.01, 1000, 7.3))
         values["temperature"] = dice.choice((math.inf, math.inf, 0, 0.0, 1e-30, 1e-3, 0.1, 1, 50.0, 1e30))
         values["loss_type"] = dice.choice(("mse", "bce"))
-        values["centering"] = dice.choice(("prompt", "prompt", "batch"))
+        values["centering"] = dice.choice(("prompt", "prompt", "batch", "none"))
         values["adaptive_weighting"] = dice.random() < 0.5
         values["reward_adaptive_kl"] = dice.random() < 0.5
         if dice.random() < 0.5:

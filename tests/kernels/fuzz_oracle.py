@@ -140,6 +140,8 @@ def crd(case):
         r_g, a_g = r[members], a[members]
         weights = directions(a_g, x.get("temperature", math.inf))
         for p in weights:
+            if x.get("centering") == "none":
+                p = torch.zeros_like(p)
             r_c, a_c = r_g - (p * r_g.detach()).sum(), a_g - (p * a_g).sum()
             if x.get("loss_type", "mse") == "mse":
                 term = (beta * r_c - a_c).square()

@@ -84,7 +84,7 @@ def crd(
         members = [j for j in range(batch) if ids[j] == ids[i]]
         for sign in signs:
             weight = [math.exp(sign * a[j] / temperature) for j in members]
-            p = [x / sum(weight) for x in weight]
+            p = [0.0 if centering == "none" else x / sum(weight) for x in weight]
             rc = r[i] - sum(q * r[j].item() for q, j in zip(p, members))
             ac = a[i] - sum(q * a[j] for q, j in zip(p, members))
             if loss_type == "mse":

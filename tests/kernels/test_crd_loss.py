@@ -34,7 +34,7 @@ def compare(got, wanted, tolerance, keys=None):
 SETTINGS = [
     dict(zip(("loss_type", "temperature", "centering", "adaptive_weighting", "reward_adaptive_kl"), values))
     for values in itertools.product(
-        ("mse", "bce"), (math.inf, 0.5), ("prompt", "batch"), (True, False), (True, False)
+        ("mse", "bce"), (math.inf, 0.5), ("prompt", "batch", "none"), (True, False), (True, False)
     )
 ]
 

@@ -44,7 +44,7 @@ BAD = [
     ({"kl_min": -0.1}, ValueError, "kl_min: expected a number >= 0, got -0.1"),
     ({"advantage_clip": 0.0}, ValueError, "advantage_clip: expected a number > 0, got 0.0"),
     ({"loss_type": "l1"}, ValueError, "loss_type: expected one of 'mse', 'bce', got 'l1'"),
-    ({"centering": "rank"}, ValueError, "centering: expected one of 'prompt', 'batch', got 'rank'"),
+    ({"centering": "rank"}, ValueError, "centering: expected one of 'prompt', 'batch', 'none', got 'rank'"),
     ({"kl_weight": torch.zeros(3)}, ValueError, "kl_weight: expected shape (7,), got (3,)"),
     ({"denominator": 0}, ValueError, "denominator: expected a number > 0, got 0"),
     ({"beta": True}, TypeError, "beta: expected a number, got bool"),

@@ -18,6 +18,7 @@ SETTINGS = [
     {},
     {"temperature": 0.5, "loss_type": "bce"},
     {"centering": "batch"},
+    {"centering": "none"},
     {"kl_beta": 0.3, "reward_adaptive_kl": False},
 ]
 

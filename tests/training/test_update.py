@@ -18,8 +18,11 @@ from crd_fast.train.pairs import Pairs
 from tests.training.conftest import METHODS, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
 
 
-def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0):
-    """The loss's formulas for all pairs at once, written out, differentiated by autograd."""
+def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0, size=SAMPLES):
+    """The loss's formulas for all pairs at once, written out, differentiated by autograd.
+
+    size: how many pairs in a row are centered together, as a group of the setting is; None: nothing is.
+    """
     model, weights, pairs, latents, embeddings, empty = setting
     x0 = latents[pairs.sample].double()
     noise = seeded_noise(pairs.seed, SHAPE).double()
@@ -45,11 +48,14 @@ def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, c
 
     r = -(mean((policy - target) ** 2) / scale(policy) - mean((old - target) ** 2) / scale(old))
     a = (pairs.advantage.double().clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
-    delta = []
-    for group in pairs.group.unique():
-        member = pairs.group == group
-        delta.append(beta * (r[member] - r[member].mean().detach()) - (a[member] - a[member].mean()))
-    policy_loss = clip / beta * torch.cat(delta).square().mean()
+    delta = beta * r - a
+    if size is not None:
+        together, delta = torch.arange(len(pairs)) // size, []
+        for group in together.unique():
+            member = together == group
+            delta.append(beta * (r[member] - r[member].mean().detach()) - (a[member] - a[member].mean()))
+        delta = torch.cat(delta)
+    policy_loss = clip / beta * delta.square().mean()
     k = kl_min + a * (kl_beta - kl_min)
     loss = policy_loss + (k * mean((policy - reference) ** 2)).mean()
     model.transformer.zero_grad(set_to_none=True)
@@ -63,6 +69,40 @@ def test_gradient_is_that_of_the_whole_loss_at_any_micro_batch(setting, micro_ba
     metrics, gradient = gradients(setting, micro_batch)
     assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+CENTERING = {  # and how many pairs in a row are centered together
+    "prompt": ({}, SAMPLES),
+    "batch": ({"centering": "batch"}, 100),
+    "batch of a group": ({"centering": "batch", "centering_batch": SAMPLES}, SAMPLES),
+    "batch over prompts": ({"centering": "batch", "centering_batch": 9}, 9),
+    "batch of one": ({"centering": "batch", "centering_batch": 1}, 1),
+    "none": ({"centering": "none"}, None),
+}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 100])
+@pytest.mark.parametrize("name", CENTERING)
+def test_every_centering_is_its_formula_at_any_micro_batch(setting, name, micro_batch):
+    settings, size = CENTERING[name]
+    loss, expected = autograd_oracle(setting, size=size)
+    metrics, gradient = gradients(setting, micro_batch, **settings)
+    assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_group_is_the_batch_of_its_size_and_a_batch_of_one_teaches_nothing(setting):
+    alone = {"kl_beta": 0.0, "kl_min": 0.0}
+    _, prompt = gradients(setting, 4, **alone)
+    _, same = gradients(setting, 4, centering="batch", centering_batch=SAMPLES, **alone)
+    assert torch.equal(prompt, same)
+    _, nothing = gradients(setting, 4, centering="batch", centering_batch=1, **alone)
+    assert not nothing.any()
+
+
+def test_without_centering_the_policy_runs_once_at_any_micro_batch(setting):
+    gradients(setting, 1, centering="none")
+    assert setting[0].samples_run[True] == len(setting[2])
 
 
 def test_policy_gradient_at_micro_batch_one_is_not_zero(setting):
@@ -129,7 +169,7 @@ def test_uncoupled_methods_run_the_policy_once_and_old_where_they_need_it(settin
 
 
 @pytest.mark.parametrize("temperature", [float("inf"), 0.5])
-@pytest.mark.parametrize("centering", ["prompt", "batch"])
+@pytest.mark.parametrize("centering", ["prompt", "batch", "none"])
 @pytest.mark.parametrize("type", ["mse", "bce"])
 def test_micro_batch_does_not_matter_for_any_loss(setting, temperature, centering, type):
     settings = {"temperature": temperature, "centering": centering, "type": type}

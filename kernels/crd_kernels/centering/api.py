@@ -53,7 +53,8 @@ def center(
     be selected and nothing is, the uniform p. kl_beta = 0 switches the anchor off, whatever kl_min.
 
     stats: from `measure`, all samples of every group that appears. advantage: the raw A_i. group: any
-    integers, in any order, groups of any sizes. centering "batch" treats all samples as one group.
+    integers, in any order, groups of any sizes. centering "batch" treats all samples as one group; "none"
+    leaves out the sums over p, and temperature with them. Both are there for comparison.
     kl_weight multiplies k_i (an anchor evaluated for a random fraction f: mask / f). denominator replaces B
     in the means: with the B of the whole step, centering some of its groups at a time adds up to the whole.
 
@@ -110,14 +111,15 @@ def crd_settings(
     checks.number("temperature", temperature, at_least=0, infinite=True)
     checks.number("advantage_clip", advantage_clip, above=0)
     checks.choice("loss_type", loss_type, ("mse", "bce"))
-    checks.choice("centering", centering, ("prompt", "batch"))
+    checks.choice("centering", centering, ("prompt", "batch", "none"))
     kind = Kind(
         "crd",
         adaptive_weighting=bool(adaptive_weighting),
         reward_adaptive_kl=bool(reward_adaptive_kl),
         bce=loss_type == "bce",
         one_group=centering == "batch",
-        tempered=temperature != float("inf"),
+        uncentered=centering == "none",
+        tempered=temperature != float("inf") and centering != "none",
     )
     numbers = Numbers(
         guidance_scale=float(guidance_scale),

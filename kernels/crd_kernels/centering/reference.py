@@ -47,6 +47,8 @@ def center(
     policy_loss, slope = a.new_zeros(()), torch.zeros_like(a)  # slope: w_i = d policy_loss / d r_i
     for weight in weights:
         centers = groups.means(both, weight)[:, mine]
+        if kind.uncentered:
+            centers = torch.zeros_like(centers)
         loss, derivative = _terms(reward - centers[0], a - centers[1], numbers.beta, kind.bce)
         share = numbers.advantage_clip / numbers.beta / samples / len(weights)
         policy_loss = policy_loss + share * loss.sum()

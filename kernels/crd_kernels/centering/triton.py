@@ -97,11 +97,13 @@ def softmax_weight(a, top, temperature, direction):
 
 
 @triton.jit
-def crd_direction(sums, found, there, reward, a, beta, BCE: tl.constexpr, batch):
+def crd_direction(sums, found, there, reward, a, beta, BCE: tl.constexpr, UNCENTERED: tl.constexpr, batch):
     """One direction's terms and derivatives with respect to the rewards, from its group's three sums."""
-    weight = tl.load(sums + found, there, other=1.0)
-    r_centered = reward - tl.load(sums + batch + found, there, other=0.0) / weight
-    a_centered = a - tl.load(sums + 2 * batch + found, there, other=0.0) / weight
+    r_centered, a_centered = reward, a
+    if not UNCENTERED:
+        weight = tl.load(sums + found, there, other=1.0)
+        r_centered = reward - tl.load(sums + batch + found, there, other=0.0) / weight
+        a_centered = a - tl.load(sums + 2 * batch + found, there, other=0.0) / weight
     if BCE:
         logit, label = beta * r_centered, sigmoid64(a_centered)
         positive = tl.where(logit > 0, logit, 0.0)

@@ -10,7 +10,7 @@ from ..problem import METHODS, WEIGHTINGS, Kind, Numbers, Scalars
 from ..velocity.stats import OUTCOME, Stats
 from . import reference
 
-REALS, WORDS = ctypes.c_double * 9, ctypes.c_int64 * 22
+REALS, WORDS = ctypes.c_double * 9, ctypes.c_int64 * 23
 
 
 def finish(table, scalars: Scalars, kind: Kind, numbers: Numbers):

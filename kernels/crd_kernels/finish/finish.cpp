@@ -47,7 +47,7 @@ struct Vector {
 
 // As finish/cpu.py packs it.
 struct Call {
-  int64_t method, adaptive, adaptive_kl, bce, one_group, tempered, off_policy, clipped, third, weighting;
+  int64_t method, adaptive, adaptive_kl, bce, one_group, uncentered, tempered, off_policy, clipped, third, weighting;
   int64_t batch, use_double;
   Vector advantage, group, sigma, kl_weight, old_error;
 };
@@ -87,6 +87,7 @@ double add_direction(const Numbers& s, const Call& call, double tilt, double sha
     sum.reward += weight * reward[i];
     sum.a += weight * a[i];
   }
+  if (call.uncentered) sums.assign(1, {0, 1, 0, 0});
   double loss = 0;
   for (int64_t i = 0; i < batch; ++i) {
     const Sums& sum = sums[group[i]];
@@ -109,7 +110,7 @@ double center(const Numbers& s, const Call& call, const std::vector<double>& rew
               std::vector<double>& slope) {
   std::vector<int64_t> group(call.batch, 0);
   int64_t groups = 1;
-  if (!call.one_group) {  // numbered from 0 in order of appearance
+  if (!call.one_group && !call.uncentered) {  // numbered from 0 in order of appearance
     std::unordered_map<int64_t, int64_t> numbers;
     for (int64_t i = 0; i < call.batch; ++i)
       group[i] = numbers.try_emplace(call.group.integer(i), numbers.size()).first->second;

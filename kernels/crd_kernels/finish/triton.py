@@ -115,6 +115,7 @@ def conclude(
     ADAPTIVE: tl.constexpr,
     ADAPTIVE_KL: tl.constexpr,
     BCE: tl.constexpr,
+    UNCENTERED: tl.constexpr,
     TEMPERED: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -136,10 +137,12 @@ def conclude(
         elif METHOD == CRD:
             scale = tl.load(table + batch + sample, there, other=1.0).to(tl.float64)
             a, reward = unit_interval(advantage, sample, there, clip), wide(table, sample, there)
-            found = tl.load(first + sample, there, other=0)
-            term, slope = crd_direction(scratch, found, there, reward, a, beta, BCE, batch)
+            found = sample if UNCENTERED else tl.load(first + sample, there, other=0)
+            term, slope = crd_direction(scratch, found, there, reward, a, beta, BCE, UNCENTERED, batch)
             if TEMPERED:
-                other, slope2 = crd_direction(scratch + 3 * batch, found, there, reward, a, beta, BCE, batch)
+                other, slope2 = crd_direction(
+                    scratch + 3 * batch, found, there, reward, a, beta, BCE, UNCENTERED, batch
+                )
                 term, slope = (term + other) / 2, (slope + slope2) / 2
             share = clip / beta / samples
             term, c1 = share * term, -2 / elements * (share * slope) / scale
@@ -258,6 +261,7 @@ def finish_kernel(
     ADAPTIVE_KL: tl.constexpr,
     BCE: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    UNCENTERED: tl.constexpr,
     TEMPERED: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -286,20 +290,21 @@ def finish_kernel(
         if METHOD == CRD:
             scratch = work + scratch_at
             first = (scratch + 8 * batch).to(tl.pointer_type(tl.int32), bitcast=True)
-            sum_groups(
-                scratch,
-                first,
-                table,
-                advantage,
-                group,
-                batch,
-                slots,
-                clip,
-                temperature,
-                ONE_GROUP,
-                TEMPERED,
-                TILE,
-            )
+            if not UNCENTERED:
+                sum_groups(
+                    scratch,
+                    first,
+                    table,
+                    advantage,
+                    group,
+                    batch,
+                    slots,
+                    clip,
+                    temperature,
+                    ONE_GROUP,
+                    TEMPERED,
+                    TILE,
+                )
         conclude(
             loss,
             outcome,
@@ -323,6 +328,7 @@ def finish_kernel(
             ADAPTIVE,
             ADAPTIVE_KL,
             BCE,
+            UNCENTERED,
             TEMPERED,
             OFF_POLICY,
             CLIPPED,
