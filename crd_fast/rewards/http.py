@@ -14,7 +14,7 @@ import numbers
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,76 +31,44 @@ MAX_ANSWER = 2**20  # bytes
 CHECKED_AT_ONCE = 256  # prompts
 
 
-class HttpReward:
-    """Scores on a server.
+class JsonClient:
+    """Asks a server for JSON.
 
-    url: of the server, without a path's last part. token_env: name of the environment variable that holds
-    the token. timeout: seconds for one answer. retries: how often a request is repeated that got no
-    connection, no answer in time, or 502 to 504, after 0.5, 1, 2, ... 10 s or as long as the server says.
-    batch: images a request.
+    name: of the reward that asks, in messages. url: of the server, without a path's last part. token_env:
+    name of the environment variable that holds the token. timeout: seconds for one answer. retries: how
+    often a request is repeated that got no connection, no answer in time, or one of the statuses
+    `try_again`, after 0.5, 1, 2, ... 10 s or as long as the server says.
 
     Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense.
     """
 
     def __init__(
         self,
+        name: str,
         url: str,
-        token_env: str | None = None,
-        timeout: float = 120.0,
-        retries: int = 8,
-        batch: int = 16,
+        token_env: str | None,
+        timeout: float,
+        retries: int,
+        try_again: Collection[int] = TRY_AGAIN,
     ):
         parts = urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise UserError(f"reward http: url: expected http://HOST:PORT, got {url!r}")
-        if not timeout > 0 or retries < 0 or batch < 1:
-            got = f"{timeout}, {retries}, {batch}"
-            raise UserError(f"reward http: expected timeout > 0, retries >= 0 and batch >= 1, got {got}")
-        self.url, self.timeout, self.retries, self.batch = str(url).rstrip("/"), timeout, retries, batch
+            raise UserError(f"reward {name}: url: expected http://HOST:PORT, got {url!r}")
+        if not timeout > 0 or retries < 0:
+            raise UserError(f"reward {name}: expected timeout > 0 and retries >= 0, got {timeout}, {retries}")
+        self.name, self.url, self.timeout, self.retries = name, str(url).rstrip("/"), timeout, retries
+        self.try_again = try_again
         self.headers = {"Accept-Encoding": "identity"}
         if token_env is not None:
             self.headers["Authorization"] = f"Bearer {token_from(token_env)}"
         self._pool = urllib3.PoolManager(maxsize=8)
 
-    def setup(self, device: str) -> None:
-        """Waits until the server is ready, as long as the retries last."""
-        self._ask("GET", "/ready")
-
-    def check(self, metadata: list[dict]) -> None:
-        for start in range(0, len(metadata), CHECKED_AT_ONCE):
-            self._ask("POST", "/check", {"metadata": metadata[start : start + CHECKED_AT_ONCE]})
-
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(images), self.batch):
-            part = slice(start, start + self.batch)
-            answer = self._ask(
-                "POST",
-                "/score",
-                {
-                    "images": [encode(image) for image in images[part]],
-                    "prompts": list(prompts[part]),
-                    "metadata": list(metadata[part]),
-                },
-            )
-            scores += self._scores(answer, len(images[part]))
-        return scores
-
-    def _scores(self, answer, count: int) -> list[float]:
-        scores = answer.get("scores") if isinstance(answer, dict) else None
-        if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
-            raise UserError(
-                f'reward http: {self.url}: expected {{"scores": [{count} finite numbers]}}, got '
-                f"{_shortened(json.dumps(answer))}"
-            )
-        return scores
-
-    def _ask(self, method: str, path: str, content: dict | None = None):
+    def ask(self, method: str, path: str, content: dict | None = None) -> Any:
         """The answer's JSON, after as many tries as it takes and the settings allow."""
         try:
             body = None if content is None else json.dumps(content, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise UserError(f"reward http: metadata: expected what JSON can hold: {error}") from None
+            raise UserError(f"reward {self.name}: metadata: expected what JSON can hold: {error}") from None
         pause = FIRST_PAUSE
         for tries_left in reversed(range(self.retries + 1)):
             wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # clients that were turned away spread out
@@ -109,17 +77,20 @@ class HttpReward:
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 problem = self._problem(error)
             else:
-                if status not in TRY_AGAIN:
+                if status not in self.try_again:
                     return self._answered(status, answer)
                 problem = f"answered {status} {_detail(answer)}".rstrip()
                 if (headers.get("Retry-After") or "").isdecimal():
                     wait += min(float(headers["Retry-After"]), LONGEST_PAUSE)
             if not tries_left:
                 tried = f" (tried {self.retries + 1} times)" if self.retries else ""
-                raise UserError(f"reward http: {self.url}: {problem}{tried}")
+                raise self.error(f"{problem}{tried}")
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"reward {self.name}: {self.url}: {problem}")
 
     def _problem(self, error: Exception) -> str:
         late = isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError))
@@ -127,14 +98,14 @@ class HttpReward:
             return f"expected an answer within {self.timeout:g} s, got none"
         return f"cannot be reached ({_cause(error)})"
 
-    def _answered(self, status: int, answer: bytes):
+    def _answered(self, status: int, answer: bytes) -> Any:
         if status != 200:
-            raise UserError(f"reward http: {self.url}: refused with {status} {_detail(answer)}".rstrip())
+            raise self.error(f"refused with {status} {_detail(answer)}".rstrip())
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
-            got = _shortened(answer.decode("utf-8", "replace"))
-            raise UserError(f"reward http: {self.url}: expected JSON, got {got!r}") from None
+            got = shortened(answer.decode("utf-8", "replace"))
+            raise self.error(f"expected JSON, got {got!r}") from None
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """One request: status, headers and at most MAX_ANSWER bytes, all within the timeout."""
@@ -156,7 +127,7 @@ class HttpReward:
             while chunk := response.read1(65536):
                 answer += chunk
                 if len(answer) > MAX_ANSWER:
-                    raise UserError(f"reward http: {self.url}: expected at most {MAX_ANSWER} bytes, got more")
+                    raise self.error(f"expected at most {MAX_ANSWER} bytes, got more")
                 if time.monotonic() > deadline:
                     raise TimeoutError
         except BaseException:
@@ -164,6 +135,58 @@ class HttpReward:
             raise
         response.release_conn()
         return response.status, response.headers, answer
+
+
+class HttpReward:
+    """Scores on a server.
+
+    url, token_env, timeout, retries: see `JsonClient`; statuses 502 to 504 are tried again. batch: images a
+    request.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token_env: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 8,
+        batch: int = 16,
+    ):
+        if batch < 1:
+            raise UserError(f"reward http: batch: expected at least 1, got {batch}")
+        self.client, self.batch = JsonClient("http", url, token_env, timeout, retries), batch
+
+    def setup(self, device: str) -> None:
+        """Waits until the server is ready, as long as the retries last."""
+        self.client.ask("GET", "/ready")
+
+    def check(self, metadata: list[dict]) -> None:
+        for start in range(0, len(metadata), CHECKED_AT_ONCE):
+            self.client.ask("POST", "/check", {"metadata": metadata[start : start + CHECKED_AT_ONCE]})
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            answer = self.client.ask(
+                "POST",
+                "/score",
+                {
+                    "images": [encode(image) for image in images[part]],
+                    "prompts": list(prompts[part]),
+                    "metadata": list(metadata[part]),
+                },
+            )
+            scores += self._scores(answer, len(images[part]))
+        return scores
+
+    def _scores(self, answer, count: int) -> list[float]:
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
+            raise self.client.error(
+                f'expected {{"scores": [{count} finite numbers]}}, got {shortened(json.dumps(answer))}'
+            )
+        return scores
 
 
 def token_from(variable: str) -> str:
@@ -187,11 +210,13 @@ def _finite(score: Any) -> bool:
 
 
 def _detail(answer: bytes) -> str:
+    """What the server says is wrong: `detail` as ours has it, or `error.message` as OpenAI's does."""
     try:
-        detail = json.loads(answer)["detail"]
+        found = json.loads(answer)
+        detail = found["detail"] if "detail" in found else found["error"]["message"]
     except (ValueError, RecursionError, KeyError, TypeError):
         return ""
-    return _shortened(detail if isinstance(detail, str) else json.dumps(detail))
+    return shortened(detail if isinstance(detail, str) else json.dumps(detail))
 
 
 def _cause(error: BaseException) -> str:
@@ -205,6 +230,6 @@ def _cause(error: BaseException) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _shortened(text: str, length: int = 300) -> str:
+def shortened(text: str, length: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -37,6 +37,7 @@ REWARDS = {
     "aesthetic": "crd_fast.rewards.preference:Aesthetic",
     "hpsv2": "crd_fast.rewards.preference:HPSv2",
     "imagereward": "crd_fast.rewards.preference:ImageReward",
+    "vlm": "crd_fast.rewards.vlm:VLM",
     "http": "crd_fast.rewards.http:HttpReward",
 }
 CALL_IMAGES = 64

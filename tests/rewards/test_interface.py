@@ -162,7 +162,7 @@ def test_timeout_and_retries_are_the_engine_s_unless_the_reward_has_them(mine):
 def test_an_address_is_the_reward_that_is_served_there():
     reward, engine = load("http://127.0.0.1:8701", {"timeout": 5.0})
     assert type(reward).__name__ == "HttpReward" and engine == {}
-    assert (reward.url, reward.timeout) == ("http://127.0.0.1:8701", 5.0)
+    assert (reward.client.url, reward.client.timeout) == ("http://127.0.0.1:8701", 5.0)
 
 
 @pytest.mark.parametrize(
