@@ -165,9 +165,9 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             say(line)
     with console.status("loading torch"):
         from crd_fast.run.metrics import read_metrics
-        from crd_fast.run.observer import NOBODY
+        from crd_fast.run.observer import NOBODY, Observers
         from crd_fast.run.progress import Bars, before_and_after
-        from crd_fast.run.report import write_report
+        from crd_fast.run.report import Refresh, write_report
         from crd_fast.train.trainer import Trainer
         from crd_fast.weights import checkpoint
 
@@ -176,7 +176,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             recipe,
             output,
             resume,
-            observer=bars if main else NOBODY,
+            observer=Observers(bars, Refresh(output, recipe.train.iterations)) if main else NOBODY,
             row_flops=takes.plan.row_flops if takes else None,
         )
         bars.begin(trainer.iteration)

@@ -34,6 +34,9 @@ class Observer:
     def advance(self, count: int) -> None:
         """The innermost phase that has a total is `count` further."""
 
+    def evaluated(self, record: dict) -> None:
+        """An evaluation is done: its metrics, scores and grid are in the run's folder. At iteration 0 too."""
+
     def iteration_done(self, record: dict) -> None:
         """The iteration's metrics are known."""
 
@@ -68,6 +71,10 @@ class Observers(Observer):
     def advance(self, count: int) -> None:
         for observer in self.all:
             observer.advance(count)
+
+    def evaluated(self, record: dict) -> None:
+        for observer in self.all:
+            observer.evaluated(record)
 
     def iteration_done(self, record: dict) -> None:
         for observer in self.all:

@@ -383,6 +383,7 @@ class Trainer:
             evaluation.save(guided, samples, "guided_base", guided_base_path(self.output))
         self._log(record, grid)
         self.checkpoints.evaluated(record)
+        self.observer.evaluated(record)
 
     def _guided_base(self, evaluation: Evaluation) -> Evaluated | None:
         """Before training, what the pretrained model does with guidance, where the recipe asks for it."""

@@ -56,9 +56,13 @@ def test_loads_nothing(full):
 
 
 def test_tiles_are_cut_right(full):
-    """24 of 32 prompts, each beside its own caption: the colour in the tile is the colour in the prompt."""
-    assert len(full.images) == 48
-    before, after = full.images[0::2], full.images[1::2]
+    """24 of 32 prompts, each beside its own caption: the colour in the tile is the colour in the prompt.
+
+    The first grid, and beside it the two others, of which one is chosen.
+    """
+    assert len(full.images) == 72
+    before, after = full.images[0::3], full.images[2::3]
+    assert all(image["alt"].startswith("Iteration 20: a photo of") for image in full.images[1::3])
     wrong = 0
     for pair in zip(before, after):
         found = []

@@ -19,8 +19,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from crd_fast.run.report.held_out import Judged, compared
-from crd_fast.run.report.run import PHASES, Run, series
+from crd_fast.run.metrics import GUIDED_BASE
+from crd_fast.run.report.held_out import Judged, compared, guidance_scale
+from crd_fast.run.report.run import PHASES, Run, number, series
 from crd_fast.run.report.words import label
 from crd_fast.run.scores import deviation, measure_of
 
@@ -60,6 +61,7 @@ def svg(draw: Callable[[Figure, Run], None], run: Run, name: str) -> Markup:
         r'<svg .*?(viewBox="[^"]*").*?>', r"<svg \1>", text[text.index("<svg") :], count=1, flags=re.DOTALL
     )
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--font)", text).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     for marker in (' id="', "url(#", 'href="#'):
         text = text.replace(marker, f"{marker}{name}-")
     for drawn, css in CSS_COLORS.items():
@@ -90,6 +92,11 @@ def draw_heldout(figure: Figure, run: Run) -> None:
         x, y = series(rows, "iteration"), series(rows, f"eval/{name}")
         bars = {"yerr": errors if any(errors) else None, "color": color, "marker": marker, **ERROR_BARS}
         axes.errorbar(x, y, label=label(name).lower(), **bars)
+    main = (names or ["reward_mean"])[0]
+    guided = number(rows[0], f"{GUIDED_BASE}{main}")
+    if math.isfinite(guided):
+        said = f"base, guidance {guidance_scale(run):g}"
+        axes.axhline(guided, color=THIRD, linewidth=1.4, linestyle="--", label=said)
     _legend(axes)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
-from crd_fast.run.scores import Comparison, compare_metric, deviation, gap, mean_of, measure_of
+from crd_fast.run.scores import LEVEL, Comparison, compare_metric, deviation, gap, mean_of, measure_of
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 REWARD = "reward_mean"
@@ -19,13 +20,15 @@ REWARD = "reward_mean"
 class Change:
     """A held-out quantity at the first and the last evaluation.
 
-    compared: by single pictures; None where the run has not kept what they got.
+    compared: by single pictures; None where the run has not kept what they got. guided: the same quantity of
+    the base with guidance, and what the last evaluation differs from it by; None where it was not measured.
     """
 
     name: str
     before: float
     after: float
     compared: Comparison | None = None
+    guided: Change | None = None
 
     @property
     def difference(self) -> float:
@@ -82,7 +85,22 @@ def change_of(run: Run, name: str) -> Change | None:
     before, after = number(first, f"eval/{name}"), number(last, f"eval/{name}")
     if not math.isfinite(before + after):
         return None
-    return Change(name, before, after, compared(run, first["iteration"], last["iteration"], name))
+    both = compared(run, first["iteration"], last["iteration"], name)
+    return Change(name, before, after, both, against_guided_base(run, name))
+
+
+def against_guided_base(run: Run, name: str) -> Change | None:
+    """From the base with guidance to the last evaluation; None where it was not measured."""
+    first, last = ends(run)
+    base, now = number(first, f"{GUIDED_BASE}{name}"), number(last, f"eval/{name}")
+    if not math.isfinite(base + now):
+        return None
+    return Change(name, base, now, compare_metric(run.guided_base, run.scores.get(last["iteration"]), name))
+
+
+def guidance_scale(run: Run) -> float:
+    """Of the base with guidance; NaN where it was not measured."""
+    return number(run.evaluated[0], f"{GUIDED_BASE}guidance_scale") if run.evaluated else math.nan
 
 
 def compared(run: Run, first: int, last: int, name: str) -> Comparison | None:
@@ -90,6 +108,16 @@ def compared(run: Run, first: int, last: int, name: str) -> Comparison | None:
     if first == last:
         return None
     return compare_metric(run.scores.get(first), run.scores.get(last), name)
+
+
+def best_before(run: Run, name: str) -> tuple[int, Comparison] | None:
+    """The best evaluation's iteration and how the last differs from it.
+
+    None where the last is no worse, or by no more than the best of so many is better than it by chance.
+    """
+    best = max(run.evaluated, key=lambda row: number(row, f"eval/{name}"))
+    both = compared(run, best["iteration"], ends(run)[1]["iteration"], name)
+    return (best["iteration"], both) if both is not None and both.p < LEVEL / len(run.evaluated) else None
 
 
 def standard_error(run: Run, iteration: int, name: str) -> float | None:
@@ -182,25 +210,22 @@ def base_note(run: Run) -> str:
 def _guided_base_note(run: Run) -> str:
     """The base with guidance beside the last evaluation; nothing where it was not measured."""
     first, last = ends(run)
-    scale = number(first, f"{GUIDED_BASE}guidance_scale")
-    name = next((n for n in ("overall", REWARD) if f"{GUIDED_BASE}{n}" in first and f"eval/{n}" in last), "")
-    if not name or not math.isfinite(scale):
+    found = (against_guided_base(run, name) for name in ("overall", REWARD))
+    change, scale = next((one for one in found if one), None), guidance_scale(run)
+    if change is None or not math.isfinite(scale):
         return ""
-    base, now = number(first, f"{GUIDED_BASE}{name}"), number(last, f"eval/{name}")
-    both = compare_metric(run.guided_base, run.scores.get(last["iteration"]), name)
-    error = None if both is None or math.isnan(both.error) else both.error
-    places = digits(error)
-    what = "correctness" if name == "overall" else label(name).lower()
-    said = f" The base with guidance scale {scale:g} and the same seeds has {what} {base:.{places}f}"
+    places = digits(change.error)
+    what = "correctness" if change.name == "overall" else label(change.name).lower()
+    said = f" The base with guidance scale {scale:g} and the same seeds has {what} {change.before:.{places}f}"
     if last is first:
         return f"{said}."
-    size = signed(now - base, places)
-    if both is None or error is None:
+    size = signed(change.difference, places)
+    if change.error is None:
         return f"{said}; iteration {last['iteration']} differs from it by {size}."
-    sure = "" if both.significant else ", which cannot be told from no difference"
+    sure = ", which cannot be told from no difference" if change.direction == "same" else ""
     return (
         f"{said}; iteration {last['iteration']} differs from it by {size} (standard error "
-        f"{error:.{places}f}{sure})."
+        f"{change.error:.{places}f}{sure})."
     )
 
 
@@ -256,3 +281,15 @@ def _behind(run: Run, name: str) -> tuple[float | None, Comparison | None]:
     rise = None if size is None else both.difference / size
     behind = None if name == REWARD else gap(scores, run.scores[last], "reward", measure)
     return rise, behind
+
+
+def exploited(found: Sequence[Change], judges: Sequence[Judged]) -> tuple[Change, list[Judged]] | None:
+    """What the run is to raise, where it rose, and the judges that fell; None where none did."""
+    measures = [
+        *(change for change in found if change.name == "overall"),
+        *(row.change for row in judges[:1]),
+    ]
+    risen = next((change for change in measures if change.direction == "up"), None)
+    others = [row for row in judges if not row.trained]
+    fallen = [row for row in others if row.change.fell(among=len(others))]
+    return (risen, fallen) if risen and fallen else None

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 
-from crd_fast.run.report.held_out import NOT_CATEGORIES, Change, Judged, compared, ends, trained_on
+from crd_fast.run.report.held_out import (
+    NOT_CATEGORIES,
+    Change,
+    Judged,
+    best_before,
+    ends,
+    exploited,
+    trained_on,
+)
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import digits, label, sentence
-from crd_fast.run.scores import LEVEL
 
 
 def warnings(run: Run, found: list[Change], judges: list[Judged]) -> list[str]:
@@ -47,23 +54,19 @@ def _not_paired(run: Run) -> list[str]:
 
 def _hacking(found: list[Change], judges: list[Judged]) -> list[str]:
     """What the reward does not ask for fell while it rose."""
-    if not judges:
+    both = exploited(found, judges)
+    if both is None:
         return []
-    measures = [*(change for change in found if change.name == "overall"), judges[0].change]
-    risen = next((change for change in measures if change.direction == "up"), None)
-    if risen is None:
-        return []
-    others = [row for row in judges if not row.trained]
+    risen, fallen = both
     said = []
-    for row in others:
-        if row.change.fell(among=len(others)):
-            clean = row.change.name == "clean"
-            said.append(
-                f"{'Clean correctness' if clean else f'Judge {row.label}'} fell by {_size(row.change)} while "
-                f"{'overall correctness' if risen.name == 'overall' else 'the reward'} rose by "
-                f"{_size(risen)}: possible reward hacking."
-                f"{' Look for extra objects in the samples.' if clean else ''}"
-            )
+    for row in fallen:
+        clean = row.change.name == "clean"
+        said.append(
+            f"{'Clean correctness' if clean else f'Judge {row.label}'} fell by {_size(row.change)} while "
+            f"{'overall correctness' if risen.name == 'overall' else 'the reward'} rose by "
+            f"{_size(risen)}: possible reward hacking."
+            f"{' Look for extra objects in the samples.' if clean else ''}"
+        )
     return said
 
 
@@ -93,10 +96,9 @@ def _training_warnings(run: Run, found: list[Change]) -> list[str]:
 
 
 def _better_before(run: Run, main: Change) -> list[str]:
-    """The best evaluation, where it is better than the last by more than the best of so many is by chance."""
-    best = max(run.evaluated, key=lambda row: number(row, f"eval/{main.name}"))
-    both = compared(run, best["iteration"], ends(run)[1]["iteration"], main.name)
-    if both is None or not both.p < LEVEL / len(run.evaluated):
+    found = best_before(run, main.name)
+    if found is None:
         return []
+    iteration, both = found
     lost = f"{-both.difference:.{digits(both.error)}f}"
-    return [f"The evaluation at iteration {best['iteration']} was {lost} better than the last."]
+    return [f"The evaluation at iteration {iteration} was {lost} better than the last."]
