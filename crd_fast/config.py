@@ -112,12 +112,16 @@ class Recipe(Section):
         """Raises UserError where the defaults, of a world that ships, meet another model."""
         prompts, rewards = {}, {}
         if trains:
-            prompts["rollout.prompts"], rewards["rewards"] = self.rollout.prompts, self.rewards
+            prompts["rollout.prompts"], rewards["rewards"] = list(self.rollout.prompt_lists), self.rewards
         if evaluates:
-            prompts["evaluate.prompts"] = self.evaluate.prompts
+            prompts["evaluate.prompts"] = [self.evaluate.prompts]
             rewards |= {"rewards": self.rewards, "eval_rewards": self.eval_rewards}
         foreign = [key for key, names in rewards.items() if any(name in WORLD_REWARDS for name in names)]
-        foreign += [key for key, name in prompts.items() if name.removesuffix("-heldout") in WORLDS]
+        foreign += [
+            key
+            for key, names in prompts.items()
+            if any(name.removesuffix("-heldout") in WORLDS for name in names)
+        ]
         if foreign and self.model.path not in WORLDS:
             off = " (or evaluate.every: 0)" if trains and "evaluate.prompts" in foreign else ""
             raise UserError(

@@ -18,7 +18,7 @@ from crd_fast.errors import UserError
 from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
-from crd_fast.prompts.source import PromptSource
+from crd_fast.prompts.lists import evaluation_prompts, training_prompts
 from crd_fast.worlds import WORLDS
 
 EFFICIENCY = 0.4  # of the peak, where nobody says otherwise: an assumption
@@ -230,7 +230,7 @@ def reward_seconds(name: str, value: Any) -> float:
 def _evaluated(recipe: Recipe) -> int:
     """Pictures of an evaluation; 0 where its prompts cannot be read here."""
     try:
-        entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        entries = evaluation_prompts(recipe)
     except UserError:
         return 0
     return len(entries) * recipe.evaluate.samples_per_prompt
@@ -243,7 +243,7 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
     rollout, iterations = recipe.rollout, recipe.train.iterations
     found = {""}
     try:
-        source = PromptSource(rollout.prompts)
+        source = training_prompts(recipe)
         if len(source.entries()) <= rollout.prompts_per_iteration * iterations:
             found.update(entry["prompt"] for entry in source.entries())
         else:
@@ -251,7 +251,7 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
                 drawn = source.draw(rollout.prompts_per_iteration, recipe.train.seed, iteration)
                 found.update(entry["prompt"] for entry in drawn)
         if recipe.evaluate.every:
-            evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+            evaluated = evaluation_prompts(recipe)
             found.update(entry["prompt"] for entry in evaluated)
     except UserError:
         return None

@@ -13,7 +13,8 @@ from PIL import Image
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.prompts.source import PromptSource
+from crd_fast.prompts.lists import evaluation_prompts
+from crd_fast.prompts.source import same_prompt
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.metrics import GUIDED_BASE
@@ -53,7 +54,7 @@ class HeldOut:
 
     def __init__(self, recipe: Recipe, rewards: Rewards):
         recipe.check_own(trains=False, evaluates=True)
-        self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        self.entries = evaluation_prompts(recipe)
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
         self.asked = [(self.entries, rewards), (self.entries, self.judges)]
         for entries, judge in self.asked:
@@ -185,11 +186,6 @@ def guided_base_metrics(metrics: dict[str, float], guidance_scale: float | None)
         if name.startswith("eval/") and name != "eval/images"
     }
     return found | {f"{GUIDED_BASE}guidance_scale": float(guidance_scale or 1)}
-
-
-def same_prompt(prompt: str) -> str:
-    """Alike for prompts that differ in case and white space alone."""
-    return " ".join(prompt.split()).casefold()
 
 
 def tile(images: np.ndarray, columns: int = GRID_COLUMNS) -> np.ndarray:

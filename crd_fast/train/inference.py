@@ -101,6 +101,7 @@ class Source:
         if untrained and self.recipe.model.path == other.recipe.model.path:
             values["model"] = wanted["model"] | {"init_lora": None}
         values |= {key: wanted[key] for key in ("rewards", "eval_rewards", "evaluate")}
+        values["rollout"]["prompts"] = wanted["rollout"]["prompts"]  # of which some may be held out
         values["rollout"]["resolution"] = wanted["rollout"]["resolution"]
         values["train"]["precision"] = wanted["train"]["precision"]
         return replace(self, recipe=build_recipe(values))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 
 from crd_fast.config import Recipe
-from crd_fast.prompts.source import PromptSource
+from crd_fast.prompts.lists import notes, training_prompts
 from crd_fast.ranks import Ranks, own_prompts
 from crd_fast.run.observer import Observer
+
+logger = logging.getLogger("crd_fast")
 
 ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
 
@@ -23,7 +26,9 @@ class IterationPrompts:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, observer: Observer):
         self.recipe, self.observer = recipe, observer
-        self.source = PromptSource(recipe.rollout.prompts)
+        self.source = training_prompts(recipe)
+        for note in notes(recipe) if ranks.main else ():
+            logger.warning("%s", note)
         self.count = recipe.rollout.prompts_per_iteration
         self.shares = np.array_split(np.arange(self.count), recipe.train.steps_per_iteration)
         by_rank = [own_prompts(self.shares, rank, ranks.count) for rank in range(ranks.count)]
