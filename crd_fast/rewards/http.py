@@ -70,8 +70,8 @@ class HttpReward:
         for start in range(0, len(metadata), CHECKED_AT_ONCE):
             self._ask("POST", "/check", {"metadata": metadata[start : start + CHECKED_AT_ONCE]})
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
-        scores: list[float] = []
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
+        scores: list[float | None] = []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             answer = self._ask(
@@ -86,11 +86,11 @@ class HttpReward:
             scores += self._scores(answer, len(images[part]))
         return scores
 
-    def _scores(self, answer, count: int) -> list[float]:
+    def _scores(self, answer, count: int) -> list[float | None]:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
             raise UserError(
-                f'reward http: {self.url}: expected {{"scores": [{count} finite numbers]}}, got '
+                f'reward http: {self.url}: expected {{"scores": [{count} finite numbers or null]}}, got '
                 f"{_shortened(json.dumps(answer))}"
             )
         return scores
@@ -182,6 +182,9 @@ def encode(image: np.ndarray) -> str:
 
 
 def _finite(score: Any) -> bool:
+    """Or null, of an image that is not scored."""
+    if score is None:
+        return True
     number = isinstance(score, numbers.Real) and not isinstance(score, bool)
     return number and math.isfinite(score)
 

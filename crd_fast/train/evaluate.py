@@ -58,9 +58,9 @@ class HeldOut:
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
         self.asked = [(self.entries, rewards), (self.entries, self.judges)]
         for entries, judge in self.asked:
-            judge.check(entries)
+            judge.check(entries, every=judge is rewards)
         if recipe.eval_rewards:
-            self.judges.try_out(self.entries[0], recipe.rollout.resolution)
+            self.judges.try_out(self.entries, recipe.rollout.resolution)
 
 
 @dataclass(frozen=True)

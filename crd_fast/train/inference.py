@@ -18,6 +18,7 @@ from crd_fast.models import load_model
 from crd_fast.models.base import FlowModel
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
+from crd_fast.rewards.scoring import with_none
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
@@ -170,7 +171,7 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     first = sources[0].recipe
     rewards = Rewards(first.rewards)
     held_out = HeldOut(first, rewards)
-    rewards.try_out(held_out.entries[0], first.rollout.resolution, first.evaluate.samples_per_prompt)
+    rewards.try_out(held_out.entries, first.rollout.resolution, first.evaluate.samples_per_prompt)
     for source in sources:
         model = source.load(entry["prompt"] for entry in held_out.entries)
         check_lengths(model.prompt_reader, held_out.asked)
@@ -240,6 +241,6 @@ def sample_grid(
     scores = judges.score(images, of_each) if rewards else {}
     return [
         {"prompt": entry["prompt"], "seed": int(seeds[i])}
-        | ({"scores": {name: float(of[i]) for name, of in scores.items()}} if rewards else {})
+        | ({"scores": {name: with_none(of[i : i + 1])[0] for name, of in scores.items()}} if rewards else {})
         for i, entry in enumerate(of_each)
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from crd_fast.config import Recipe
 from crd_fast.prompts.lists import notes, training_prompts
 from crd_fast.ranks import Ranks, own_prompts
+from crd_fast.rewards.registry import unscored
 from crd_fast.run.observer import Observer
 
 logger = logging.getLogger("crd_fast")
@@ -43,6 +44,13 @@ class IterationPrompts:
         """This rank's prompts of an iteration, with their metadata."""
         drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
         return [drawn[prompt] for prompt in self.own]
+
+    def check_scored(self, scores_PK: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Raises UserError for a prompt of an iteration whose samples no reward has scored."""
+        left_P = np.all([np.isnan(of).all(axis=1) for of in scores_PK.values()], axis=0)
+        if left_P.any():
+            drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
+            raise unscored(drawn[int(left_P.argmax())]["prompt"])
 
     def texts(self, begin: int, end: int) -> Iterator[str]:
         """This rank's prompts of the iterations `begin` to `end`, as far as the run goes."""

@@ -36,7 +36,7 @@ def check_lengths(
         if rewards.can_check:
             for entry in (entry for entry in entries if entry["prompt"] in cut):
                 try:
-                    rewards.check([{**entry, "prompt": reader.read(entry["prompt"])}])
+                    rewards.check_cut(entry, reader.read(entry["prompt"]))
                 except UserError as error:
                     raise UserError(
                         f"prompts: one of {cut[entry['prompt']]} tokens is truncated to {room} "

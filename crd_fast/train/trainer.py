@@ -21,7 +21,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
-from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.rewards.advantage import advantages, combine, kinds
 from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
@@ -92,7 +92,7 @@ class Trainer:
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
         self.rewards.try_out(
-            self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
+            self.prompts.entries(), recipe.rollout.resolution, recipe.rollout.samples_per_prompt
         )
         evaluated = held_out.entries if held_out else []
         now = [*(entry["prompt"] for entry in evaluated), *self.prompts.texts(begin, begin + 1)]
@@ -239,9 +239,10 @@ class Trainer:
             embeddings, latents_N = self._rollout(scoring)
             clock.append(time.perf_counter())
             scores_PK = self._scores(scoring)
+            self.prompts.check_scored(scores_PK, self.iteration)
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
-        advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
+        advantage_PK = advantages(reward_PK, self.recipe.advantage.std, kinds(scores_PK))
         updates = self._update(latents_N, advantage_PK, embeddings)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
