@@ -137,6 +137,17 @@ class Recipe(Section):
             return None
         return scale
 
+    @property
+    def guides_training(self) -> bool:
+        """Whether the rollout or the anchor's reference is guided."""
+        anchored = self.loss.anchored and self.loss.guidance_scale > 1
+        return self.rollout.guidance_scale > 1 or anchored
+
+    @property
+    def guides_evaluation(self) -> bool:
+        """Whether an evaluation's pictures, or those of the base at the start, are guided."""
+        return self.evaluate.guidance_scale > 1 or self.guided_base is not None
+
     def training_steps(self) -> list[int]:
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the
         denoising, or of these the noisier half.

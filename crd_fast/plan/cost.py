@@ -15,6 +15,7 @@ from typing import Any
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.negative import texts
 from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
@@ -245,14 +246,14 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
     try:
         source = training_prompts(recipe)
         if len(source.entries()) <= rollout.prompts_per_iteration * iterations:
-            found.update(entry["prompt"] for entry in source.entries())
+            found.update(texts(source.entries(), recipe.guides_training))
         else:
             for iteration in range(iterations):
                 drawn = source.draw(rollout.prompts_per_iteration, recipe.train.seed, iteration)
-                found.update(entry["prompt"] for entry in drawn)
+                found.update(texts(drawn, recipe.guides_training))
         if recipe.evaluate.every:
             evaluated = evaluation_prompts(recipe)
-            found.update(entry["prompt"] for entry in evaluated)
+            found.update(texts(evaluated, recipe.guides_evaluation))
     except UserError:
         return None
     return len(found)

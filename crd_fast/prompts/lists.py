@@ -158,6 +158,13 @@ def notes(recipe: Recipe) -> Iterator[str]:
             many = "prompt stands" if len(both) == 1 else "prompts stand"
             yield f"warning: {len(both)} {many} in {name} and in {seen[both[0]]}: {_short(both[0])}"
         seen |= {prompt: name for prompt in own if prompt not in seen}
+    if not (recipe.guides_training or recipe.guides_evaluation):
+        read = (entry for name in files for entry in PromptSource(name).entries())
+        if any(entry.get("negative_prompt") for entry in read):
+            yield (
+                "warning: negative prompts do nothing without guidance (loss.guidance_scale, "
+                "rollout.guidance_scale, evaluate.guidance_scale)"
+            )
     if recipe.evaluate.every and not splits(recipe):
         evaluated = dict.fromkeys(same_prompt(entry["prompt"]) for entry in evaluation_prompts(recipe))
         if both := [prompt for prompt in evaluated if prompt in seen]:

@@ -1,5 +1,7 @@
 """Where prompts come from: the built-in world, GenEval's categories, a generator of written words, or a file.
 
+`negative_prompt` beside a prompt is what guidance leads away from, in place of the empty prompt.
+
 A file is UTF-8 and one of: `.jsonl`, one object a line with `prompt` and whatever metadata the reward needs,
 as GenEval's files are; `.json`, a list of such objects or of texts; `.csv` or `.tsv`, a table with a column
 `prompt`, its other columns metadata as text; `.txt`, one prompt a line, empty lines skipped.
@@ -191,7 +193,12 @@ def _entry(entry: Any, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         got = repr(entry)[:60]
         raise UserError(f"prompts: {where}: expected an object with a `prompt`, got {got}")
-    if any("\ud800" <= c <= "\udfff" for c in entry["prompt"]):  # JSON can say it, no tokenizer takes it
+    if not isinstance(entry.get("negative_prompt") or "", str):
+        raise UserError(
+            f"prompts: {where}: negative_prompt: expected text, got {entry['negative_prompt']!r:.60}"
+        )
+    texts = entry["prompt"] + (entry.get("negative_prompt") or "")
+    if any("\ud800" <= c <= "\udfff" for c in texts):  # JSON can say it, no tokenizer takes it
         raise UserError(f"prompts: {where}: expected text, got half a pair of surrogates")
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
         try:

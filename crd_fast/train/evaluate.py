@@ -13,6 +13,7 @@ from PIL import Image
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.negative import encode_negatives
 from crd_fast.prompts.lists import evaluation_prompts
 from crd_fast.prompts.source import same_prompt
 from crd_fast.ranks import Ranks
@@ -98,7 +99,7 @@ class Evaluation:
         entries, self.judges = held_out.entries, held_out.judges
         self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
-        self.empty = model.encode_prompts([""])
+        self.empty = encode_negatives(model, entries if recipe.guides_evaluation else [{}])
         self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
         self.seeds = seed_table(seed, count=len(self.metadata))
         known = None if trained is None else {same_prompt(prompt) for prompt in trained}

@@ -16,6 +16,7 @@ from crd_fast.config import Recipe, build_recipe, load_recipe, recipe_names, rec
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.models.base import FlowModel
+from crd_fast.models.negative import encode_negatives, probe, texts
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
 from crd_fast.rewards.scoring import with_none
@@ -173,7 +174,8 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     held_out = HeldOut(first, rewards)
     rewards.try_out(held_out.entries, first.rollout.resolution, first.evaluate.samples_per_prompt)
     for source in sources:
-        model = source.load(entry["prompt"] for entry in held_out.entries)
+        asked_for = held_out.entries
+        model = source.load([*texts(asked_for, source.recipe.guides_evaluation), *probe(asked_for)])
         check_lengths(model.prompt_reader, held_out.asked)
         micro_batch = resolve_micro_batch(source.recipe.rollout.micro_batch)
         evaluation = Evaluation(
@@ -215,21 +217,21 @@ def sample_grid(
         values["rollout"]["resolution"] = size
         found = replace(found, recipe=build_recipe(values))
     entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts, recipe = [entry["prompt"] for entry in entries], found.recipe
-    judges = Rewards(rewards or {})
-    judges.check(entries)
-    model = found.load(texts)
-    check_lengths(model.prompt_reader, [(entries, judges)])
+    recipe = found.recipe
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    sampling = Sampling.of(
-        recipe, config, model.encode_prompts([""]), resolve_micro_batch(recipe.rollout.micro_batch)
-    )
-    seeds = seed_table(seed, count=len(texts) * samples)
+    guided = config.guidance_scale > 1
+    judges = Rewards(rewards or {})
+    judges.check(entries)
+    model = found.load([*texts(entries, guided), *probe(entries)])
+    check_lengths(model.prompt_reader, [(entries, judges)])
+    away = encode_negatives(model, entries if guided else [{}])
+    sampling = Sampling.of(recipe, config, away, resolve_micro_batch(recipe.rollout.micro_batch))
+    seeds = seed_table(seed, count=len(entries) * samples)
     latents = generate(
         model,
-        model.encode_prompts(texts),
-        torch.arange(len(texts)).repeat_interleave(samples),
+        model.encode_prompts([entry["prompt"] for entry in entries]),
+        torch.arange(len(entries)).repeat_interleave(samples),
         seeds,
         sampling,
     )

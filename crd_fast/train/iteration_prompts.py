@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from crd_fast.config import Recipe
+from crd_fast.models.negative import texts
 from crd_fast.prompts.lists import notes, training_prompts
 from crd_fast.ranks import Ranks, own_prompts
 from crd_fast.rewards.registry import unscored
@@ -53,9 +54,10 @@ class IterationPrompts:
             raise unscored(drawn[int(left_P.argmax())]["prompt"])
 
     def texts(self, begin: int, end: int) -> Iterator[str]:
-        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes."""
+        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes, and their negative
+        ones where they are needed."""
         for iteration in range(begin, min(end, self.recipe.train.iterations)):
-            yield from (entry["prompt"] for entry in self.drawn(iteration))
+            yield from texts(self.drawn(iteration), self.recipe.guides_training)
 
     def ahead(self, begin: int) -> Iterator[str]:
         """Those from `begin` on, as many as are encoded at a time.
