@@ -315,6 +315,10 @@ class EvaluateConfig(Section):
     guided_base: bool = True
     """The base is evaluated once more before training, with `loss.guidance_scale`, where that differs: what
     the trained model has to be better than."""
+    weights: Literal["policy", "sampler", "old"] = "policy"
+    """Whose pictures these are, and which weights checkpoints and exports hold for use elsewhere: the
+    policy's, or an average of them that moves as slowly as `snapshots` says. `sampler` is an EMA of the
+    policy."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
 

@@ -82,13 +82,19 @@ class Source:
         return cls(recipe, folder)
 
     def load(self, prompts: Iterable[str] = ()) -> FlowModel:
-        """The model with the policy's weights active. prompts: those that will be needed."""
+        """The model with the trained weights active, those that `evaluate.weights` names.
+
+        prompts: those that will be needed.
+        """
         if self.lora is not None and not self.lora.is_file():
             raise UserError(f"--lora {self.lora}: no such file")
         model = load_model(self.recipe, prompts)
         if self.folder is not None:
             checkpoint.check_same_model(checkpoint.read_state(self.folder), model, self.folder)
-            checkpoint.load(self.folder, make_weights(model, self.recipe))
+            weights = make_weights(model, self.recipe)
+            checkpoint.load(self.folder, weights)
+            if self.recipe.evaluate.weights != "policy":
+                weights.become(self.recipe.evaluate.weights)
         if self.lora is not None:
             LoraWeights.of_file(model.transformer, self.lora, model.lora_loader, model.device)
         return model
@@ -103,6 +109,7 @@ class Source:
         if untrained and self.recipe.model.path == other.recipe.model.path:
             values["model"] = wanted["model"] | {"init_lora": None}
         values |= {key: wanted[key] for key in ("rewards", "eval_rewards", "evaluate")}
+        values["evaluate"] = values["evaluate"] | {"weights": self.recipe.evaluate.weights}
         values["rollout"]["prompts"] = wanted["rollout"]["prompts"]  # of which some may be held out
         values["rollout"]["resolution"] = wanted["rollout"]["resolution"]
         values["train"]["precision"] = wanted["train"]["precision"]

@@ -347,7 +347,8 @@ class Trainer:
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         started = time.perf_counter()
         try:
-            with self.observer.phase("evaluation", len(evaluation)):
+            used = self.weights.use(self.recipe.evaluate.weights)
+            with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
             seconds = {"seconds_eval": time.perf_counter() - started}
             guided = self._guided_base(evaluation)
