@@ -112,12 +112,16 @@ class Recipe(Section):
         """Raises UserError where the defaults, of a world that ships, meet another model."""
         prompts, rewards = {}, {}
         if trains:
-            prompts["rollout.prompts"], rewards["rewards"] = self.rollout.prompts, self.rewards
+            prompts["rollout.prompts"], rewards["rewards"] = list(self.rollout.prompt_lists), self.rewards
         if evaluates:
-            prompts["evaluate.prompts"] = self.evaluate.prompts
+            prompts["evaluate.prompts"] = [self.evaluate.prompts]
             rewards |= {"rewards": self.rewards, "eval_rewards": self.eval_rewards}
         foreign = [key for key, names in rewards.items() if any(name in WORLD_REWARDS for name in names)]
-        foreign += [key for key, name in prompts.items() if name.removesuffix("-heldout") in WORLDS]
+        foreign += [
+            key
+            for key, names in prompts.items()
+            if any(name.removesuffix("-heldout") in WORLDS for name in names)
+        ]
         if foreign and self.model.path not in WORLDS:
             off = " (or evaluate.every: 0)" if trains and "evaluate.prompts" in foreign else ""
             raise UserError(
@@ -132,6 +136,17 @@ class Recipe(Section):
         if not (config.every and config.guided_base) or scale <= 1 or scale == config.guidance_scale:
             return None
         return scale
+
+    @property
+    def guides_training(self) -> bool:
+        """Whether the rollout or the anchor's reference is guided."""
+        anchored = self.loss.anchored and self.loss.guidance_scale > 1
+        return self.rollout.guidance_scale > 1 or anchored
+
+    @property
+    def guides_evaluation(self) -> bool:
+        """Whether an evaluation's pictures, or those of the base at the start, are guided."""
+        return self.evaluate.guidance_scale > 1 or self.guided_base is not None
 
     def training_steps(self) -> list[int]:
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -84,9 +85,13 @@ class ModelConfig(Section):
         return self
 
 
+AUTO = "auto"  # prompts of evaluations that nobody named
+
+
 class RolloutConfig(Section):
-    prompts: Place = "builtin"
-    """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`) or the name of a list that ships."""
+    prompts: Place | dict[Place, float] = "builtin"
+    """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`) or the name of a list that ships; or several with
+    weights, `{a.jsonl: 3, b.txt: 1}`: then three quarters of an iteration's prompts are the first one's."""
     prompts_per_iteration: int = Field(48, ge=1)
     """Groups of one iteration. More make steadier steps; fewer make more of them."""
     samples_per_prompt: int = Field(24, ge=2)
@@ -103,6 +108,26 @@ class RolloutConfig(Section):
     less, and a reward sees less."""
     micro_batch: Literal["auto"] | int = "auto"
     """Pictures made at once. `auto` begins with all and halves where memory runs out."""
+
+    @property
+    def prompt_lists(self) -> dict[str, float]:
+        """By weight, where there is but one too."""
+        return {self.prompts: 1.0} if isinstance(self.prompts, str) else dict(self.prompts)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _weighted(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if not value:
+                raise ValueError("expected at least one file or list, got {}")
+            for name, weight in value.items():
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                    raise ValueError(f"{name}: expected a weight, got {weight!r}")
+                if not (0 < weight <= sys.float_info.max):
+                    raise ValueError(f"{name}: expected a weight above 0, got {weight}")
+        elif not isinstance(value, str):
+            raise ValueError(f"expected a file, a list or a mapping of them to weights, got {value!r}")
+        return value
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -286,8 +311,9 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     every: int = Field(20, ge=0)
     """Iterations between evaluations; 0: none at all."""
-    prompts: Place = "builtin-heldout"
-    """A file or a list that ships, best one that is never trained on."""
+    prompts: Place = AUTO
+    """A file or a list that ships, best one that is never trained on. `auto`: the held-out part of the lists
+    that ship, and a tenth of the different prompts in files, at most 384, which are then never trained on."""
     samples_per_prompt: int = Field(1, ge=1)
     """Pictures of each held-out prompt, of the same seeds every time."""
     steps: int = Field(40, ge=1)
@@ -297,6 +323,10 @@ class EvaluateConfig(Section):
     guided_base: bool = True
     """The base is evaluated once more before training, with `loss.guidance_scale`, where that differs: what
     the trained model has to be better than."""
+    weights: Literal["policy", "sampler", "old"] = "policy"
+    """Whose pictures these are, and which weights checkpoints and exports hold for use elsewhere: the
+    policy's, or an average of them that moves as slowly as `snapshots` says. `sampler` is an EMA of the
+    policy."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
 

@@ -114,7 +114,9 @@ def sample(
             rewards=rewards,
         )
     for row in drawn if rewards else ():
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in row["scores"].items())
+        scores = "  ".join(
+            f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in row["scores"].items()
+        )
         say(f"{scores}  {plain(row['prompt'])}")
     say(f"wrote {out}")
     if json_ is not None:

@@ -66,15 +66,21 @@ def score(
     settings = parse_settings(set_ or [])
     with console.status("scoring"):
         rows = score_pictures(reward, settings, images, prompts)
-    mean = sum(row["score"] for row in rows) / len(rows)
+    known = [row["score"] for row in rows if row["score"] is not None]
+    if not known:
+        raise UserError(f"reward {reward}: expected values, got None for all {len(rows)} pictures")
+    mean = sum(known) / len(known)
     table = Table()
     for column in ("picture", "prompt"):
         table.add_column(column, overflow="fold")
     table.add_column("score", justify="right")
     for row in rows:
-        table.add_row(plain(row["image"]), plain(row["prompt"]), f"{row['score']:.4f}")
+        table.add_row(
+            plain(row["image"]), plain(row["prompt"]), "-" if row["score"] is None else f"{row['score']:.4f}"
+        )
     console.print(table)
-    say(f"{reward}: mean {mean:.4f} of {len(rows)} pictures")
+    of = f"{len(known)} of {len(rows)}" if len(known) < len(rows) else str(len(rows))
+    say(f"{reward}: mean {mean:.4f} of {of} pictures")
     if json_ is not None:
         result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
         write_new(json_, "--json", (json.dumps(result, indent=1) + "\n").encode())

@@ -83,7 +83,7 @@ class FlowModel(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Embeddings of P prompts, each tensor with a first axis of P."""
+        """Embeddings of P prompts, each tensor with a first axis of P. Negative ones are marked."""
 
     @abstractmethod
     def sigmas(self, steps: int, resolution: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers import T5Config, T5EncoderModel
 
 from crd_fast.errors import UserError
 from crd_fast.models.base import JOINT_ATTENTION, FlowModel, states_and_pooled
+from crd_fast.models.negative import unmarked
 from crd_fast.worlds import WORLDS, World
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
@@ -145,7 +146,8 @@ class BuiltinModel(FlowModel):
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Embeddings of P prompts, each tensor with a first axis of P, on the transformer's device."""
         assert self.tokenizer is not None and self.text_encoder is not None
-        embeddings = encode(self.kind, self.tokenizer, self.text_encoder, prompts)
+        texts = list(map(unmarked, prompts))
+        embeddings = encode(self.kind, self.tokenizer, self.text_encoder, texts)
         return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
     def sigmas(self, steps: int, resolution: int) -> torch.Tensor:

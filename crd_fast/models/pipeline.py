@@ -25,7 +25,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models import checks, prompt_cache
+from crd_fast.models import checks, negative, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
 
@@ -81,6 +81,15 @@ class PipelineModel(FlowModel):
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
         """One prompt, tensors without a batch axis. pipe: with text encoders, on `self.device`."""
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the network, or in its weights: nothing is guided away from."""
+        return bool(self.transformer.config.get("guidance_embeds") or self.index.get("is_distilled"))
+
+    def _as_encoded(self, prompt: str) -> str:
+        """Under which text it is encoded and cached: a negative prompt as any other, in most families."""
+        return negative.unmarked(prompt)
 
     def _reading(self, tokenizer: Any, tokens: int) -> Reading:
         """How the pipeline gives prompts to a tokenizer whose text encoder reads so many tokens."""
@@ -160,7 +169,8 @@ class PipelineModel(FlowModel):
         """
         for _ in range(3):  # another run's cap may remove one before it is read
             self.encode(prompts)
-            found = [found for prompt in prompts if (found := self._prompts.get(prompt)) is not None]
+            keys = map(self._as_encoded, prompts)
+            found = [found for prompt in keys if (found := self._prompts.get(prompt)) is not None]
             if len(found) == len(prompts):
                 return {key: torch.stack([embeddings[key] for embeddings in found]) for key in found[0]}
         raise UserError(
@@ -238,10 +248,16 @@ class PipelineModel(FlowModel):
 
         Where it lacks any, those of `ahead` as well, as long as all together are within the cache's cap.
         """
-        cache, now = self._prompts, set(prompts := list(prompts))
+        asked = list(prompts)
+        if self.distilled and any(map(negative.is_marked, asked)):
+            raise UserError(
+                f"prompts: {negative.KEY}: guidance is distilled into this {self.name}, expected prompts "
+                "without"
+            )
+        cache, now = self._prompts, set(prompts := list(map(self._as_encoded, asked)))
         if all(prompt in cache for prompt in now):
             return
-        wanted = list(dict.fromkeys([*prompts, *ahead]))
+        wanted = list(dict.fromkeys([*prompts, *map(self._as_encoded, ahead)]))
         missing = [prompt for prompt in wanted if prompt not in cache]
         sizes = list(map(cache.size, wanted))
         held, largest = sum(sizes), max(sizes)

@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 
 from crd_fast.errors import UserError
+from crd_fast.models import negative
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.prompt_reader import Reading
 
@@ -20,8 +21,8 @@ class SanaModel(PipelineModel):
     """Latents (B, 32, h, w) at a 32nd of the image's side; time in 0 to 1000; Gemma's states with a mask.
 
     Published pipelines come with a second-order solver; here its flow schedule is walked by Euler steps,
-    which is that solver at order 1. Prompts are encoded behind the pipeline's instruction, the empty one
-    without it.
+    which is that solver at order 1. Prompts are encoded behind the pipeline's instruction, the empty and
+    negative ones without it.
     """
 
     name = "Sana"
@@ -71,13 +72,17 @@ class SanaModel(PipelineModel):
         read = len(tokenizer.encode(before)) + tokens - 2
         return Reading(tokenizer, lambda prompt: before + self.pipe._text_preprocessing(prompt)[0], read)
 
+    def _as_encoded(self, prompt: str) -> str:
+        return prompt
+
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
+        instructed = bool(prompt) and not negative.is_marked(prompt)
         states, mask, _, _ = pipe.encode_prompt(
-            [prompt],
+            [negative.unmarked(prompt)],
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self.text_length,
-            complex_human_instruction=self._instruction() if prompt else None,
+            complex_human_instruction=self._instruction() if instructed else None,
         )
         if mask[0].any():  # attention gives what is masked a weight of exactly 0, unless all of it is
             states = states.masked_fill(mask[..., None] == 0, 0)

@@ -15,10 +15,11 @@ from typing import Any
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.negative import texts
 from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
-from crd_fast.prompts.source import PromptSource
+from crd_fast.prompts.lists import evaluation_prompts, training_prompts
 from crd_fast.worlds import WORLDS
 
 EFFICIENCY = 0.4  # of the peak, where nobody says otherwise: an assumption
@@ -230,7 +231,7 @@ def reward_seconds(name: str, value: Any) -> float:
 def _evaluated(recipe: Recipe) -> int:
     """Pictures of an evaluation; 0 where its prompts cannot be read here."""
     try:
-        entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        entries = evaluation_prompts(recipe)
     except UserError:
         return 0
     return len(entries) * recipe.evaluate.samples_per_prompt
@@ -243,16 +244,16 @@ def _encoded_prompts(recipe: Recipe) -> int | None:
     rollout, iterations = recipe.rollout, recipe.train.iterations
     found = {""}
     try:
-        source = PromptSource(rollout.prompts)
+        source = training_prompts(recipe)
         if len(source.entries()) <= rollout.prompts_per_iteration * iterations:
-            found.update(entry["prompt"] for entry in source.entries())
+            found.update(texts(source.entries(), recipe.guides_training))
         else:
             for iteration in range(iterations):
                 drawn = source.draw(rollout.prompts_per_iteration, recipe.train.seed, iteration)
-                found.update(entry["prompt"] for entry in drawn)
+                found.update(texts(drawn, recipe.guides_training))
         if recipe.evaluate.every:
-            evaluated = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
-            found.update(entry["prompt"] for entry in evaluated)
+            evaluated = evaluation_prompts(recipe)
+            found.update(texts(evaluated, recipe.guides_evaluation))
     except UserError:
         return None
     return len(found)

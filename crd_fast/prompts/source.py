@@ -1,5 +1,7 @@
 """Where prompts come from: the built-in world, GenEval's categories, a generator of written words, or a file.
 
+`negative_prompt` beside a prompt is what guidance leads away from, in place of the empty prompt.
+
 A file is UTF-8 and one of: `.jsonl`, one object a line with `prompt` and whatever metadata the reward needs,
 as GenEval's files are; `.json`, a list of such objects or of texts; `.csv` or `.tsv`, a table with a column
 `prompt`, its other columns metadata as text; `.txt`, one prompt a line, empty lines skipped.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,10 @@ class PromptSource:
     source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
     same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
     double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word.
+    without: prompts, as `same_prompt` has them, that a file is read without.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, without: Collection[str] = ()):
         name = source.removesuffix(HELDOUT)
         self._held_out = name != source
         self._ships = name in SOURCES
@@ -46,7 +49,8 @@ class PromptSource:
         self._categories: Any = module if hasattr(module, "draw_prompts") else None
         self._entries: list[dict] | None = None
         if module is None:
-            self._entries = read_prompts(Path(source))
+            read = read_prompts(Path(source))
+            self._entries = [entry for entry in read if same_prompt(entry["prompt"]) not in without]
         elif self._categories is None:
             self._entries = module.entries(self._held_out)
 
@@ -63,14 +67,18 @@ class PromptSource:
         A list is gone through epoch by epoch, shuffled anew each time; where there are categories, each has
         its equal share.
         """
+        return self.draw_from(iteration * count, count, seed, iteration)
+
+    def draw_from(self, first: int, count: int, seed: int, iteration: int, stream: int = 0) -> list[dict]:
+        """Those after the first so many of all that are drawn. stream: of randomness, 0 that of `draw`."""
         if self._entries is None:
-            return self._drawn(np.random.default_rng((seed, iteration)), count)
+            return self._drawn(np.random.default_rng((seed, iteration, stream)), count)
         drawn = []
         orders: dict[int, np.ndarray] = {}
-        for position in range(iteration * count, (iteration + 1) * count):
+        for position in range(first, first + count):
             epoch, offset = divmod(position, len(self._entries))
             if epoch not in orders:
-                orders[epoch] = np.random.default_rng((seed, epoch)).permutation(len(self._entries))
+                orders[epoch] = np.random.default_rng((seed, epoch, stream)).permutation(len(self._entries))
             drawn.append(self._entries[orders[epoch][offset]])
         return drawn
 
@@ -84,6 +92,11 @@ class PromptSource:
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
         return self._categories.draw_prompts(self._held_out, rng, count)
+
+
+def same_prompt(prompt: str) -> str:
+    """Alike for prompts that differ in case and white space alone."""
+    return " ".join(prompt.split()).casefold()
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -180,7 +193,12 @@ def _entry(entry: Any, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         got = repr(entry)[:60]
         raise UserError(f"prompts: {where}: expected an object with a `prompt`, got {got}")
-    if any("\ud800" <= c <= "\udfff" for c in entry["prompt"]):  # JSON can say it, no tokenizer takes it
+    if not isinstance(entry.get("negative_prompt") or "", str):
+        raise UserError(
+            f"prompts: {where}: negative_prompt: expected text, got {entry['negative_prompt']!r:.60}"
+        )
+    texts = entry["prompt"] + (entry.get("negative_prompt") or "")
+    if any("\ud800" <= c <= "\udfff" for c in texts):  # JSON can say it, no tokenizer takes it
         raise UserError(f"prompts: {where}: expected text, got half a pair of surrogates")
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
         try:

@@ -1,4 +1,4 @@
-"""Rewards: `score(images, prompts, metadata) -> list[float]`, one value an image.
+"""Rewards: `score(images, prompts, metadata) -> list[float | None]`, one value an image, None: not scored.
 
 images: uint8, (N, height, width, 3); prompts: N strings; metadata: N dicts, a line of the prompts file each.
 All three are the call's own: a read-only copy of the images (`images.copy()` may be drawn on), deep copies of
@@ -15,9 +15,13 @@ what can be said of single pictures: two evaluations are then compared picture b
 In Python the reward itself may stand in the place of its name: `Rewards({my_reward: 1.0})` and
 `Trainer(recipe, folder, rewards={my_reward: 0.5, "ocr": 0.5})`.
 
+An image that a reward does not score neither counts in its means nor is moved by it; a prompt whose samples
+no reward scores ends the run.
+
 Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call), `retries`
-(of a call that raises ConnectionError or TimeoutError) and `workers` (a number of processes, or `auto`: the
-cores but one) are taken by the engine, the last three only where the reward has no argument of that name. In
+(of a call that raises ConnectionError or TimeoutError), `workers` (a number of processes, or `auto`: the
+cores but one) and `skip_others` (prompts that its `check` refuses are not scored) are taken by the engine,
+the last four only where the reward has no argument of that name. In
 training a reward is called with one prompt's samples at a time, in a thread of its own while the next are
 generated; in an evaluation with up to 64 images, no prompt's samples parted. With workers the calls are the
 same ones, several at work at once, each in a process that has loaded the reward for itself.

@@ -1,4 +1,8 @@
-"""Advantages: rewards of P prompts by K samples, combined, centered by prompt and scaled."""
+"""Advantages: rewards of P prompts by K samples, combined, centered by prompt and scaled.
+
+NaN stands where a reward did not score a sample. It then neither moves the sample nor counts in any mean or
+deviation.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,66 @@ MIN_STD = 1e-6
 
 
 def combine(rewards: dict[str, np.ndarray], weights: dict[str, float], aggregate: str) -> np.ndarray:
-    """The weighted sum of rewards, each (P, K).
+    """The weighted sum of rewards, each (P, K); NaN where no reward scored.
 
     aggregate "sum" adds them as they are; "gdpo" first normalises each within its prompt's group, so that no
-    reward outweighs another by its spread alone (GDPO, arXiv 2601.05242).
+    reward outweighs another by its spread alone (GDPO, arXiv 2601.05242). Where one reward did not score a
+    sample that others scored, the mean of its prompt stands in, or 0 where it scored none of them.
     """
     total: np.ndarray | float = 0.0
+    scored = np.array(False)
     for name, reward_PK in rewards.items():
+        known_PK = ~np.isnan(reward_PK)
+        mean_P1 = masked_mean(reward_PK, known_PK)
         if aggregate == "gdpo":
-            centered = reward_PK - reward_PK.mean(axis=1, keepdims=True)
-            reward_PK = centered / np.maximum(reward_PK.std(axis=1, keepdims=True), MIN_STD)
-        total = total + weights[name] * reward_PK
-    return np.asarray(total)
+            std_P1 = masked_std(reward_PK, known_PK)
+            reward_PK, mean_P1 = (reward_PK - mean_P1) / np.maximum(std_P1, MIN_STD), np.zeros_like(mean_P1)
+        total = total + weights[name] * np.where(known_PK, reward_PK, mean_P1)
+        scored = scored | known_PK
+    return np.where(scored, total, np.nan)
 
 
-def advantages(reward_PK: np.ndarray, std: str) -> np.ndarray:
-    """A = (R - mean of the prompt) / max(std, 1e-6), (P, K), population std.
+def advantages(reward_PK: np.ndarray, std: str, kind_P: np.ndarray | None = None) -> np.ndarray:
+    """A = (R - mean of the prompt) / max(std, 1e-6), (P, K), population std; 0 where R is NaN.
 
-    std "global": of all samples of the iteration; "group": of the prompt's own.
+    std "global": of all samples of the iteration, with kind_P of those whose prompts are of one kind;
+    "group": of the prompt's own.
     """
-    centered = reward_PK - reward_PK.mean(axis=1, keepdims=True)
-    scale = reward_PK.std() if std == "global" else reward_PK.std(axis=1, keepdims=True)
-    return centered / np.maximum(scale, MIN_STD)
+    known_PK = ~np.isnan(reward_PK)
+    centered = np.where(known_PK, reward_PK - masked_mean(reward_PK, known_PK), 0.0)
+    if std == "group":
+        return centered / np.maximum(masked_std(reward_PK, known_PK), MIN_STD)
+    kind_P = np.zeros(len(reward_PK)) if kind_P is None else kind_P
+    scale_P1 = np.empty((len(reward_PK), 1))
+    for kind in np.unique(kind_P):
+        chosen = reward_PK[kind_P == kind]
+        found = chosen[~np.isnan(chosen)]
+        scale_P1[kind_P == kind] = found.std() if len(found) else 0.0
+    return centered / np.maximum(scale_P1, MIN_STD)
+
+
+def kinds(rewards: dict[str, np.ndarray]) -> np.ndarray:
+    """A number for the set of rewards that score a prompt, (P,): what others score is no measure for it."""
+    scored_PR = np.stack([~np.isnan(reward_PK).all(axis=1) for reward_PK in rewards.values()], axis=1)
+    return np.unique(scored_PR, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def masked_mean(values_PK: np.ndarray, known_PK: np.ndarray) -> np.ndarray:
+    """Of what is known of each row, (P, 1); 0 where nothing is. Of equal values it is that value."""
+    if known_PK.all():
+        return values_PK.mean(axis=1, keepdims=True)
+    mean_P1 = np.zeros((len(values_PK), 1))
+    for row, values, known in zip(mean_P1, values_PK, known_PK):
+        if known.any():
+            found = values[known]
+            row[:] = np.clip(found.mean(), found.min(), found.max())
+    return mean_P1
+
+
+def masked_std(values_PK: np.ndarray, known_PK: np.ndarray) -> np.ndarray:
+    """Of what is known of each row, (P, 1); 0 where nothing is."""
+    if known_PK.all():
+        return values_PK.std(axis=1, keepdims=True)
+    return np.array(
+        [[values[known].std() if known.any() else 0.0] for values, known in zip(values_PK, known_PK)]
+    )

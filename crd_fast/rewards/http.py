@@ -164,8 +164,8 @@ class HttpReward:
         for start in range(0, len(metadata), CHECKED_AT_ONCE):
             self.client.ask("POST", "/check", {"metadata": metadata[start : start + CHECKED_AT_ONCE]})
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
-        scores: list[float] = []
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
+        scores: list[float | None] = []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             answer = self.client.ask(
@@ -180,11 +180,11 @@ class HttpReward:
             scores += self._scores(answer, len(images[part]))
         return scores
 
-    def _scores(self, answer, count: int) -> list[float]:
+    def _scores(self, answer, count: int) -> list[float | None]:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
             raise self.client.error(
-                f'expected {{"scores": [{count} finite numbers]}}, got {shortened(json.dumps(answer))}'
+                f'expected {{"scores": [{count} finite numbers or null]}}, got {shortened(json.dumps(answer))}'
             )
         return scores
 
@@ -205,6 +205,9 @@ def encode(image: np.ndarray) -> str:
 
 
 def _finite(score: Any) -> bool:
+    """Or null, of an image that is not scored."""
+    if score is None:
+        return True
     number = isinstance(score, numbers.Real) and not isinstance(score, bool)
     return number and math.isfinite(score)
 

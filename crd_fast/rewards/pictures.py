@@ -15,6 +15,7 @@ from crd_fast.errors import UserError
 from crd_fast.prompts.source import read_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.rgb import to_rgb
+from crd_fast.rewards.scoring import with_none
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST = "metadata.jsonl"
@@ -24,8 +25,8 @@ Pair = tuple[str, Path, dict]  # a picture's name, its file, its prompt's metada
 def score_pictures(reward: str, settings: dict, images: Path, prompts: Path | None) -> list[dict]:
     """Pictures with their prompts and scores, as `pairs` finds them.
 
-    Returns dicts with `image`, `prompt` and `score`. Pictures of one size are scored together, in calls of
-    at most 64 that do not part pictures of one prompt.
+    Returns dicts with `image`, `prompt` and `score`, None where the reward does not score. Pictures of one
+    size are scored together, in calls of at most 64 that do not part pictures of one prompt.
     Raises UserError, one line, for pictures without prompts, a file that is no picture, and whatever the
     reward refuses.
     """
@@ -43,8 +44,8 @@ def score_pictures(reward: str, settings: dict, images: Path, prompts: Path | No
         scores[members] = rewards.score(stacked, [metadata[i] for i in members])[reward]
     rewards.close()
     return [
-        {"image": name, "prompt": entry["prompt"], "score": float(score)}
-        for (name, _, entry), score in zip(found, scores)
+        {"image": name, "prompt": entry["prompt"], "score": score}
+        for (name, _, entry), score in zip(found, with_none(scores))
     ]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import json
 import math
 import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +20,7 @@ from crd_fast.errors import UserError, did_you_mean
 from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
-from crd_fast.rewards.workers import Workers, cores
+from crd_fast.rewards.workers import RewardFailed, Workers, cores
 
 # name: where the class is, imported when it is asked for
 REWARDS = {
@@ -43,7 +45,8 @@ REWARDS = {
 CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
-ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers")
+SKIP = "skip_others"  # the setting of a reward that is asked for those prompts alone which it accepts
+ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers", SKIP)
 
 
 class Rewards:
@@ -65,6 +68,7 @@ class Rewards:
         self.weights = {name: _weight(value) for name, value in named(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
+        self._accepted: dict[tuple[str, str], bool] = {}  # by name and prompt
         for given, value in config.items():
             name = name_of(given)
             reward, engine = load(given, value if isinstance(value, Mapping) else {})
@@ -73,6 +77,13 @@ class Rewards:
                 with answers_for(name):
                     reward.setup("cpu" if waits else self._device)
             self._rewards[name] = reward
+            if engine.pop(SKIP, False):
+                if not hasattr(reward, "check"):
+                    raise UserError(
+                        f"reward {name}: {SKIP}: expected of a reward that checks prompts; one without a "
+                        "`check` returns None for what it does not score"
+                    )
+                engine["fits"] = functools.partial(self._fits, name)
             self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
     @property
@@ -80,22 +91,61 @@ class Rewards:
         """Whether any of them may refuse prompts."""
         return any(hasattr(reward, "check") for reward in self._rewards.values())
 
-    def check(self, metadata: list[dict]) -> None:
-        """Raises UserError, before any work, if a reward cannot score one of these prompts."""
-        for name, reward in self._rewards.items():
-            if hasattr(reward, "check"):
-                with answers_for(name):
-                    reward.check(lent_metadata(metadata))
+    def check(self, metadata: list[dict], every: bool = True) -> None:
+        """Raises UserError, before any work, if a reward cannot score one of these prompts.
 
-    def try_out(self, entry: dict, resolution: int, samples: int = TRIED) -> None:
+        Of a reward that skips others' prompts, if it scores none of them; and where all do so, if a prompt is
+        left that none scores, unless `every` is false.
+        """
+        left = np.ones(len(metadata), dtype=bool)
+        for call in self._calls:
+            fits = call.fitting(metadata)
+            left &= ~fits
+            if call.fits is None:
+                self._check(call.name, metadata)
+            elif not fits.any():
+                raise UserError(f"reward {call.name}: expected prompts that it scores, got none")
+        if every and self._calls and left.any():
+            raise unscored(metadata[int(left.argmax())]["prompt"])
+
+    def check_cut(self, entry: dict, prompt: str) -> None:
+        """The same of a prompt of which no more than `prompt` is read: what scores it must still do so."""
+        for call in self._calls:
+            if call.fits is None or call.fits(entry):
+                self._check(call.name, [{**entry, "prompt": prompt}])
+
+    def _check(self, name: str, metadata: list[dict]) -> None:
+        if hasattr(self._rewards[name], "check"):
+            with answers_for(name):
+                self._rewards[name].check(lent_metadata(metadata))
+
+    def _fits(self, name: str, entry: dict) -> bool:
+        """Whether the reward accepts a prompt. Asked once: a server may say otherwise later."""
+        key = name, json.dumps(entry, sort_keys=True, default=repr)
+        if key not in self._accepted:
+            try:
+                self._check(name, [entry])
+                self._accepted[key] = True
+            except UserError as error:
+                if isinstance(error, RewardFailed) or not isinstance(error.__cause__, (ValueError, NoneType)):
+                    raise  # it did not refuse, it failed
+                self._accepted[key] = False
+        return self._accepted[key]
+
+    def try_out(self, entries: list[dict], resolution: int, samples: int = TRIED) -> None:
         """A call of every reward with pictures of noise, before anything is encoded or loaded for real ones.
 
-        entry: a prompt with its metadata. Raises UserError as `score` does.
+        entries: prompts with their metadata. Raises UserError as `score` does.
         """
         side = min(resolution, LARGEST_TRIED)  # whether a model can draw so large is found out later
         shape = (min(samples, TRIED), side, side, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        self.score(noise, [entry] * len(noise))
+        tried = [entries[0]]
+        for call in self._calls:
+            if call.fits and not any(map(call.fits, tried)):
+                tried += itertools.islice(filter(call.fits, entries), 1)
+        for entry in tried:
+            self.score(noise, [entry] * len(noise))
 
     def close(self) -> None:
         """Ends the workers, which end with this process at the latest."""
@@ -108,7 +158,7 @@ class Rewards:
         return Scoring(self._calls)
 
     def score(self, images: np.ndarray, metadata: list[dict]) -> dict[str, np.ndarray]:
-        """Each reward's values, float64 (N,), from calls of whole prompts.
+        """Each reward's values, float64 (N,), from calls of whole prompts; NaN: not scored.
 
         Raises UserError for a wrong count, a NaN or no number, a reward that fails or takes too long.
         """
@@ -132,8 +182,10 @@ class Rewards:
                 reward.to("cpu")
 
     def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """The sum of the rewards by weight, of values as `score` returns them."""
-        return np.asarray(sum(self.weights[name] * value for name, value in values.items()))
+        """The sum of the rewards by weight, of values as `score` returns them; NaN where none scored."""
+        known = {name: ~np.isnan(value) for name, value in values.items()}
+        total = sum(self.weights[name] * np.where(known[name], value, 0.0) for name, value in values.items())
+        return np.where(np.any(list(known.values()), axis=0), total, np.nan)
 
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
@@ -141,20 +193,48 @@ class Rewards:
         """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report; and
         what they report of each picture, float64 (N,).
 
-        values: what `score` returned for the images. Raises UserError for a report that is none.
+        values: what `score` returned for the images. Means are over what was scored; `scored/NAME` is its
+        share where that is not all. Raises UserError for a report that is none, and where no picture has a
+        reward.
         """
-        metrics = {"images": len(images), "reward_mean": float(self.combined(values).mean())}
+        total = self.combined(values)
+        if np.isnan(total).all():
+            raise unscored(metadata[0]["prompt"])
+        metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}
         per_image: dict[str, np.ndarray] = {}
-        for name, reward in self._rewards.items():
-            metrics[f"reward/{name}"] = float(values[name].mean())
-            if hasattr(reward, "report"):
-                prompts = [entry["prompt"] for entry in metadata]
+        for call in self._calls:
+            name, reward = call.name, self._rewards[call.name]
+            metrics |= means({name: values[name]}, "reward")
+            rows = call.fitting(metadata).nonzero()[0]
+            if hasattr(reward, "report") and len(rows):
+                prompts = [metadata[i]["prompt"] for i in rows]
+                entries = lent_metadata([metadata[i] for i in rows])
                 with answers_for(name):
-                    reported = dict(reward.report(lent_images(images), prompts, lent_metadata(metadata)))
+                    reported = dict(reward.report(lent_images(images[rows]), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
                 metrics |= reported
-                per_image |= {key: checked(f"{name}: {key}", of, len(images)) for key, of in each.items()}
+                for key, of in each.items():
+                    per_image[key] = np.full(len(images), np.nan)
+                    per_image[key][rows] = checked(f"{name}: {key}", of, len(rows))
         return metrics, per_image
+
+
+def means(values: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
+    """`KIND/NAME`, the mean over what was scored, and `scored/NAME`, its share where that is not all."""
+    found: dict[str, float] = {}
+    for name, of in values.items():
+        share = float(np.mean(~np.isnan(of)))
+        if share:
+            found[f"{kind}/{name}"] = float(np.nanmean(of))
+        if share < 1:
+            found[f"scored/{name}"] = share
+    return found
+
+
+def unscored(prompt: str) -> UserError:
+    """What is to be raised for a prompt whose pictures have no reward."""
+    shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
+    return UserError(f"rewards: expected at least one that scores pictures of {shown!r}, got None of all")
 
 
 def whole_prompts(prompts: list[str]) -> list[slice]:
@@ -209,7 +289,7 @@ def named(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
 
 
 def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict]:
-    """A reward with its settings, and the settings that are the engine's: `timeout`, `retries`, `workers`.
+    """A reward with its settings, and the engine's: `timeout`, `retries`, `workers`, `skip_others`.
 
     With workers it is not made here but in each of them, when `setup` is called.
     name: as in a recipe, or the reward itself. Raises UserError for an unknown name (the nearest is named),
@@ -237,7 +317,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
         key: _engine_setting(name, key, settings.pop(key))
-        for key in ("timeout", "retries", "workers")
+        for key in ("timeout", "retries", "workers", SKIP)
         if key in settings and key not in names
     }
     unknown = [key for key in settings if key not in names]
@@ -276,6 +356,10 @@ def _engine_setting(name: str, key: str, value):
         raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
     if key == "retries" and not (number and value >= 0 and value == int(value)):
         raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
+    if key == SKIP:
+        if not isinstance(value, bool):
+            raise UserError(f"reward {name}: {SKIP}: expected true or false, got {value!r}")
+        return value
     if key == "workers" and value == "auto":
         return max(1, cores() - 1)
     if key == "workers" and not (number and value >= 1 and value == int(value)):

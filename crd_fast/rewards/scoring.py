@@ -42,11 +42,13 @@ CALLERS.add(str(importlib.__file__))
 
 @dataclass(frozen=True)
 class Reward:
-    """What is called, and what is done when it fails. `score(images, prompts, metadata)`, one value an image.
+    """What is called, and what is done when it fails. `score(images, prompts, metadata)`, one value an image,
+    None for one that it does not score.
 
     timeout: seconds for one call. retries: how often a call is repeated that raises ConnectionError or
     TimeoutError, as calls of something remote do; other exceptions end the run at once. workers: how many
     calls may be at work at once, in processes that `score` ends itself where they take too long; 0: none are.
+    fits: whether it scores pictures of a prompt with its metadata at all; it is not asked for others.
     """
 
     name: str
@@ -54,6 +56,30 @@ class Reward:
     timeout: float = TIMEOUT
     retries: int = 2
     workers: int = 0
+    fits: Callable[[dict], bool] | None = None
+
+    def values(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        """Float64 (N,), NaN where it does not score."""
+        fitting = self.fitting(metadata)
+        if not fitting.all():
+            found = np.full(len(images), np.nan)
+            if fitting.any():
+                rows = fitting.nonzero()[0]
+                found[rows] = self._asked(
+                    images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows]
+                )
+            return found
+        return self._asked(images, prompts, metadata)
+
+    def fitting(self, metadata: list[dict]) -> np.ndarray:
+        """Which prompts it scores, bool (N,)."""
+        return np.array([self.fits is None or self.fits(entry) for entry in metadata])
+
+    def _asked(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        given = images if self.workers else lent_images(images)  # a worker makes its own copy
+        with torch.no_grad():
+            values = self.score(given, list(prompts), lent_metadata(metadata))
+        return checked(self.name, values, len(images))
 
 
 @dataclass
@@ -90,7 +116,7 @@ class Scoring:
             lane.put(images, prompts, metadata)
 
     def results(self) -> dict[str, np.ndarray]:
-        """Each reward's values of everything that was put, float64, in the order of `put`."""
+        """Each reward's values of everything that was put, float64, in the order of `put`; NaN: unscored."""
         for lane in self._lanes:
             while lane.waiting:
                 lane.take()
@@ -179,11 +205,7 @@ class _Lane:
             call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
             call.started.set()
             try:
-                images, prompts, metadata = call.arguments
-                given = images if reward.workers else lent_images(images)  # a worker makes its own copy
-                with torch.no_grad():
-                    values = reward.score(given, list(prompts), lent_metadata(metadata))
-                return checked(reward.name, values, len(images))
+                return reward.values(*call.arguments)
             except (ConnectionError, TimeoutError) as error:
                 if not retries_left:
                     tried = f", {reward.retries} retries" if reward.retries else ""
@@ -199,7 +221,7 @@ class _Lane:
 
 
 def checked(name: str, values, count: int) -> np.ndarray:
-    """Values as float64 (count,). Raises UserError for a wrong number of them, a NaN or no number.
+    """Values as float64 (count,), NaN for None. Raises UserError for a wrong number of them, a NaN or none.
 
     Of what may have no end, no more is taken than tells that it is too long.
     """
@@ -216,7 +238,14 @@ def checked(name: str, values, count: int) -> np.ndarray:
     return np.array([_number(name, i, value) for i, value in enumerate(values)])
 
 
+def with_none(values: np.ndarray) -> list[float | None]:
+    """What `checked` was given: None where an image was not scored."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
 def _number(name: str, i: int, value) -> float:
+    if value is None:
+        return math.nan
     try:
         value = value.item() if hasattr(value, "item") else value
         if isinstance(value, numbers.Real) and math.isfinite(value):

@@ -1,7 +1,7 @@
 """A reward behind HTTP, so that one with awkward dependencies lives in an environment or machine of its own.
 
     POST /score    {"images": [PNG in base64, ...], "prompts": [...], "metadata": [{...}, ...]}
-                   -> {"scores": [...]}, a number for each image
+                   -> {"scores": [...]}, a number for each image, or null: not scored
     POST /check    {"metadata": [{"prompt": ...}, ...]} -> {}, or why one of them cannot be scored
     GET  /ready    200 once the reward is loaded, 503 while a call takes longer than its `timeout`
     GET  /health   200 as long as the process is up
@@ -43,7 +43,7 @@ from crd_fast.rewards.foreign import is_loopback
 from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.rgb import to_rgb
-from crd_fast.rewards.scoring import TIMEOUT, checked
+from crd_fast.rewards.scoring import TIMEOUT, checked, with_none
 from crd_fast.rewards.workers import RewardFailed, Workers
 
 PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
@@ -149,7 +149,7 @@ class Worker:
             log.exception("reward %s failed", self.name)
             raise Refused(500, _failed(self.name, error)) from None
         try:
-            return {"scores": checked(self.name, values, len(images)).tolist()}
+            return {"scores": with_none(checked(self.name, values, len(images)))}
         except UserError as error:
             raise Refused(500, str(error)) from None
 

@@ -28,7 +28,7 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.rewards.lent import read_only
-from crd_fast.rewards.scoring import checked, failure
+from crd_fast.rewards.scoring import checked, failure, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
 METHODS = ("check", "report")  # that a reward may have
@@ -79,7 +79,7 @@ class Workers:
         for method in self._ask("offers"):
             setattr(self, method, lambda *arguments, method=method: self._ask(method, *arguments))
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         return self._ask("score", images, prompts, metadata, timeout=self.timeout)
 
     def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
@@ -289,7 +289,7 @@ def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method != "score":
         return getattr(reward, method)(*arguments)
     with torch.no_grad():
-        return checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0]))
+        return with_none(checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0])))
 
 
 class _Memory:

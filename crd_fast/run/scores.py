@@ -29,7 +29,8 @@ class Scores:
 
     index: which of the evaluation's prompts. trained: whether the prompt is among those that are trained on,
     None where that is not known. categories: "" where a prompt has none. values: by name, float64 (N,):
-    `reward`, each `reward/NAME` and `judge/NAME`, and what rewards report for each picture.
+    `reward`, each `reward/NAME` and `judge/NAME`, and what rewards report for each picture; NaN where it was
+    not scored.
     """
 
     index: Sequence[int]
@@ -74,7 +75,7 @@ def write_scores(path: Path, scores: Scores) -> None:
             "seed": int(scores.seeds[i]),
             "category": scores.categories[i],
             "trained_on": scores.trained[i],
-            "scores": {name: float(values[i]) for name, values in scores.values.items()},
+            "scores": {name: _known(values[i]) for name, values in scores.values.items()},
             "text": scores.prompts[i],
         }
         lines.append(json.dumps(line) + "\n")
@@ -110,10 +111,18 @@ def read_scores(path: Path) -> Scores:
             [int(line["seed"]) for line in lines],
             [str(line["category"]) for line in lines],
             [line["trained_on"] for line in lines],
-            {name: np.array([float(line["scores"][name]) for line in lines]) for name in names},
+            {name: np.array([_value(line["scores"][name]) for line in lines]) for name in names},
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise UserError(f"{path}: not the scores of an evaluation") from None
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _value(known: float | None) -> float:
+    return math.nan if known is None else float(known)
 
 
 # --- comparison
@@ -162,7 +171,7 @@ def compare(before: Scores, after: Scores, name: str, category: str | None = Non
         if name not in scores.values:
             raise UserError(f"{name}: expected a measure of both evaluations, got {', '.join(scores.values)}")
     first, last = before.values[name], after.values[name][matched]
-    chosen = _chosen(before, category)
+    chosen = _scored(_chosen(before, category), name, first, last)
     weights = weights_of(before, name, chosen)
     difference, error, prompts = mean_and_error(
         (last - first)[chosen], units_of(before.prompts)[chosen], weights
@@ -197,8 +206,13 @@ def compare_metric(before: Scores | None, after: Scores | None, metric: str) -> 
 
 
 def mean_of(scores: Scores, name: str, category: str | None = None) -> tuple[float, float]:
-    """A measure's mean in one evaluation and its standard error, NaN for one prompt."""
-    chosen = _chosen(scores, category)
+    """A measure's mean in one evaluation and its standard error, NaN for one prompt.
+
+    Both NaN where no picture was scored.
+    """
+    chosen = _chosen(scores, category) & ~np.isnan(scores.values[name])
+    if not chosen.any():
+        return math.nan, math.nan
     weights = weights_of(scores, name, chosen)
     mean, error, _ = mean_and_error(scores.values[name][chosen], units_of(scores.prompts)[chosen], weights)
     return mean, error
@@ -210,14 +224,15 @@ def gap(before: Scores, after: Scores, name: str, other: str) -> Comparison | No
     before is 0 in the result. None where one of them is the same for all pictures, which has no deviation.
     Raises UserError as `compare` does.
     """
-    matched, all_of_them = _matched(before, after), _chosen(before, None)
+    matched = _matched(before, after)
     rise = np.zeros(len(before))
     for measure, sign in ((name, 1), (other, -1)):
         size = deviation(before, measure)
         if size is None:
             return None
-        weights = weights_of(before, measure, all_of_them) * len(before)
-        rise += sign * weights * (after.values[measure][matched] - before.values[measure]) / size
+        changes = after.values[measure][matched] - before.values[measure]
+        chosen = _scored(_chosen(before, None), measure, changes)
+        rise[chosen] += sign * weights_of(before, measure, chosen) * len(before) * changes[chosen] / size
     mean, error, prompts = mean_and_error(rise, units_of(before.prompts), np.full(len(rise), 1 / len(rise)))
     return Comparison(0.0, mean, error, prompts, len(rise))
 
@@ -225,7 +240,8 @@ def gap(before: Scores, after: Scores, name: str, other: str) -> Comparison | No
 def deviation(scores: Scores, name: str) -> float | None:
     """Of the pictures; None where all have one value."""
     values = scores.values[name]
-    return float(values.std()) if np.ptp(values) else None
+    values = values[~np.isnan(values)]
+    return float(values.std()) if len(values) and np.ptp(values) else None
 
 
 def mean_and_error(values: np.ndarray, units: np.ndarray, weights: np.ndarray) -> tuple[float, float, int]:
@@ -270,6 +286,14 @@ def _chosen(scores: Scores, category: str | None) -> np.ndarray:
     if not found.any():
         raise UserError(f"{category}: expected a category of the evaluation, got none of its pictures")
     return found
+
+
+def _scored(chosen: np.ndarray, name: str, *values: np.ndarray) -> np.ndarray:
+    """Those of the chosen pictures for which all values are known. UserError where there is none."""
+    chosen = chosen & ~np.isnan(values).any(axis=0)
+    if not chosen.any():
+        raise UserError(f"{name}: expected pictures that were scored, got none")
+    return chosen
 
 
 def units_of(prompts: Sequence[str]) -> np.ndarray:

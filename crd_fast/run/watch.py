@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from crd_fast.rewards.advantage import combine
+from crd_fast.rewards.registry import means
 from crd_fast.run.scores import compare_metric, mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -33,21 +34,23 @@ logger = logging.getLogger("crd_fast")
 
 
 def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, float]:
-    """Metrics of one iteration's rewards, each (P, K).
+    """Metrics of one iteration's rewards, each (P, K), of what was scored: NaN is left out.
 
     `reward_mean` and `reward_std`: of the sum by weight, before any normalisation. `reward/NAME` and
     `reward_std/NAME`: of each. `groups_equal`: the share of prompts whose samples all have one reward, which
-    teach nothing.
+    teach nothing. `scored/NAME`: the share of samples that a reward scored, where that is not all.
     """
     total_PK = combine(scores_PK, weights, "sum")
     metrics = {
-        "reward_mean": float(total_PK.mean()),
-        "reward_std": float(total_PK.std()),
-        "groups_equal": float(np.mean(np.ptp(total_PK, axis=1) == 0)),
+        "reward_mean": float(np.nanmean(total_PK)),
+        "reward_std": float(np.nanstd(total_PK)),
+        "groups_equal": float(np.mean(np.nanmax(total_PK, axis=1) == np.nanmin(total_PK, axis=1))),
     }
+    metrics |= means(scores_PK, "reward")
     for name, score_PK in scores_PK.items():
-        metrics[f"reward/{name}"] = float(score_PK.mean())
-        metrics[f"reward_std/{name}"] = float(score_PK.std()) if np.ptp(score_PK) else 0.0
+        found = score_PK[~np.isnan(score_PK)]
+        if len(found):
+            metrics[f"reward_std/{name}"] = float(found.std()) if np.ptp(found) else 0.0
     return metrics
 
 
@@ -58,10 +61,13 @@ def judge_metrics(
 
     Pictures of one prompt are not independent: prompts are the units of the errors, 0 where there is one.
     """
-    metrics = {f"eval/judge/{name}": float(values.mean()) for name, values in judged_N.items()}
+    metrics = {f"eval/{name}": value for name, value in means(judged_N, "judge").items()}
     measured = {"reward": reward_N} | {f"judge/{name}": values for name, values in judged_N.items()}
     for name, values in measured.items():
-        error = mean_and_error(values, units_of(prompts_N), np.full(len(values), 1 / len(values)))[1]
+        known = ~np.isnan(values)
+        if not (count := int(known.sum())):
+            continue
+        error = mean_and_error(values[known], units_of(prompts_N)[known], np.full(count, 1 / count))[1]
         metrics[f"standard_error/{name}"] = 0.0 if math.isnan(error) else error
     return metrics
 

@@ -64,4 +64,5 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _honoured(key: str) -> bool:
     section, _, name = key.partition(".")
     of_reward = section == "rewards" and name.rpartition(".")[2] in OF_REWARDS
-    return key in HONOURED or section in HONOURED_SECTIONS or of_reward
+    prompts = key.startswith("rollout.prompts.")  # the weight of one of several files
+    return key in HONOURED or prompts or section in HONOURED_SECTIONS or of_reward

@@ -95,6 +95,7 @@ class Checkpoints:
                 state | {"recipe": self.recipe.model_dump()},
                 self.recipe.checkpoint.keep,
                 best=-self._best[1] if self._best else None,
+                used=self.recipe.evaluate.weights,
             )
         self.ranks.wait()
         self.saved, self._saved_at = state["iteration"], time.monotonic()

@@ -13,7 +13,9 @@ from PIL import Image
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.prompts.source import PromptSource
+from crd_fast.models.negative import encode_negatives
+from crd_fast.prompts.lists import evaluation_prompts
+from crd_fast.prompts.source import same_prompt
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.metrics import GUIDED_BASE
@@ -53,13 +55,13 @@ class HeldOut:
 
     def __init__(self, recipe: Recipe, rewards: Rewards):
         recipe.check_own(trains=False, evaluates=True)
-        self.entries = PromptSource(recipe.evaluate.prompts).all(recipe.evaluate.max_prompts)
+        self.entries = evaluation_prompts(recipe)
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
         self.asked = [(self.entries, rewards), (self.entries, self.judges)]
         for entries, judge in self.asked:
-            judge.check(entries)
+            judge.check(entries, every=judge is rewards)
         if recipe.eval_rewards:
-            self.judges.try_out(self.entries[0], recipe.rollout.resolution)
+            self.judges.try_out(self.entries, recipe.rollout.resolution)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Evaluation:
         entries, self.judges = held_out.entries, held_out.judges
         self.metadata = [entry for entry in entries for _ in range(config.samples_per_prompt)]
         self.embeddings = model.encode_prompts([entry["prompt"] for entry in entries])
-        self.empty = model.encode_prompts([""])
+        self.empty = encode_negatives(model, entries if recipe.guides_evaluation else [{}])
         self.prompt_index = torch.arange(len(entries)).repeat_interleave(config.samples_per_prompt)
         self.seeds = seed_table(seed, count=len(self.metadata))
         known = None if trained is None else {same_prompt(prompt) for prompt in trained}
@@ -185,11 +187,6 @@ def guided_base_metrics(metrics: dict[str, float], guidance_scale: float | None)
         if name.startswith("eval/") and name != "eval/images"
     }
     return found | {f"{GUIDED_BASE}guidance_scale": float(guidance_scale or 1)}
-
-
-def same_prompt(prompt: str) -> str:
-    """Alike for prompts that differ in case and white space alone."""
-    return " ".join(prompt.split()).casefold()
 
 
 def tile(images: np.ndarray, columns: int = GRID_COLUMNS) -> np.ndarray:

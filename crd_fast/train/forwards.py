@@ -26,6 +26,18 @@ def chosen_prompts(
     return {key: value[index.to(value.device)].to(device) for key, value in embeddings.items()}
 
 
+def unconditional(
+    empty: dict[str, torch.Tensor], index: torch.Tensor, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What the rows with these prompts are guided away from: rows of their own, or the one that all have.
+
+    empty: embeddings of the empty prompt or of one negative prompt, first axis 1, or of P negative prompts.
+    """
+    if all(len(value) == 1 for value in empty.values()):
+        return empty
+    return chosen_prompts(empty, index, device)
+
+
 def unwatched(rows: int):
     """The context of a forward of `rows` rows that nobody watches."""
     return contextlib.nullcontext()
@@ -36,10 +48,11 @@ def doubled_velocity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The conditional and the unconditional velocity: views of one doubled batch.
 
-    empty: embeddings of the empty prompt, first axis 1. watched(rows): a context around the forward.
+    empty: embeddings of what is guided away from, first axis 1 or that of x. watched(rows): a context around
+    the forward.
     """
-    unconditional = {key: empty[key].to(value.device).expand_as(value) for key, value in embeddings.items()}
-    both = {key: torch.cat([value, unconditional[key]]) for key, value in embeddings.items()}
+    away = {key: empty[key].to(value.device).expand_as(value) for key, value in embeddings.items()}
+    both = {key: torch.cat([value, away[key]]) for key, value in embeddings.items()}
     with watched(2 * len(x)):
         return model.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
 

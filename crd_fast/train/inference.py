@@ -16,8 +16,10 @@ from crd_fast.config import Recipe, build_recipe, load_recipe, recipe_names, rec
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.models.base import FlowModel
+from crd_fast.models.negative import encode_negatives, probe, texts
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
+from crd_fast.rewards.scoring import with_none
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
@@ -80,13 +82,19 @@ class Source:
         return cls(recipe, folder)
 
     def load(self, prompts: Iterable[str] = ()) -> FlowModel:
-        """The model with the policy's weights active. prompts: those that will be needed."""
+        """The model with the trained weights active, those that `evaluate.weights` names.
+
+        prompts: those that will be needed.
+        """
         if self.lora is not None and not self.lora.is_file():
             raise UserError(f"--lora {self.lora}: no such file")
         model = load_model(self.recipe, prompts)
         if self.folder is not None:
             checkpoint.check_same_model(checkpoint.read_state(self.folder), model, self.folder)
-            checkpoint.load(self.folder, make_weights(model, self.recipe))
+            weights = make_weights(model, self.recipe)
+            checkpoint.load(self.folder, weights)
+            if self.recipe.evaluate.weights != "policy":
+                weights.become(self.recipe.evaluate.weights)
         if self.lora is not None:
             LoraWeights.of_file(model.transformer, self.lora, model.lora_loader, model.device)
         return model
@@ -101,6 +109,8 @@ class Source:
         if untrained and self.recipe.model.path == other.recipe.model.path:
             values["model"] = wanted["model"] | {"init_lora": None}
         values |= {key: wanted[key] for key in ("rewards", "eval_rewards", "evaluate")}
+        values["evaluate"] = values["evaluate"] | {"weights": self.recipe.evaluate.weights}
+        values["rollout"]["prompts"] = wanted["rollout"]["prompts"]  # of which some may be held out
         values["rollout"]["resolution"] = wanted["rollout"]["resolution"]
         values["train"]["precision"] = wanted["train"]["precision"]
         return replace(self, recipe=build_recipe(values))
@@ -169,9 +179,10 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     first = sources[0].recipe
     rewards = Rewards(first.rewards)
     held_out = HeldOut(first, rewards)
-    rewards.try_out(held_out.entries[0], first.rollout.resolution, first.evaluate.samples_per_prompt)
+    rewards.try_out(held_out.entries, first.rollout.resolution, first.evaluate.samples_per_prompt)
     for source in sources:
-        model = source.load(entry["prompt"] for entry in held_out.entries)
+        asked_for = held_out.entries
+        model = source.load([*texts(asked_for, source.recipe.guides_evaluation), *probe(asked_for)])
         check_lengths(model.prompt_reader, held_out.asked)
         micro_batch = resolve_micro_batch(source.recipe.rollout.micro_batch)
         evaluation = Evaluation(
@@ -213,21 +224,21 @@ def sample_grid(
         values["rollout"]["resolution"] = size
         found = replace(found, recipe=build_recipe(values))
     entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    texts, recipe = [entry["prompt"] for entry in entries], found.recipe
-    judges = Rewards(rewards or {})
-    judges.check(entries)
-    model = found.load(texts)
-    check_lengths(model.prompt_reader, [(entries, judges)])
+    recipe = found.recipe
     changes = {"guidance_scale": guidance_scale, "steps": steps}
     config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    sampling = Sampling.of(
-        recipe, config, model.encode_prompts([""]), resolve_micro_batch(recipe.rollout.micro_batch)
-    )
-    seeds = seed_table(seed, count=len(texts) * samples)
+    guided = config.guidance_scale > 1
+    judges = Rewards(rewards or {})
+    judges.check(entries)
+    model = found.load([*texts(entries, guided), *probe(entries)])
+    check_lengths(model.prompt_reader, [(entries, judges)])
+    away = encode_negatives(model, entries if guided else [{}])
+    sampling = Sampling.of(recipe, config, away, resolve_micro_batch(recipe.rollout.micro_batch))
+    seeds = seed_table(seed, count=len(entries) * samples)
     latents = generate(
         model,
-        model.encode_prompts(texts),
-        torch.arange(len(texts)).repeat_interleave(samples),
+        model.encode_prompts([entry["prompt"] for entry in entries]),
+        torch.arange(len(entries)).repeat_interleave(samples),
         seeds,
         sampling,
     )
@@ -239,6 +250,6 @@ def sample_grid(
     scores = judges.score(images, of_each) if rewards else {}
     return [
         {"prompt": entry["prompt"], "seed": int(seeds[i])}
-        | ({"scores": {name: float(of[i]) for name, of in scores.items()}} if rewards else {})
+        | ({"scores": {name: with_none(of[i : i + 1])[0] for name, of in scores.items()}} if rewards else {})
         for i, entry in enumerate(of_each)
     ]

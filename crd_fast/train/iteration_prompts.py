@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from crd_fast.config import Recipe
-from crd_fast.prompts.source import PromptSource
+from crd_fast.models.negative import texts
+from crd_fast.prompts.lists import notes, training_prompts
 from crd_fast.ranks import Ranks, own_prompts
+from crd_fast.rewards.registry import unscored
 from crd_fast.run.observer import Observer
+
+logger = logging.getLogger("crd_fast")
 
 ENCODED_AHEAD = 480  # prompts that are encoded at a time, on each rank
 
@@ -23,7 +28,9 @@ class IterationPrompts:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, observer: Observer):
         self.recipe, self.observer = recipe, observer
-        self.source = PromptSource(recipe.rollout.prompts)
+        self.source = training_prompts(recipe)
+        for note in notes(recipe) if ranks.main else ():
+            logger.warning("%s", note)
         self.count = recipe.rollout.prompts_per_iteration
         self.shares = np.array_split(np.arange(self.count), recipe.train.steps_per_iteration)
         by_rank = [own_prompts(self.shares, rank, ranks.count) for rank in range(ranks.count)]
@@ -39,10 +46,18 @@ class IterationPrompts:
         drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
         return [drawn[prompt] for prompt in self.own]
 
+    def check_scored(self, scores_PK: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Raises UserError for a prompt of an iteration whose samples no reward has scored."""
+        left_P = np.all([np.isnan(of).all(axis=1) for of in scores_PK.values()], axis=0)
+        if left_P.any():
+            drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
+            raise unscored(drawn[int(left_P.argmax())]["prompt"])
+
     def texts(self, begin: int, end: int) -> Iterator[str]:
-        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes."""
+        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes, and their negative
+        ones where they are needed."""
         for iteration in range(begin, min(end, self.recipe.train.iterations)):
-            yield from (entry["prompt"] for entry in self.drawn(iteration))
+            yield from texts(self.drawn(iteration), self.recipe.guides_training)
 
     def ahead(self, begin: int) -> Iterator[str]:
         """Those from `begin` on, as many as are encoded at a time.

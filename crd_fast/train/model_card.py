@@ -34,6 +34,11 @@ from crd_fast.train.export import Trained
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # a folder in the hub's cache, for its id
+WHICH = {
+    "policy": "the weights",
+    "sampler": "a slow average of the weights (`evaluate.weights: sampler`)",
+    "old": "an average of the weights (`evaluate.weights: old`)",
+}
 METHODS = {
     "crd": "Centered Reward Distillation ([arXiv 2603.14128](https://arxiv.org/abs/2603.14128))",
     "nft": "DiffusionNFT",
@@ -95,6 +100,7 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
         "full": trained.full,
         "call": ", ".join(f"{key}={value!r}" for key, value in call.items()),
         "iteration": trained.iteration,
+        "which": WHICH[recipe.evaluate.weights],
         "method": METHODS[recipe.loss.method],
         "quantization": recipe.model.quantization,
         "rank": recipe.model.lora_rank,

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from crd_fast.config import Recipe
 from crd_fast.weights import durable
 
 FILE = "rollout.safetensors"
@@ -110,6 +111,20 @@ class PartialRollout:
             logger.warning("warning: %s: left out, damaged", self._path)
             return None
         return latents
+
+
+def rollout_key(
+    recipe: Recipe, model: object, weights: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> str:
+    """Of all that latents follow from. model: its description; given: seeds and embeddings."""
+    sampler = {name: of for name, of in weights.items() if name.startswith("sampler/")}
+    network = recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
+    rollout = recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
+    return digest(sampler | prefixed("given", given), model, network, rollout, recipe.train.precision)
+
+
+def prefixed(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value for key, value in tensors.items()}
 
 
 def digest(tensors: Mapping[str, torch.Tensor], *others: object) -> str:

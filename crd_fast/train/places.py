@@ -9,6 +9,7 @@ from typing import Any
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.source import HELDOUT, SOURCES
+from crd_fast.schema import AUTO
 from crd_fast.worlds import WORLDS
 
 
@@ -20,15 +21,22 @@ def absolute(recipe: Recipe) -> Recipe:
         model["path"] = os.path.abspath(model["path"])
     if model["prompt_cache"] != "default":
         model["prompt_cache"] = os.path.abspath(model["prompt_cache"])
-    for section in ("rollout", "evaluate"):
-        prompts = values[section]["prompts"]
-        if prompts.removesuffix(HELDOUT) not in SOURCES:
-            values[section]["prompts"] = os.path.abspath(prompts)
+    prompts = values["rollout"]["prompts"]
+    if isinstance(prompts, dict):
+        values["rollout"]["prompts"] = {_of_list(name): weight for name, weight in prompts.items()}
+    else:
+        values["rollout"]["prompts"] = _of_list(prompts)
+    if recipe.evaluate.prompts != AUTO:
+        values["evaluate"]["prompts"] = _of_list(recipe.evaluate.prompts)
     for section in ("rewards", "eval_rewards"):
         for settings in values[section].values():
             if isinstance(settings, dict):
                 settings |= {key: _of_setting(value) for key, value in settings.items()}
     return build_recipe(values)
+
+
+def _of_list(name: str) -> str:
+    return name if name.removesuffix(HELDOUT) in SOURCES else os.path.abspath(name)
 
 
 def _of_setting(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from crd_fast.errors import UserError
+from crd_fast.models.negative import KEY
 
 if TYPE_CHECKING:
     from crd_fast.models.prompt_reader import PromptReader
@@ -28,7 +29,9 @@ def check_lengths(
     if reader is None:
         return
     asked = list(asked)
-    cut = reader.truncated(entry["prompt"] for entries, _ in asked for entry in entries)
+    entries = [entry for entries, _ in asked for entry in entries]
+    negative = [entry.get(KEY) or "" for entry in entries]
+    cut = reader.truncated([*(entry["prompt"] for entry in entries), *negative])
     if not cut:
         return
     room = reader.room
@@ -36,7 +39,7 @@ def check_lengths(
         if rewards.can_check:
             for entry in (entry for entry in entries if entry["prompt"] in cut):
                 try:
-                    rewards.check([{**entry, "prompt": reader.read(entry["prompt"])}])
+                    rewards.check_cut(entry, reader.read(entry["prompt"]))
                 except UserError as error:
                     raise UserError(
                         f"prompts: one of {cut[entry['prompt']]} tokens is truncated to {room} "

@@ -13,7 +13,7 @@ from crd_fast.config import Recipe
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
-from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity
+from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity, unconditional
 from crd_fast.train.micro_batch import MicroBatch, release_memory
 
 
@@ -21,8 +21,9 @@ from crd_fast.train.micro_batch import MicroBatch, release_memory
 class Sampling:
     """How latents are generated.
 
-    empty: embeddings of the empty prompt, first axis 1. micro_batch: halved where memory runs out. solver:
-    euler, or ab2, Adams-Bashforth of second order: Euler's first step, and as many forwards.
+    empty: embeddings of the empty prompt, first axis 1, or of each prompt's negative one. micro_batch: halved
+    where memory runs out. solver: euler, or ab2, Adams-Bashforth of second order: Euler's first step, and as
+    many forwards.
     """
 
     resolution: int
@@ -81,11 +82,12 @@ def generate(
     def integrate(chunk: slice) -> torch.Tensor:
         x = seeded_noise(seeds[chunk], shape, device)
         chosen = chosen_prompts(embeddings, prompt_index[chunk], device)
+        away = unconditional(empty, prompt_index[chunk], device)
         before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's size and velocity
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, sampling.precision):
                 velocity = guided_velocity(
-                    model, x, sigma.expand(len(x)), chosen, empty, sampling.guidance_scale, watched
+                    model, x, sigma.expand(len(x)), chosen, away, sampling.guidance_scale, watched
                 )
             step, velocity = next_sigma - sigma, velocity.float()
             x = x + step * velocity

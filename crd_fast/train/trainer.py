@@ -19,9 +19,10 @@ import torch
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
+from crd_fast.models.negative import encode_negatives, probe, texts
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
-from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.rewards.advantage import advantages, combine, kinds
 from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
@@ -38,7 +39,7 @@ from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
-from crd_fast.train.partial_rollout import PartialRollout, digest
+from crd_fast.train.partial_rollout import PartialRollout, prefixed, rollout_key
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_lengths
 from crd_fast.train.rollout import Sampling, generate
@@ -51,6 +52,7 @@ from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
 logger = logging.getLogger("crd_fast")
+Embeddings = dict[str, torch.Tensor]
 
 
 class Trainer:
@@ -93,10 +95,11 @@ class Trainer:
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
         self.rewards.try_out(
-            self.prompts.entries()[0], recipe.rollout.resolution, recipe.rollout.samples_per_prompt
+            self.prompts.entries(), recipe.rollout.resolution, recipe.rollout.samples_per_prompt
         )
         evaluated = held_out.entries if held_out else []
-        now = [*(entry["prompt"] for entry in evaluated), *self.prompts.texts(begin, begin + 1)]
+        now = [*texts(evaluated, recipe.guides_evaluation), *self.prompts.texts(begin, begin + 1)]
+        now += probe([*self.prompts.entries(), *evaluated])
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(
                 recipe,
@@ -137,7 +140,6 @@ class Trainer:
             observer=self.observer,
         )
         self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
-        self.empty = self.model.encode_prompts([""])
         self.evaluation = None
         if held_out:
             trained = {entry["prompt"] for entry in self.prompts.entries()}
@@ -241,13 +243,14 @@ class Trainer:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
         with self._located(), self.rewards.start() as scoring:
-            embeddings, latents_N = self._rollout(scoring)
+            embeddings, negatives, latents_N = self._rollout(scoring)
             clock.append(time.perf_counter())
             scores_PK = self._scores(scoring)
+            self.prompts.check_scored(scores_PK, self.iteration)
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
-        advantage_PK = advantages(reward_PK, self.recipe.advantage.std)
-        updates = self._update(latents_N, advantage_PK, embeddings)
+        advantage_PK = advantages(reward_PK, self.recipe.advantage.std, kinds(scores_PK))
+        updates = self._update(latents_N, advantage_PK, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             with self.observer.phase("snapshots"):
@@ -268,8 +271,9 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _rollout(self, scoring: Scoring) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """K samples of each of this rank's prompts by the sampler: embeddings (P), latents (P * K).
+    def _rollout(self, scoring: Scoring) -> tuple[Embeddings, Embeddings, torch.Tensor]:
+        """K samples of each of this rank's prompts by the sampler: embeddings (P), also of the negative
+        prompts (P or 1), latents (P * K).
 
         A prompt's samples go to `scoring` as soon as all are there.
         """
@@ -277,41 +281,37 @@ class Trainer:
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
         own, metadata = self.prompts.own, self.prompts.drawn(self.iteration)
         prompts = [entry["prompt"] for entry in metadata]
-        self.model.encode(prompts, self.prompts.ahead(self.iteration), self.prompts.counted)
+        now = self.prompts.texts(self.iteration, self.iteration + 1)
+        self.model.encode(now, self.prompts.ahead(self.iteration), self.prompts.counted)
         seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
         seeds = seeds.view(count, samples)[torch.from_numpy(own)]
         with self.observer.phase("rollout", seeds.numel()):
             with self.observer.phase("prompts"):
                 embeddings = self.model.encode_prompts(prompts)
+                negatives = encode_negatives(self.model, metadata if self.recipe.guides_training else [{}])
             scored = PromptScoring(scoring, self._images, metadata, samples)
 
             def finished(latents: torch.Tensor) -> None:
                 self.partial.see(latents)
                 scored(latents)
 
-            begun = self.partial.begin(lambda: self._rollout_key(embeddings, seeds))
+            given = {"seeds": seeds, **embeddings, **prefixed("negative", negatives)}
+            begun = self.partial.begin(
+                lambda: rollout_key(self.recipe, self.description, self.weights.state(), given)
+            )
             with self.weights.use("sampler"):
                 latents_N = generate(
                     self.model,
                     embeddings,
                     torch.arange(len(own)).repeat_interleave(samples),
                     seeds.flatten(),
-                    Sampling.of(self.recipe, config, self.empty, self.rollout_micro_batch),
+                    Sampling.of(self.recipe, config, negatives, self.rollout_micro_batch),
                     finished,
                     self.observer,
                     "sampler",
                     begun,
                 )
-        return embeddings, latents_N
-
-    def _rollout_key(self, embeddings: dict[str, torch.Tensor], seeds: torch.Tensor) -> str:
-        """Of all that the latents follow from."""
-        sampler = {name: of for name, of in self.weights.state().items() if name.startswith("sampler/")}
-        tensors = sampler | embeddings | {f"empty/{name}": of for name, of in self.empty.items()}
-        model = self.recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
-        rollout = self.recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
-        precision = self.recipe.train.precision
-        return digest(tensors | {"seeds": seeds}, self.description, model, rollout, precision)
+        return embeddings, negatives, latents_N
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):
@@ -328,7 +328,7 @@ class Trainer:
             self.observer.advance(math.prod(shape) // self.ranks.count)
             return {name: self.ranks.gather(values).reshape(shape)[order] for name, values in scores.items()}
 
-    def _update(self, latents_N, advantage_PK, embeddings) -> dict[str, float]:
+    def _update(self, latents_N, advantage_PK, embeddings, negatives) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
@@ -341,7 +341,7 @@ class Trainer:
         collected = []
         with self.observer.phase("update", sum(map(len, pairs_by_step))):
             for pairs in pairs_by_step:
-                metrics = self.updater.accumulate(pairs, latents_N, embeddings, self.empty)
+                metrics = self.updater.accumulate(pairs, latents_N, embeddings, negatives)
                 metrics = self.ranks.mean(metrics)
                 metrics["grad_norm"] = self.weights.finish_gradients(
                     self.ranks, self.recipe.train.max_grad_norm
@@ -363,7 +363,8 @@ class Trainer:
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         started = time.perf_counter()
         try:
-            with self.observer.phase("evaluation", len(evaluation)):
+            used = self.weights.use(self.recipe.evaluate.weights)
+            with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
             seconds = {"seconds_eval": time.perf_counter() - started}
             guided = self._guided_base(evaluation)

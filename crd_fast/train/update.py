@@ -21,7 +21,7 @@ from crd_fast.schema import LossConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.train.chunk import Chunk
 from crd_fast.train.draws import drawn_in_groups
-from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity
+from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity, unconditional
 from crd_fast.train.kept import OnHost
 from crd_fast.train.micro_batch import MicroBatch, release_memory
 from crd_fast.train.objectives import make_objective
@@ -73,7 +73,7 @@ class Updater:
         pairs: Pairs,
         latents: torch.Tensor,  # (N, ...) clean latents of the iteration
         embeddings: dict[str, torch.Tensor],  # P prompts
-        empty: dict[str, torch.Tensor],  # the empty prompt, first axis 1
+        empty: dict[str, torch.Tensor],  # the empty prompt, first axis 1, or P negative prompts
     ) -> dict[str, float]:
         """Adds d loss / d parameters of the policy to `.grad`. Returns the step's losses and statistics.
 
@@ -272,9 +272,8 @@ class Updater:
                 with watched(len(x)):
                     ref_cond, ref_uncond = self.model.velocity(x, sigma, embeddings), None
             else:
-                ref_cond, ref_uncond = doubled_velocity(
-                    self.model, x, sigma, embeddings, self._empty, watched
-                )
+                away = unconditional(self._empty, chunk.pairs.prompt[rows], x.device)
+                ref_cond, ref_uncond = doubled_velocity(self.model, x, sigma, embeddings, away, watched)
         self._set_reference(chunk, rows, ref_cond, ref_uncond)
 
     @observed(ROWS_IN_ONE)
@@ -294,8 +293,9 @@ class Updater:
         embeddings = chosen_prompts(self._embeddings, chunk.pairs.prompt[rows], chunk.x.device)
         if guided:
             rows, weights = torch.cat([rows, anchored]), weights + ["reference"] * len(anchored)
+            away = unconditional(self._empty, chunk.pairs.prompt[anchored], chunk.x.device)
             embeddings = {
-                key: torch.cat([value, self._empty[key].to(value).expand(len(anchored), *value.shape[1:])])
+                key: torch.cat([value, away[key].to(value).expand(len(anchored), *value.shape[1:])])
                 for key, value in embeddings.items()
             }
         with self.weights.use_rows(weights), self._autocast(chunk), ExitStack() as branches:

@@ -21,8 +21,8 @@ class Saved(Protocol):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that changes during training, by `set/parameter`."""
 
-    def save_policy(self, folder: Path) -> None:
-        """The trained weights, in the formats of the libraries that load them."""
+    def save_policy(self, folder: Path, name: str = "policy") -> None:
+        """The trained weights, or a snapshot of them, in the formats of the libraries that load them."""
 
 
 class OptimizerState(Protocol):
@@ -83,8 +83,16 @@ class Weights(ABC):
         """Copies what `state` returned. Raises UserError, and copies nothing, where that does not match."""
 
     @abstractmethod
-    def save_policy(self, folder: Path) -> None:
-        """The trained weights, in the formats of the libraries that load them."""
+    def save_policy(self, folder: Path, name: str = "policy") -> None:
+        """The trained weights, or a snapshot of them, in the formats of the libraries that load them."""
+
+    def become(self, name: str) -> None:
+        """The policy becomes what a snapshot is, for use without training."""
+        state = self.state()
+        policy = (key for key in state if key.startswith("policy/"))
+        self.load_state(
+            state | {key: state[f"{name}/{key.removeprefix('policy/')}"].clone() for key in policy}
+        )
 
     def host_tensors(self) -> list[torch.Tensor]:
         """Those in pinned memory of the host."""

@@ -41,12 +41,14 @@ def save(
     state: dict[str, Any],
     keep: int,
     best: int | None = None,
+    used: str = "policy",
 ) -> None:
     """Writes `folder` whole or not at all, then removes the oldest of its siblings beyond `keep`.
 
-    best: the iteration whose checkpoint stays as well. Removed are files that a manifest names, and nothing
-    else; a folder that has the name already is put aside. Raises UserError, and leaves all as it was, for
-    numbers that are not finite and where the disk takes no more.
+    best: the iteration whose checkpoint stays as well. used: the weights that other libraries are to load.
+    Removed are files that a manifest names, and nothing else; a folder that has the name already is put
+    aside. Raises UserError, and leaves all as it was, for numbers that are not finite and where the disk
+    takes no more.
     """
     tensors = {f"weights/{key}": value for key, value in weights.state().items()}
     optimizer_state, optimizer_tensors = flatten(optimizer.state_dict())
@@ -60,7 +62,7 @@ def save(
             if NAME.fullmatch(left.name.removeprefix(PARTIAL)):
                 shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights.save_policy(partial)
+        weights.save_policy(partial, used)
         save_file(tensors, partial / TENSORS)
         (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         durable.seal(partial)

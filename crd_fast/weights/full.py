@@ -84,9 +84,10 @@ class FullWeights(Weights):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         load({name: self._sets[name] for name in ("policy", *SNAPSHOTS)}, state)
 
-    def save_policy(self, folder: Path) -> None:
+    def save_policy(self, folder: Path, name: str = "policy") -> None:
         """The trained network, as diffusers saves and loads it."""
-        self.network.save_pretrained(folder / "transformer")
+        with self.use(name):
+            self.network.save_pretrained(folder / "transformer")
 
 
 class HostWeights(FullWeights):

@@ -185,9 +185,10 @@ class LoraWeights(Weights):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         load(self._parameters, state)
 
-    def save_policy(self, folder: Path) -> None:
-        """The trained adapter twice: `diffusers/` for `load_lora_weights`, `peft/` for `PeftModel`.
+    def save_policy(self, folder: Path, name: str = "policy") -> None:
+        """The trained adapter, or a snapshot of it, twice.
 
+        `diffusers/` is for `load_lora_weights`, `peft/` for `PeftModel`.
         alpha / rank is multiplied into B, and beside the tensors alpha is said to be the rank: loaders that
         read the tensors alone take it for that. In folders of their own: diffusers takes the one safetensors
         file that it finds.
@@ -195,7 +196,7 @@ class LoraWeights(Weights):
         strength = self.config.lora_alpha / self.config.r
         state = {
             key: value.detach().cpu() * (strength if "lora_B" in key else 1)
-            for key, value in get_peft_model_state_dict(self.network, adapter_name="policy").items()
+            for key, value in get_peft_model_state_dict(self.network, adapter_name=name).items()
         }
         config = dataclasses.replace(self.config, lora_alpha=self.config.r)
         config.save_pretrained(str(folder / "peft"))

@@ -134,12 +134,15 @@ class WholeWeights:
         """Every tensor that changes during training, by `set/parameter`."""
         return self._state
 
-    def save_policy(self, folder: Path) -> None:
+    def save_policy(self, folder: Path, name: str = "policy") -> None:
         """The trained network, as diffusers saves and loads it."""
         with torch.device("meta"):
             network = self._kind.from_config(self._network.config)
         tensors = dict(self._network.state_dict())  # with buffers, which are whole
-        tensors |= {name: self._state[f"policy/{name}"] for name, _ in self._network.named_parameters()}
+        tensors |= {
+            key: self._state[f"{name}/{key}"].to(parameter.dtype)
+            for key, parameter in self._network.named_parameters()
+        }
         network.load_state_dict(tensors, assign=True)
         network.save_pretrained(folder / "transformer")
 

@@ -60,10 +60,11 @@ def test_a_model_that_is_none(run, small, tmp_path):
 @pytest.mark.parametrize(
     "own, lacks",
     [
-        ((), "rewards, rollout.prompts, evaluate.prompts: expected some of its own for org/name"),
+        ((), "rewards, rollout.prompts: expected some of its own for org/name"),
         (OWN[1:], "recipe: rollout.prompts: expected"),
         ((OWN[0], OWN[2]), "rewards: expected some of its own for org/name"),
-        (OWN[:2], "evaluate.prompts: expected some of its own for org/name"),
+        ((*OWN[:2], "evaluate.prompts=builtin-heldout"), "evaluate.prompts: expected some of its own"),
+        (("rollout.prompts={geneval: 1, builtin: 1}", *OWN[1:]), "rollout.prompts: expected some of its own"),
         ((*OWN[:2], "evaluate.prompts=builtin-ocr-heldout"), "set evaluate.prompts (or evaluate.every: 0)"),
         ((*OWN, "eval_rewards={geneval_strict: {}}"), "eval_rewards: expected some of its own"),
         (("evaluate.every=0",), "rewards, rollout.prompts: expected some of its own for org/name"),

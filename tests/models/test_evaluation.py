@@ -7,7 +7,9 @@ from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.rewards import Rewards
+from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train.evaluate import HeldOut, to_uint8
+from crd_fast.train.inference import Source
 from crd_fast.train.trainer import Trainer
 
 
@@ -37,21 +39,38 @@ def off(tiny, recipe, tmp_path):
 
 
 def test_an_evaluation_that_is_off_is_not_made(off, encoded, tmp_path):
-    """The default's prompts have no written word: the reward would refuse them."""
+    """Of two prompts none can be held out."""
     trainer = Trainer(build_recipe(off), tmp_path / "run")
     assert trainer.evaluation is None
     assert set(encoded) == {"", 'a sign that says "CAT"', 'a sign that says "DOG"'}
     off["evaluate"]["every"] = 1
-    with pytest.raises(UserError, match=r"evaluate\.prompts: expected some of its own"):
+    with pytest.raises(UserError, match=r"evaluate\.prompts: 2 different prompts for training are too few"):
         Trainer(build_recipe(off), tmp_path / "run")
 
 
 def test_a_checkpoint_of_such_a_run_is_evaluated_on_prompts_that_are_given(off):
     recipe = build_recipe(off)
-    with pytest.raises(UserError, match=r"set evaluate\.prompts$"):
+    with pytest.raises(UserError, match=r"evaluate\.prompts: expected a file"):
         HeldOut(recipe, Rewards(recipe.rewards))
     recipe = build_recipe(off, [f"evaluate.prompts={off['rollout']['prompts']}"])
     assert len(HeldOut(recipe, Rewards(recipe.rewards)).entries) == 2
+
+
+def test_held_out_prompts_of_a_file_are_evaluated_and_not_trained_on(tiny, recipe, tmp_path, caplog):
+    prompts, run = tmp_path / "many.txt", tmp_path / "run"
+    prompts.write_text("\n".join(f"a red circle, {i}" for i in range(80)))
+    settings = ["evaluate.every=2", "evaluate.steps=1", "evaluate.prompts=auto", "evaluate.guided_base=false"]
+    settings += ["rollout.prompts_per_iteration=72", "rollout.samples_per_prompt=2", "rollout.steps=1"]
+    settings += ["train.timesteps=1", "train.iterations=1", f"rollout.prompts={prompts}"]
+    drawn = recipe(tiny("sd3"), *settings)
+    trainer = Trainer(drawn, run)
+    assert trainer.run()
+    assert sum("held out: 8 of 80 prompts" in record.getMessage() for record in caplog.records) == 1
+    evaluated = read_scores(scores_path(run, 0))
+    assert len(evaluated) == 8 and evaluated.trained_on() == (0, 8)
+    trained = {entry["prompt"] for entry in trainer.prompts.drawn(0)}
+    assert len(trained) == 72 and not trained & set(evaluated.prompts)
+    assert HeldOut(Source.of(str(run)).recipe, trainer.rewards).entries == trainer.evaluation.metadata
 
 
 @pytest.mark.parametrize(

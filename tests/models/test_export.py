@@ -1,8 +1,10 @@
 """What `crd-fast export` writes is what diffusers and ComfyUI load, and never over anything."""
 
+import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,12 +12,14 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from crd_fast.config import load_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
+from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train.export import Trained, write_comfyui, write_fused
+from crd_fast.train.inference import Source, evaluated
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
-from tests.models.conftest import RESOLUTION, by_pipeline, load_pipeline
+from tests.models.conftest import PROMPTS, RESOLUTION, by_pipeline, by_rollout, load_pipeline
 
 SETTINGS = ("evaluate.every=1", "evaluate.steps=2", "checkpoint.every=1")
 
@@ -263,3 +267,42 @@ def test_a_small_model_that_ships(inside, tmp_path):
     for write in (write_comfyui, write_fused):
         with pytest.raises(UserError, match="is a small model of this package and no pipeline"):
             write(trained, tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("which", ["sampler", "old"])
+def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which):
+    """Evaluated, saved and used elsewhere is one and the same; resuming goes on with the policy."""
+    snapshots = ("snapshots.sampler=0/0.7/0/0.7", "snapshots.old=0/0.4/0/0.4")
+    run = run_of("sd3", f"model.method={method}", f"evaluate.weights={which}", *snapshots)
+    newest = run / "checkpoints" / "iteration-000002"
+    tensors = load_file(newest / checkpoint.TENSORS)
+    key = next(key for key in tensors if key.startswith("weights/policy/") and "to_q" in key)
+    name = key.removeprefix("weights/policy/")
+    assert (tensors[key] - tensors[f"weights/{which}/{name}"]).abs().max() > 1e-4
+
+    source = Source.of(str(run))
+    pictures, _ = by_rollout(source.load(PROMPTS))
+    pipe = load_pipeline(tiny("sd3"))
+    if method == "lora":
+        pipe.load_lora_weights(newest / "diffusers")
+    else:
+        kind = type(pipe.transformer)
+        pipe.transformer = kind.from_pretrained(newest / "transformer")
+        stored = load_file(newest / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert torch.equal(stored[name], tensors[f"weights/{which}/{name}"])
+    torch.testing.assert_close(by_pipeline(pipe, "sd3")[0], pictures, rtol=1e-4, atol=1e-4)
+    policy = Source.of(str(run))
+    policy = dataclasses.replace(
+        policy, recipe=build_recipe(policy.recipe.model_dump(), ["evaluate.weights=policy"])
+    )
+    assert (by_rollout(policy.load(PROMPTS))[0] - pictures).abs().max() > 1e-3
+
+    (again,) = evaluated([source])
+    assert np.array_equal(again.scores.values["reward"], read_scores(scores_path(run, 2)).values["reward"])
+    exported(inside, run, "hub", tmp_path / "hub", "--checkpoint", "newest")
+    said = (tmp_path / "hub" / "README.md").read_text()
+    assert f"evaluate.weights: {which}" in said and "average of the weights" in said
+
+    resumed = Trainer(source.recipe, run, resume=True)
+    assert torch.equal(resumed.weights.state()[f"policy/{name}"], tensors[key])

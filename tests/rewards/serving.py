@@ -57,6 +57,9 @@ def wrong(images, prompts, metadata):
 def fails(images, prompts, metadata):
     raise KeyError("somewhere")
 
+def some(images, prompts, metadata):
+    return [None if prompt == "skip" else 1.0 for prompt in prompts]
+
 def dies(images, prompts, metadata):
     os._exit(7)
 

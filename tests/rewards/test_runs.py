@@ -143,7 +143,7 @@ def test_what_a_reward_is_tried_out_with(mine, tmp_path):
     """One prompt's samples, as in training, and so few that a slow reward is no burden."""
     from crd_fast.rewards import Rewards
 
-    Rewards({"mine:redness": 1.0}).try_out({"prompt": "a"}, 10**6, samples=24)
+    Rewards({"mine:redness": 1.0}).try_out([{"prompt": "a"}], 10**6, samples=24)
     assert [prompts for _, prompts in mine().calls] == [["a"] * 4]
 
 

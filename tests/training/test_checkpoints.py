@@ -24,7 +24,7 @@ class Policy:
     def state(self):
         return self.values
 
-    def save_policy(self, folder):
+    def save_policy(self, folder, name="policy"):
         (folder / "peft").mkdir()
         (folder / "peft" / "adapter_config.json").write_text('{"r": 4}')
 

@@ -13,6 +13,7 @@ import torch
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
+from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
 from crd_fast.run.metrics import MEASURED, read_metrics
 from crd_fast.train.steps import IN_A_ROW
@@ -55,6 +56,28 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def copied(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "copy", symlinks=True)
+
+
+def test_several_lists_of_prompts_are_gone_on_with(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("\n".join(map(json.dumps, PromptSource("builtin-heldout").entries()[:5])))
+    settings = [f"rollout.prompts={{builtin: 2, {mine}: 1}}", "rollout.prompts_per_iteration=3"]
+    settings += ["evaluate.every=0", "checkpoint.every=1"]
+    assert Trainer(recipe(*settings), tmp_path / "whole").run()
+    for count in (1, 3):
+        resumed = Trainer(recipe(*settings, f"train.iterations={count}"), tmp_path / "run", resume=count > 1)
+        assert resumed.run()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    drawn = [entry["prompt"] for iteration in range(3) for entry in resumed.prompts.drawn(iteration)]
+    assert sum(prompt in mine.read_text() for prompt in drawn) == 3
+    files = [
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / run / "checkpoints/iteration-000003").glob("*.safetensors")
+        }
+        for run in ("run", "whole")
+    ]
+    assert files[0] and files[0] == files[1]
 
 
 class Killed(BaseException):

@@ -1,0 +1,178 @@
+"""A recipe's prompts: one list or several with weights, and what is held out of them for evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+
+from crd_fast.config import Recipe
+from crd_fast.errors import UserError
+from crd_fast.prompts.source import EVALUATED, HELDOUT, SOURCES, PromptSource, same_prompt
+from crd_fast.schema import AUTO
+from crd_fast.worlds import WORLDS
+
+HELD_OUT = 10  # of so many prompts in files one is held out
+FEWEST = 8  # prompts that are worth an evaluation
+
+
+class PromptLists:
+    """Lists by weight. One list's prompts are a share of every iteration's, to within a prompt.
+
+    lists: names or files to weights; without: prompts, as `same_prompt` has them, left out of files.
+    """
+
+    def __init__(self, lists: Mapping[str, float], without: frozenset[str] = frozenset()):
+        self.sources = {name: PromptSource(name, without) for name in lists}
+        total = sum(map(Fraction, lists.values()))
+        self._weights = [Fraction(weight) / total for weight in lists.values()]
+
+    def entries(self) -> list[dict]:
+        """Every prompt there is, list by list."""
+        return [entry for source in self.sources.values() for entry in source.entries()]
+
+    def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
+        """The prompts of one training iteration: a function of seed and iteration alone.
+
+        The lists take turns, so that every part of an iteration has its share of each.
+        """
+        before = self._taken(iteration * count)
+        turns = self._turns(before, count)
+        drawn = [
+            iter(source.draw_from(first, turns.count(i), seed, iteration, stream=i))
+            for i, (source, first) in enumerate(zip(self.sources.values(), before))
+        ]
+        return [next(drawn[turn]) for turn in turns]
+
+    def _taken(self, position: int) -> list[int]:
+        """How many of the first so many positions are each list's.
+
+        The k-th turn of a list with weight w comes at time (k - 1/2) / w. All turns up to time t are at most
+        t + L / 2 for L lists and at least t - L / 2; exact fractions make every call agree on the order.
+        """
+        time = max(Fraction(0), position - Fraction(len(self._weights), 2))
+        taken = [int(time * weight + Fraction(1, 2)) for weight in self._weights]
+        for turn in self._turns(taken, position - sum(taken)):
+            taken[turn] += 1
+        return taken
+
+    def _turns(self, taken: list[int], count: int) -> list[int]:
+        """Whose the next positions are, where each list has had so many."""
+        taken, turns = list(taken), []
+        for _ in range(count):
+            turns.append(
+                min(range(len(taken)), key=lambda i: ((taken[i] + Fraction(1, 2)) / self._weights[i], i))
+            )
+            taken[turns[-1]] += 1
+        return turns
+
+
+def training_prompts(recipe: Recipe) -> PromptLists:
+    """Those of `rollout.prompts`, without what is held out of them."""
+    lists = recipe.rollout.prompt_lists
+    return PromptLists(lists, frozenset(_split(recipe)) if splits(recipe) else frozenset())
+
+
+def evaluation_prompts(recipe: Recipe) -> list[dict]:
+    """Those of `evaluate.prompts`, the same ones every time.
+
+    Raises UserError where it is `auto` and the files have too few prompts for some to be held out.
+    """
+    wanted, limit = recipe.evaluate.prompts, recipe.evaluate.max_prompts
+    if wanted != AUTO:
+        return PromptSource(wanted).all(limit)
+    if recipe.model.path in WORLDS:
+        return PromptSource(recipe.model.path + HELDOUT).all(limit)
+    parts: dict[str, list[dict]] = {}
+    for name in recipe.rollout.prompt_lists:
+        if name in SOURCES:
+            parts[name] = PromptSource(name + HELDOUT).all(limit)
+    if _files(recipe) and not splits(recipe):
+        raise UserError("evaluate.prompts: expected a file: with evaluate.every: 0 no prompts are held out")
+    if splits(recipe):
+        parts[""] = list(_split(recipe).values())
+    limit, total = limit or EVALUATED, sum(map(len, parts.values()))
+    if total > limit:  # of each list its part
+        parts = {name: found[: max(1, limit * len(found) // total)] for name, found in parts.items()}
+    return [entry for found in parts.values() for entry in found][:limit]
+
+
+def splits(recipe: Recipe) -> bool:
+    """Whether prompts are held out of the files for training."""
+    own = recipe.evaluate.prompts == AUTO and recipe.model.path not in WORLDS
+    return bool(recipe.evaluate.every) and own and bool(_files(recipe))
+
+
+def _files(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.rollout.prompt_lists if name.removesuffix(HELDOUT) not in SOURCES]
+
+
+def _read(recipe: Recipe) -> dict[str, dict]:
+    """The different prompts of all files, by what makes them the same, the first of each."""
+    found: dict[str, dict] = {}
+    for name in _files(recipe):
+        for entry in PromptSource(name).entries():
+            found.setdefault(same_prompt(entry["prompt"]), entry)
+    return found
+
+
+def _split(recipe: Recipe) -> dict[str, dict]:
+    """What is held out: a tenth of the files' different prompts, at most `EVALUATED`, by their hashes.
+
+    So it depends on the prompts alone: not on their order, the seed, or how many of them are evaluated.
+    """
+    found = _read(recipe)
+    count = min(len(found) // HELD_OUT, EVALUATED)
+    if count < FEWEST:
+        raise UserError(
+            f"evaluate.prompts: {len(found)} different prompts for training are too few to hold some out "
+            f"(expected at least {FEWEST * HELD_OUT}); name a file of others, or set evaluate.every: 0"
+        )
+    by_hash = sorted(found, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    return {prompt: found[prompt] for prompt in by_hash[:count]}
+
+
+def notes(recipe: Recipe) -> Iterator[str]:
+    """What people should know of their files, a line each: what is held out, duplicates, and prompts that
+    are both trained on and evaluated."""
+    if not (files := _files(recipe)):
+        return
+    if splits(recipe):
+        held_out, there = len(_split(recipe)), len(_read(recipe))
+        yield (
+            f"held out: {held_out} of {there} prompts are never trained on and are what is evaluated "
+            "(evaluate.prompts names others)"
+        )
+    for name in files:
+        counts = Counter(same_prompt(entry["prompt"]) for entry in PromptSource(name).entries())
+        if twice := [prompt for prompt, count in counts.items() if count > 1]:
+            yield (
+                f"warning: {name}: duplicates of {len(twice)} of its {len(counts)} different prompts, "
+                f"{counts.total()} in all: {_short(twice[0])}"
+            )
+    seen: dict[str, str] = {}
+    for name in files:
+        own = dict.fromkeys(same_prompt(entry["prompt"]) for entry in PromptSource(name).entries())
+        if both := [prompt for prompt in own if prompt in seen]:
+            many = "prompt stands" if len(both) == 1 else "prompts stand"
+            yield f"warning: {len(both)} {many} in {name} and in {seen[both[0]]}: {_short(both[0])}"
+        seen |= {prompt: name for prompt in own if prompt not in seen}
+    if not (recipe.guides_training or recipe.guides_evaluation):
+        read = (entry for name in files for entry in PromptSource(name).entries())
+        if any(entry.get("negative_prompt") for entry in read):
+            yield (
+                "warning: negative prompts do nothing without guidance (loss.guidance_scale, "
+                "rollout.guidance_scale, evaluate.guidance_scale)"
+            )
+    if recipe.evaluate.every and not splits(recipe):
+        evaluated = dict.fromkeys(same_prompt(entry["prompt"]) for entry in evaluation_prompts(recipe))
+        if both := [prompt for prompt in evaluated if prompt in seen]:
+            yield (
+                f"warning: of {len(evaluated)} evaluated prompts {len(both)} stand in rollout.prompts too: "
+                f"{_short(both[0])}"
+            )
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 60 else prompt[:60] + "...")
