@@ -183,9 +183,8 @@ class HttpReward:
     def _scores(self, answer, count: int) -> list[float | None]:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
-            raise self.client.error(
-                f'expected {{"scores": [{count} finite numbers or null]}}, got {shortened(json.dumps(answer))}'
-            )
+            wanted = f'{{"scores": [{count} finite numbers or null]}}'
+            raise self.client.error(f"expected {wanted}, got {shortened(json.dumps(answer))}")
         return scores
 
 
