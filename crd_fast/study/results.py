@@ -144,14 +144,19 @@ def with_error(values: list[float]) -> str:
 
 
 def _paired(ends: list[dict], measure: str) -> str:
-    """The mean difference from the first arm; its error over several seeds, or over the prompts of one."""
+    """The mean difference from the first arm; its error over several seeds, or over the prompts of one.
+
+    Where not all seeds could be paired, it is said how many were.
+    """
     paired = [end for end in ends if f"paired/{measure}" in end]
     if not paired:
         return ""
     if len(paired) == 1:
-        return f"{paired[0][f'paired/{measure}']:+.3g} ± {paired[0][f'paired_error/{measure}']:.2g}"
-    text = with_error([end[f"paired/{measure}"] for end in paired])
-    return text if text.startswith("-") else f"+{text}"
+        text = f"{paired[0][f'paired/{measure}']:.3g} ± {paired[0][f'paired_error/{measure}']:.2g}"
+    else:
+        text = with_error([end[f"paired/{measure}"] for end in paired])
+    some = f" ({len(paired)} of {len(ends)} seeds)" if len(paired) < len(ends) else ""
+    return f"{'' if text.startswith('-') else '+'}{text}{some}"
 
 
 def _reached(runs: Runs, measure: str, wanted: float) -> str:

@@ -102,6 +102,10 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     sign = "" if sum(differences) < 0 else "+"
     assert f"| {sign}{with_error(differences)} |" in table
 
+    scores_path(output / "shapes" / "half" / "seed-1", 2).unlink()  # as a run of an earlier version
+    assert inside("study", study, "--output", output, "--results")[0] == 0
+    assert "(1 of 2 seeds) |" in (output / "table.md").read_text()
+
 
 def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):
     output = tmp_path / "out"
