@@ -130,9 +130,9 @@ SETTINGS_OF = {  # those of one method alone
 
 
 class LossConfig(Section):
-    method: Literal["crd", "nft", "awm", "flow_matching"] = "crd"
+    method: Literal["crd", "nft", "awm", "flow_matching", "dpo"] = "crd"
     """`crd`, or `nft` (DiffusionNFT), `awm` (advantage-weighted matching), `flow_matching` (weighed by the
-    reward)."""
+    reward), `dpo` (the better against the worse samples of a prompt)."""
     beta: float = Field(1.0, gt=0)
     """Strength of the regularisation to `old`. Large: small careful steps. Watch `implicit_variance` against
     `external_variance`."""

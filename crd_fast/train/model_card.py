@@ -39,6 +39,7 @@ METHODS = {
     "nft": "DiffusionNFT",
     "awm": "advantage-weighted matching",
     "flow_matching": "flow matching weighed by the reward",
+    "dpo": "online diffusion DPO",
 }
 SECTIONS = ("model", "rollout", "advantage", "loss", "snapshots", "train", "evaluate")
 OF_THE_MACHINE = ("path", "prompt_cache", "prompt_cache_gb", "trackers", "profile")

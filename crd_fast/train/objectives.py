@@ -12,6 +12,7 @@ from collections.abc import Callable
 import crd_kernels
 import numpy as np
 import torch
+from torch.nn.functional import softplus
 
 from crd_fast.schema import LossConfig
 from crd_fast.train.pairs import Pairs
@@ -161,11 +162,42 @@ class FlowMatching(AWM):
         return self.matched(stats, pairs, denominator, weight, 1.0)
 
 
+class DPO(Objective):
+    """Online diffusion DPO: within each group the i-th best sample against the i-th worst, relative to old.
+
+    With e(v) = mean((v - target)^2) and g_j = e(policy_j) - e(old_j):
+
+        policy_loss = mean over pairs of -log sigmoid(-beta / 2 (g_preferred - g_rejected))
+
+    with 0 for pairs of one reward. K samples are K / 2 pairs of the mean; the middle one of an odd K has no
+    other.
+    Source: Wallace et al., arXiv 2311.12908, where the reference is the pretrained model, as it is here with
+    `snapshots.old: 0/1/0/1`, and both of a pair have one noise; here each sample has its own. The public
+    trainer that Flow-GRPO (arXiv 2505.05470) compares with makes one pair of a prompt, at beta 100.
+    """
+
+    coupled = True
+
+    def coefficients(self, stats, pairs, denominator):
+        advantage, mate = pairs.advantage.double(), mates(pairs.advantage, pairs.group)
+        gap = stats.policy_error.double() - stats.old_error.double()
+        sign = (advantage - advantage[mate]).sign()  # 1 preferred, -1 rejected, 0 neither
+        logit = -self.loss.beta / 2 * sign * (gap - gap[mate])
+        policy_loss = (softplus(-logit) * (sign > 0)).sum() * 2 / denominator
+        step = 2 / stats.elements.double() / denominator
+        strength = self.loss.kl_beta * pairs.anchor.double()
+        kl_loss = (strength * stats.kl.double()).sum() / denominator
+        c1 = step * self.loss.beta * sign * (-logit).sigmoid()
+        c1, c2 = c1.to(stats.table.dtype), (step * strength * stats.anchored).to(stats.table.dtype)
+        return crd_kernels.Coefficients(policy_loss + kl_loss, policy_loss, kl_loss, c1, c2)
+
+
 OBJECTIVES: dict[str, Callable[[LossConfig, float], Objective]] = {
     "crd": CRD,
     "nft": NFT,
     "awm": AWM,
     "flow_matching": FlowMatching,
+    "dpo": DPO,
 }
 
 
@@ -184,10 +216,27 @@ def log_ratio(stats: crd_kernels.Stats) -> dict[str, torch.Tensor]:
     return {"implicit_reward_mean": reward, "implicit_reward_abs": reward.abs()}
 
 
-def deviation(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Of each pair from the mean of its run of equal `group` ids. (B,); the host does not wait for it."""
+def runs(group: torch.Tensor) -> torch.Tensor:
+    """The number, from 0 on, of each pair's run of equal `group` ids, (B,); the host does not wait for it."""
     run = torch.zeros_like(group)
     run[1:] = (group[1:] != group[:-1]).cumsum(0)
+    return run
+
+
+def mates(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Of the pair with the i-th largest value of its run the index of that with the i-th smallest, (B,)."""
+    run = runs(group)
+    order = value.argsort(stable=True)
+    order = order[run[order].argsort(stable=True)]  # ascending within each run, the runs in their order
+    place = torch.arange(len(run), device=run.device)
+    first = torch.searchsorted(run, run)
+    last = torch.searchsorted(run, run, right=True) - 1
+    return torch.empty_like(order).scatter_(0, order, order[first + last - place])
+
+
+def deviation(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Of each pair from the mean of its run of equal `group` ids. (B,); the host does not wait for it."""
+    run = runs(group)
     total = torch.zeros_like(value).index_add_(0, run, value)
     count = torch.zeros_like(value).index_add_(0, run, torch.ones_like(value))
     return value - (total / count)[run]

@@ -134,6 +134,11 @@ def by_the_kernels_loss(setting, method, weights, **settings):
         ratio = {"old": old, "clip_range": loss.clip_range} if loss.clip_range else {}
         about |= {"sigma": pairs.sigma, "weighting": loss.weighting}
         out = crd_kernels.awm_loss(policy, cond, x0, noise, pairs.advantage, **about, **held, **ratio)
+    elif method == "dpo":
+        loss_of_all = dpo_by_autograd(policy, old, cond, uncond, x0, noise, pairs, weights, loss)
+        model.transformer.zero_grad(set_to_none=True)
+        loss_of_all.backward()
+        return float(loss_of_all.detach()), torch.cat([p.grad.flatten() for p in all_weights.trained()])
     else:
         weight = (pairs.advantage.clamp(-5, 5) + 5) / 10
         out = crd_kernels.awm_loss(policy, cond, x0, noise, weight, **about)
@@ -142,10 +147,31 @@ def by_the_kernels_loss(setting, method, weights, **settings):
     return float(out.loss.detach()), torch.cat([p.grad.flatten() for p in all_weights.trained()])
 
 
+def dpo_by_autograd(policy, old, cond, uncond, x0, noise, pairs, weights, loss):
+    """The formula, pair by pair; the reference is guided, but for the preferences it is old."""
+
+    def error(velocity, i):
+        return (velocity[i] - (noise[i] - x0[i])).square().mean()
+
+    terms = []
+    for group in pairs.group.unique():
+        rising = sorted((pairs.group == group).nonzero().flatten().tolist(), key=lambda i: pairs.advantage[i])
+        for worse, better in zip(rising[: len(rising) // 2], reversed(rising)):
+            gap = error(policy, better) - error(old, better) - error(policy, worse) + error(old, worse)
+            equal = pairs.advantage[worse] == pairs.advantage[better]
+            terms.append(0 * gap if equal else -torch.nn.functional.logsigmoid(-loss.beta / 2 * gap))
+    reference = uncond + loss.guidance_scale * (cond - uncond)
+    kl = (policy - reference).square().flatten(1).mean(1)
+    return torch.stack(terms).mean() + loss.kl_beta * (weights.double() * kl).mean()
+
+
+DPO = {"dpo": {"method": "dpo", "beta": 20.0}}
+
+
 @pytest.mark.parametrize("anchored", ["all", "some"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS | DPO)
 def test_every_method_is_the_kernels_loss_at_any_micro_batch(setting, name, anchored):
-    pairs, settings = setting[2], {"beta": 1.0} | METHODS[name]
+    pairs, settings = setting[2], {"beta": 1.0} | (METHODS | DPO)[name]
     if anchored == "some":
         pairs = Pairs(**vars(pairs) | {"anchor": (torch.arange(len(pairs)) % 3 == 0).float() * 3})
     given = {key: value for key, value in settings.items() if key != "method"}
@@ -155,6 +181,21 @@ def test_every_method_is_the_kernels_loss_at_any_micro_batch(setting, name, anch
         metrics, gradient = gradients(setting, micro_batch, pairs, **settings)
         assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_preferences_need_rewards_that_differ(setting):
+    model, weights, pairs, *others = setting
+    first, equal = pairs.group == 0, pairs.advantage.clone()
+    equal[first] = equal[first].sign()  # some pairs of it are alike
+    assert 1 < len(equal[first].unique()) < SAMPLES
+    setting = model, weights, Pairs(**vars(pairs) | {"advantage": equal}), *others
+    loss, expected = by_the_kernels_loss(setting, "dpo", pairs.anchor, beta=20.0)
+    metrics, gradient = gradients(setting, 4, **DPO["dpo"])
+    assert metrics["policy_loss"] + metrics["kl_loss"] == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+    alike = Pairs(**vars(pairs) | {"advantage": torch.zeros_like(equal)})
+    _, nothing = gradients(setting, 4, alike, **DPO["dpo"], kl_beta=0.0)
+    assert not nothing.any()
 
 
 @pytest.mark.parametrize("name", METHODS)
