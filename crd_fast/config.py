@@ -33,7 +33,8 @@ from crd_fast.yaml_files import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
-WORLD_REWARDS = ("geneval", "geneval_strict")  # they read pictures of the built-in world alone
+# they read pictures of the built-in world alone
+WORLD_REWARDS = ("geneval", "geneval_strict", "texture_fooled")
 
 
 class Recipe(Section):
