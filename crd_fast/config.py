@@ -89,6 +89,11 @@ class Recipe(Section):
                 f"train.backward_fraction: expected at least one of rollout.samples_per_prompt "
                 f"({self.rollout.samples_per_prompt}), got {self.train.backward_fraction:g} of them"
             )
+        if self.train.backward_fraction < 1 and self.loss.norm_penalty:
+            raise ValueError(
+                f"train.backward_fraction: expected 1.0 with loss.norm_penalty, got "
+                f"{self.train.backward_fraction:g}"
+            )
         if self.model.sharding == "fsdp" and (
             self.train.backward_fraction < 1 or self.train.skip_equal_groups
         ):
