@@ -33,7 +33,8 @@ from crd_fast.yaml_files import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
-WORLD_REWARDS = ("geneval", "geneval_strict")  # they read pictures of the built-in world alone
+# they read pictures of the built-in world alone
+WORLD_REWARDS = ("geneval", "geneval_strict", "texture_fooled")
 
 
 class Recipe(Section):
@@ -87,6 +88,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.backward_fraction: expected at least one of rollout.samples_per_prompt "
                 f"({self.rollout.samples_per_prompt}), got {self.train.backward_fraction:g} of them"
+            )
+        if self.train.backward_fraction < 1 and self.loss.norm_penalty:
+            raise ValueError(
+                f"train.backward_fraction: expected 1.0 with loss.norm_penalty, got "
+                f"{self.train.backward_fraction:g}"
             )
         if self.model.sharding == "fsdp" and (
             self.train.backward_fraction < 1 or self.train.skip_equal_groups

@@ -173,6 +173,9 @@ class LossConfig(Section):
     reward_adaptive_kl: bool = True
     """The anchor's strength follows the sample's advantage, from `kl_min` to `kl_beta`; else it is `kl_beta`
     for all."""
+    norm_penalty: float = Field(0.0, ge=0)
+    """Strength of a penalty on velocities of the anchored samples that are longer than the pretrained model's
+    without guidance. Watch `norm_ratio`, of the squared lengths."""
     anchor_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the samples that are anchored, drawn without bias. A quarter cost nothing that showed and
     saves most reference forwards."""
@@ -199,6 +202,10 @@ class LossConfig(Section):
     def _ordered(self):
         if self.method == "crd" and self.reward_adaptive_kl and self.kl_min > self.kl_beta:
             raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
+        if self.norm_penalty and not self.anchored:
+            raise ValueError(
+                f"norm_penalty: expected 0 without an anchor (kl_beta 0), got {self.norm_penalty:g}"
+            )
         if self.centering_batch is not None and self.centering != "batch":
             raise ValueError(
                 f"centering_batch: expected null with centering {self.centering}, got {self.centering_batch}"

@@ -26,6 +26,7 @@ from crd_fast.rewards.workers import RewardFailed, Workers, cores
 REWARDS = {
     "geneval": "crd_fast.rewards.world_geneval:WorldGenEval",
     "geneval_strict": "crd_fast.rewards.world_geneval:WorldGenEvalStrict",
+    "texture_fooled": "crd_fast.rewards.world_texture:TextureFooled",
     "ocr": "crd_fast.rewards.ocr:OCR",
     "ocr_dense": "crd_fast.rewards.ocr:OCRDense",
     "jpeg_compressibility": "crd_fast.rewards.image_statistics:JpegCompressibility",

@@ -173,7 +173,7 @@ class DPO(Objective):
     other.
     Source: Wallace et al., arXiv 2311.12908, where the reference is the pretrained model, as it is here with
     `snapshots.old: 0/1/0/1`, and both of a pair have one noise; here each sample has its own. The public
-    trainer that Flow-GRPO (arXiv 2505.05470) compares with makes one pair of a prompt, at beta 100.
+    trainer that Flow-GRPO (arXiv 2505.05470) compares with takes a prompt's best and worst, at beta 100.
     """
 
     coupled = True

@@ -24,6 +24,7 @@ from crd_fast.train.draws import drawn_in_groups
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity, unconditional
 from crd_fast.train.kept import OnHost
 from crd_fast.train.micro_batch import MicroBatch, release_memory
+from crd_fast.train.norm_penalty import norm_penalty
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.signal import Signal
@@ -84,7 +85,7 @@ class Updater:
         # found from the weights each time, never remembered: a resumed run decides as the one before did
         self._old_is_policy = not self.objective.needs_old or self.weights.is_policy("old")
         self._weighted = bool((pairs.policy != 1).any())
-        denominator = len(pairs)
+        self._denominator = denominator = len(pairs)
         if self._weighted:  # one stays at least, so that there are a gradient and statistics, if of zeros
             without_term = (pairs.policy == 0) & (pairs.anchor == 0)
             without_term[0] &= not without_term.all()
@@ -101,13 +102,14 @@ class Updater:
 
     def _accumulate(self, pairs: Pairs, denominator: int) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
+        self._beside: dict[str, torch.Tensor] = {}  # of the penalty on norms
         size = self.micro_batch.size
         for unit in self._units(pairs):
             chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
             measured = self._update(unit, chunks, denominator)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return {name: float(value) for name, value in totals.items()}
+        return {name: float(value) for name, value in (totals | self._beside).items()}
 
     def _units(self, pairs: Pairs) -> Iterator[Pairs]:
         """Whole runs of what belongs together: as many as fit a micro-batch, at least one."""
@@ -371,7 +373,17 @@ class Updater:
             guidance_scale=self.loss.guidance_scale,
             impl=self.loss.impl,
         )
+        if self.loss.norm_penalty and chunk.ref_cond is not None:
+            gradient += self._norm_gradient(fixed, chunk)
         policy.backward(gradient)
+
+    def _norm_gradient(self, policy: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        assert chunk.ref_cond is not None
+        share = chunk.pairs.anchor / self._denominator
+        gradient, terms, ratio = norm_penalty(policy, chunk.ref_cond, self.loss.norm_penalty * share)
+        for name, value in {"norm_loss": terms.sum(), "norm_ratio": (share * ratio).sum()}.items():
+            self._beside[name] = self._beside.get(name, 0.0) + value
+        return gradient
 
     def _autocast(self, chunk: Chunk):
         return autocast(chunk.x.device.type, self.precision)

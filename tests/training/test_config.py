@@ -45,9 +45,21 @@ def test_defaults_are_the_published_recipe():
         (["snapshots.old=0/0.25"], "snapshots.old: expected begin/start/slope/end"),
         (["snapshots.old=0/0.25/0.005/2"], "decays between 0 and 1"),
         (["model.quantization=int4"], "model.quantization: expected 'none', 'int8' or 'nf4', got 'int4'"),
-        (["loss.method=dpo"], "loss.method: expected 'crd', 'nft', 'awm' or 'flow_matching', got 'dpo'"),
+        (
+            ["loss.method=ppo"],
+            "loss.method: expected 'crd', 'nft', 'awm', 'flow_matching' or 'dpo', got 'ppo'",
+        ),
         (["loss.method=nft", "loss.temperature=1"], "temperature: expected inf with method nft, got 1.0"),
         (["loss.clip_range=0.1"], "clip_range: expected null with method crd, got 0.1"),
+        (["loss.centering_batch=2"], "centering_batch: expected null with centering prompt, got 2"),
+        (
+            ["loss.norm_penalty=1", "loss.kl_beta=0", "loss.kl_min=0"],
+            "norm_penalty: expected 0 without an anchor (kl_beta 0), got 1",
+        ),
+        (
+            ["loss.norm_penalty=1", "train.backward_fraction=0.5"],
+            "train.backward_fraction: expected 1.0 with loss.norm_penalty, got 0.5",
+        ),
         (["rewards.geneval=.nan"], "rewards: geneval: expected a finite weight"),
         (["rewards.ocr.timeout=.inf"], "rewards: ocr: timeout: expected a finite number, got inf"),
         (["train.learning_rate=true"], "train.learning_rate: expected a number, got true"),

@@ -209,6 +209,35 @@ def test_uncoupled_methods_run_the_policy_once_and_old_where_they_need_it(settin
     assert ("implicit_reward_mean" in metrics) == (name == "awm clipped")
 
 
+@pytest.mark.parametrize("method", ["crd", "nft", "awm"])
+@pytest.mark.parametrize("micro_batch", [1, 5, 100])
+def test_the_penalty_on_norms_adds_the_gradient_of_its_formula(setting, method, micro_batch):
+    model, weights, pairs, latents, embeddings, _ = setting
+    pairs = Pairs(**vars(pairs) | {"anchor": (torch.arange(len(pairs)) % 3 == 0).float() * 3})
+    setting = model, weights, pairs, *setting[3:]
+    with torch.no_grad():  # some are longer than the reference's and some are not
+        for parameter in model.transformer[-1].parameters():
+            parameter.mul_(0.55)
+    _, without = gradients(setting, micro_batch, method=method)
+    metrics, gradient = gradients(setting, micro_batch, method=method, norm_penalty=0.7)
+
+    x0, noise = latents[pairs.sample], seeded_noise(pairs.seed, SHAPE)
+    x = torch.lerp(x0, noise, pairs.sigma.view(-1, 1, 1, 1))
+    conditional = {"states": embeddings["states"][pairs.prompt]}
+    policy = model.velocity(x, pairs.sigma, conditional)
+    with torch.no_grad(), weights.use("reference"):
+        reference = model.velocity(x, pairs.sigma, conditional)
+    ratio = policy.flatten(1).norm(dim=1) ** 2 / reference.flatten(1).norm(dim=1) ** 2
+    assert (ratio > 1.01).any() and (ratio < 0.99).any()
+    loss = 0.7 * (pairs.anchor * torch.relu(ratio - 1)).mean()
+    model.transformer.zero_grad(set_to_none=True)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in weights.trained()])
+    torch.testing.assert_close(gradient - without, expected, rtol=1e-5, atol=1e-9)
+    assert metrics["norm_loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert metrics["norm_ratio"] == pytest.approx(float((pairs.anchor * ratio).mean().detach()), rel=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [float("inf"), 0.5])
 @pytest.mark.parametrize("centering", ["prompt", "batch", "none"])
 @pytest.mark.parametrize("type", ["mse", "bce"])

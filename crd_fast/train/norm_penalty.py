@@ -1,0 +1,32 @@
+"""A penalty on velocities that are longer than those of the pretrained model, beside any method's loss."""
+
+from __future__ import annotations
+
+import torch
+
+
+def mean_square(velocity: torch.Tensor) -> torch.Tensor:
+    """Of each sample, (B,), in float32 or, of float64, in that."""
+    wide = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+    return wide.square().flatten(1).mean(1)
+
+
+def norm_penalty(
+    policy: torch.Tensor,  # (B, ...), detached
+    reference: torch.Tensor,  # (B, ...), of the pretrained model, without guidance
+    weight: torch.Tensor,  # (B,)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """sum_i weight_i max(|policy_i|^2 / |reference_i|^2 - 1, 0): its gradient for policy, in policy's dtype
+    and shape, its terms and the ratios of the squared norms, (B,) each.
+
+    NormGuard (arXiv 2606.27771) has a hinge that acts where the policy's velocity is longer than the
+    reference's; that it is one of the ratio of squares, so that all noise levels count alike, is a choice
+    made here.
+    """
+    reference_square = mean_square(reference)
+    ratio = mean_square(policy) / reference_square
+    n = policy[0].numel()
+    strength = weight * (ratio > 1) * 2 / (n * reference_square)
+    shape = (-1, *[1] * (policy.ndim - 1))
+    gradient = (strength.view(shape) * policy).to(policy.dtype)
+    return gradient, weight * (ratio - 1).clamp(min=0), ratio
