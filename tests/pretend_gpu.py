@@ -106,6 +106,8 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         "set_device": lambda device: None,
         "empty_cache": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),
         "get_device_name": lambda *_: "pretended",
         "get_device_capability": lambda *_: (9, 0),

@@ -166,7 +166,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     with console.status("loading torch"):
         from crd_fast.run.metrics import read_metrics
         from crd_fast.run.observer import NOBODY, Observers
-        from crd_fast.run.progress import Bars, before_and_after
+        from crd_fast.run.progress import Bars, before_and_after, gpu_memory
         from crd_fast.run.report import Refresh, write_report
         from crd_fast.train.trainer import Trainer
         from crd_fast.weights import checkpoint
@@ -185,9 +185,13 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:
-        table = before_and_after(output, read_metrics(output))
+        records = read_metrics(output)
+        table = before_and_after(output, records)
         if table is not None:
             console.print(table)
+        memory = gpu_memory(records)
+        if memory is not None:
+            say(memory)
         say(f"report: {write_report(output)}")
     if main and finished:
         say(f"weights: {checkpoint.find(output)}")

@@ -10,6 +10,7 @@ from crd_fast.errors import UserError
 METRICS = "metrics.jsonl"
 # how the names begin of what the clock and the machine decide: the rest is the same in a run that is repeated
 MEASURED = ("seconds", "peak", "images_per_second", "tflops", "gpu_peak")
+GPU_PEAK = "gpu_peak_bytes"  # of tensors, so far; with /PHASE, in a phase
 GUIDED_BASE = "guided_base/"  # how the names begin of what the base with guidance got, in the first record
 
 

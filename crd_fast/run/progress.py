@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from crd_fast.run.metrics import GUIDED_BASE
+from crd_fast.run.metrics import GPU_PEAK, GUIDED_BASE
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import Scores, compare_metric, guided_base_scores, scores_of
 
@@ -74,6 +74,8 @@ class Bars(Observer):
         note = f"reward {record['reward_mean']:.3f}"
         if "kl" in record:  # not where all optimizer steps were left out
             note += f"  KL {record['kl']:.4f}"
+        if GPU_PEAK in record:
+            note += f"  GPU {record[GPU_PEAK] / 2**30:.1f} GB"
         self._bars.update(self._run, completed=record["iteration"], note=note)
         seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
         self._seconds.append(seconds + record.get("seconds_eval", 0.0))
@@ -90,6 +92,17 @@ class Bars(Observer):
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def gpu_memory(records: list[dict]) -> str | None:
+    """The most that tensors had on the GPU, by phase; None where there was none."""
+    sizes: dict[str, float] = {}
+    for record in records:
+        for key in (key for key in record if key.startswith(f"{GPU_PEAK}/")):
+            name = key.partition("/")[2].replace("_", " ")
+            sizes[name] = max(record[key], sizes.get(name, 0))
+    parts = [f"{name} {size / 2**30:.1f} GB" for name, size in sizes.items()]
+    return f"GPU memory, at most: {', '.join(parts)}" if parts else None
 
 
 def duration(seconds: float) -> str:

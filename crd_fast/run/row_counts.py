@@ -63,8 +63,7 @@ class Throughput(RowCounts):
         yield
 
     def metrics(self, pictures: int, own: int, seconds: Mapping[str, float]) -> dict[str, float]:
-        """`images_per_second` over the whole iteration; `tflops` over rollout and update, of this process;
-        `gpu_peak_bytes` that tensors had at most so far, where there is a GPU.
+        """`images_per_second` over the whole iteration; `tflops` over rollout and update, of this process.
 
         pictures: that all processes generated; own: this one. seconds: by phase, as they are logged.
         """
@@ -72,6 +71,4 @@ class Throughput(RowCounts):
         if self.row_flops is not None:
             flops = flops_of(self.rows, self.row_flops) + own * self.row_flops.get("decode", 0.0)
             found["tflops"] = flops / (seconds["seconds_rollout"] + seconds["seconds_update"]) / 1e12
-        if torch.cuda.is_available():
-            found["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         return found

@@ -26,6 +26,7 @@ from crd_fast.rewards.advantage import advantages, combine, kinds
 from crd_fast.rewards.foreign import OPTION
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
+from crd_fast.run.gpu_memory import GpuMemory
 from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
 from crd_fast.run.machine import peak_rss_bytes
 from crd_fast.run.observer import NOBODY, Observer, Observers, observed
@@ -80,8 +81,9 @@ class Trainer:
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)
         self.recipe, self.output = recipe, output
-        self.throughput = Throughput(row_flops)
-        self.observer = Observers(profiling.start(recipe.train.profile), self.throughput, observer)
+        self.throughput, self.memory = Throughput(row_flops), GpuMemory()
+        profiler = profiling.start(recipe.train.profile)
+        self.observer = Observers(profiler, self.throughput, self.memory, observer)
         self.ranks = Ranks()
         self.stopping = Stopping(alone=self.ranks.count == 1)
         self.observer.add(self.stopping)
@@ -268,6 +270,7 @@ class Trainer:
             "sampler_decay": decays["sampler"],
             **seconds,
             **self.throughput.metrics(reward_PK.size - self.partial.taken, len(latents_N), seconds),
+            **self.memory.metrics(),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
@@ -376,7 +379,7 @@ class Trainer:
             raise
         if found.scores is None:
             return
-        record |= found.metrics | seconds
+        record |= found.metrics | seconds | self.memory.metrics()
         samples, iteration = self.output / "samples", self.iteration
         grid = evaluation.save(found, samples, f"{iteration:06d}", scores_path(self.output, iteration))
         if guided is not None:

@@ -15,7 +15,7 @@ PHASES = (
     ("seconds_reward", "Rewards, after the rollout", "rewards"),
     ("seconds_update", "Update", "update"),
     ("seconds_eval", "Evaluations", "evaluation"),
-    ("seconds_guided_base", "Base with guidance", "guided base"),
+    ("seconds_guided_base", "Base with guidance", "guided_base"),
 )
 
 
