@@ -28,6 +28,8 @@ from crd_fast.schema import (
     TrainConfig,
 )
 from crd_fast.sections import Section
+from crd_fast.seeds import SIZES, generator
+from crd_fast.sizes import Resolution
 from crd_fast.worlds import WORLDS
 from crd_fast.yaml_files import parse_yaml, read_yaml
 
@@ -142,6 +144,17 @@ class Recipe(Section):
         if not (config.every and config.guided_base) or scale <= 1 or scale == config.guidance_scale:
             return None
         return scale
+
+    @property
+    def evaluation_size(self) -> Resolution:
+        """Of the evaluation's pictures."""
+        return self.evaluate.resolution or self.rollout.sizes[0]
+
+    def size_of(self, iteration: int) -> Resolution:
+        """Of an iteration's pictures: several sizes take turns, in another order each time."""
+        sizes = self.rollout.sizes
+        turn, place = divmod(iteration, len(sizes))
+        return sizes[int(generator(self.train.seed, turn, SIZES).permutation(len(sizes))[place])]
 
     @property
     def guides_training(self) -> bool:

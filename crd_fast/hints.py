@@ -9,7 +9,7 @@ _PICTURES = (
 _STEPS = "train.iterations, each with train.steps_per_iteration optimizer steps"
 _LOGS = "train.trackers, like [tensorboard, wandb]; metrics.jsonl is written anyway"
 _LORA = "model.init_lora"
-_SQUARE = "rollout.resolution, one number: pictures are square, in evaluations too"
+_SQUARE = "rollout.resolution and evaluate.resolution, a side in pixels or [height, width]"
 
 # A name, in small letters with underscores: what serves here.
 MEANINGS = {

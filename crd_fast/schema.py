@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from crd_fast.sections import Place, Section
+from crd_fast.sizes import Resolution, parse_size, parse_sizes
 
 
 class ModelConfig(Section):
@@ -85,6 +86,11 @@ class ModelConfig(Section):
         return self
 
 
+def number(value: Any) -> Any:
+    """A whole number that is written as text, as one; anything else as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else value
+
+
 AUTO = "auto"  # prompts of evaluations that nobody named
 
 
@@ -103,9 +109,10 @@ class RolloutConfig(Section):
     """`ab2` is of second order: five of its steps did as well as ten of Euler's (docs/cost.md)."""
     guidance_scale: float = Field(1.0, ge=0)
     """Of the sampler. 1 is none: the method trains the model to do without guidance."""
-    resolution: int = Field(512, ge=8)
-    """Side of the training pictures in pixels. Half the side takes a quarter of the time or
-    less, and a reward sees less."""
+    resolution: int | tuple[int, int] | list[int | tuple[int, int]] = 512
+    """Side of the training pictures in pixels, or `[height, width]`. Half the side takes a quarter of the
+    time or less, and a reward sees less. Several sizes, `[[768, 512], [512, 768]]`, take turns: each
+    iteration has one of them."""
     micro_batch: Literal["auto"] | int = "auto"
     """Pictures made at once. `auto` begins with all and halves where memory runs out."""
 
@@ -131,10 +138,13 @@ class RolloutConfig(Section):
 
     @field_validator("resolution", mode="before")
     @classmethod
-    def _square(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) or re.fullmatch(r"\s*\d+\s*[xX*]\s*\d+\s*", str(value)):
-            raise ValueError(f"expected one number, the side in pixels (pictures are square), got {value}")
-        return value
+    def _sizes(cls, value: Any) -> Any:
+        return parse_sizes(number(value))
+
+    @property
+    def sizes(self) -> list[Resolution]:
+        """Of the pictures, where it is but one too."""
+        return self.resolution if isinstance(self.resolution, list) else [self.resolution]
 
 
 class AdvantageConfig(Section):
@@ -323,6 +333,9 @@ class EvaluateConfig(Section):
     that ship, and a tenth of the different prompts in files, at most 384, which are then never trained on."""
     samples_per_prompt: int = Field(1, ge=1)
     """Pictures of each held-out prompt, of the same seeds every time."""
+    resolution: int | tuple[int, int] | None = None
+    """Side of the evaluation's pictures in pixels, or `[height, width]`; null: as in training, of several the
+    first."""
     steps: int = Field(40, ge=1)
     """Of Euler's solver for the evaluation's pictures."""
     guidance_scale: float = Field(1.0, ge=0)
@@ -336,6 +349,11 @@ class EvaluateConfig(Section):
     policy."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return None if value is None else parse_size(number(value))
 
 
 class CheckpointConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-ROLLOUT, TIMESTEPS, ANCHOR, NOISE, BACKWARD = range(5)  # streams of random numbers within an iteration
+ROLLOUT, TIMESTEPS, ANCHOR, NOISE, BACKWARD, SIZES = range(6)  # streams of random numbers within an iteration
 
 
 def seeded_noise(seeds: torch.Tensor, shape: tuple[int, ...], device="cpu") -> torch.Tensor:

@@ -242,7 +242,7 @@ def as_json(names: list[str], sources: list[Source], found: list[Evaluated], see
         "prompts": recipe.evaluate.prompts,
         "samples_per_prompt": recipe.evaluate.samples_per_prompt,
         "steps": recipe.evaluate.steps,
-        "resolution": recipe.rollout.resolution,
+        "resolution": recipe.evaluation_size,
         "seed": EVALUATION_SEED if seed is None else seed,
         "rewards": recipe.rewards,
         "images": found[0].metrics["eval/images"],

@@ -11,6 +11,7 @@ import torch
 from crd_fast.models.norms import keep_dtypes
 from crd_fast.models.streaming import Streaming
 from crd_fast.schema import ModelConfig
+from crd_fast.sizes import Resolution
 
 if TYPE_CHECKING:
     from crd_fast.models.prompt_reader import PromptReader
@@ -66,8 +67,8 @@ class FlowModel(ABC):
             network.enable_gradient_checkpointing()
 
     @abstractmethod
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of one sample for a side of `resolution` pixels. UserError where that does not fit."""
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """(C, h, w) of one sample for pictures of this size. UserError where that does not fit."""
 
     def encode(  # noqa: B027
         self,
@@ -86,7 +87,7 @@ class FlowModel(ABC):
         """Embeddings of P prompts, each tensor with a first axis of P. Negative ones are marked."""
 
     @abstractmethod
-    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
+    def sigmas(self, steps: int, resolution: Resolution) -> torch.Tensor:
         """The noise levels of the model's own schedule: (steps + 1,) float32, from 1 to 0."""
 
     @abstractmethod

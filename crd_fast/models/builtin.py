@@ -23,6 +23,7 @@ from transformers import T5Config, T5EncoderModel
 from crd_fast.errors import UserError
 from crd_fast.models.base import JOINT_ATTENTION, FlowModel, states_and_pooled
 from crd_fast.models.negative import unmarked
+from crd_fast.sizes import Resolution
 from crd_fast.worlds import WORLDS, World
 
 WIDTH, LAYERS, HEADS, PATCH = 128, 5, 4, 4
@@ -139,7 +140,7 @@ class BuiltinModel(FlowModel):
         self.tokenizer = tokenizer
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         return (3, self.kind.height, self.kind.width)
 
     @torch.no_grad()
@@ -150,7 +151,7 @@ class BuiltinModel(FlowModel):
         embeddings = encode(self.kind, self.tokenizer, self.text_encoder, texts)
         return {key: value.to(self.transformer.device) for key, value in embeddings.items()}
 
-    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
+    def sigmas(self, steps: int, resolution: Resolution) -> torch.Tensor:
         """The scheduler's own noise levels: (steps + 1,), from 1 to 0, even before the shift."""
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
         return self.scheduler.sigmas.clone()

@@ -11,6 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from crd_fast.models.base import JOINT_ATTENTION
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.prompt_reader import Reading, before_prompt
+from crd_fast.sizes import Resolution
 
 
 class Flux2KleinModel(PipelineModel):
@@ -34,12 +35,12 @@ class Flux2KleinModel(PipelineModel):
         outputs = (f"single_transformer_blocks.{i}.attn.to_out" for i in singles)
         return (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", *outputs)
 
-    def _latent(self, size: int) -> tuple[int, int, int]:
-        side = size // self.size_multiple
-        return (4 * self.pipe.vae.config.latent_channels, side, side)
+    def _latent(self, height: int, width: int) -> tuple[int, int, int]:
+        channels = 4 * self.pipe.vae.config.latent_channels
+        return (channels, height // self.size_multiple, width // self.size_multiple)
 
-    def _shift(self, steps: int, resolution: int) -> float:
-        return compute_empirical_mu((resolution // self.size_multiple) ** 2, steps)
+    def _shift(self, steps: int, resolution: Resolution) -> float:
+        return compute_empirical_mu(self._tokens(resolution), steps)
 
     def _reading(self, tokenizer, tokens: int) -> Reading:
         before = before_prompt(tokenizer, enable_thinking=False)

@@ -28,6 +28,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import checks, negative, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
+from crd_fast.sizes import Resolution, height_width
 
 logger = logging.getLogger("crd_fast")
 
@@ -61,7 +62,10 @@ class PipelineModel(FlowModel):
         self.pipe = self._skeleton()
         self.lora_loader = self.pipeline
         self.size_multiple = self._size_multiple()
-        self.latent_shape(recipe.rollout.resolution)
+        for size in recipe.rollout.sizes:
+            self.latent_shape(size)
+        if recipe.evaluate.resolution:
+            self.latent_shape(recipe.evaluate.resolution, "evaluate.resolution")
 
     # -- what a family says ---------------------------------------------------------------------------
 
@@ -73,10 +77,10 @@ class PipelineModel(FlowModel):
         """The largest side in pixels, where the network has one."""
         return None
 
-    def _latent(self, size: int) -> tuple[int, int, int]:
-        """The latent's shape for a side of `size` pixels."""
-        side = size // self.pipe.vae_scale_factor
-        return (self.pipe.vae.config.latent_channels, side, side)
+    def _latent(self, height: int, width: int) -> tuple[int, int, int]:
+        """The latent's shape for a picture's height and width in pixels."""
+        scale = self.pipe.vae_scale_factor
+        return (self.pipe.vae.config.latent_channels, height // scale, width // scale)
 
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompt: str) -> dict[str, torch.Tensor]:
@@ -100,11 +104,16 @@ class PipelineModel(FlowModel):
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
-    def _shift(self, steps: int, resolution: int) -> float:
+    def _tokens(self, resolution: Resolution) -> int:
+        """Of an image."""
+        height, width = height_width(resolution)
+        return (height // self.size_multiple) * (width // self.size_multiple)
+
+    def _shift(self, steps: int, resolution: Resolution) -> float:
         """mu of the schedule's shift, by the number of image tokens."""
         config = self.scheduler.config
         return calculate_shift(
-            (resolution // self.size_multiple) ** 2,
+            self._tokens(resolution),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
@@ -138,22 +147,21 @@ class PipelineModel(FlowModel):
     def transformer(self) -> Any:  # type: ignore[override]
         return self.pipe.transformer
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) for images of resolution x resolution. Raises UserError if there can be none."""
+    def latent_shape(self, resolution: Resolution, key: str = "rollout.resolution") -> tuple[int, int, int]:
+        """(C, h, w) for images of this size. UserError, about the recipe's `key`, if there can be none."""
         multiple, largest = self.size_multiple, self._max_size()
-        if resolution % multiple:
-            below = max(resolution - resolution % multiple, multiple)
-            raise UserError(
-                f"rollout.resolution: expected a multiple of {multiple} for {self.name}, got {resolution} "
-                f"(next to it: {below}, {below + multiple})"
-            )
-        if largest is not None and resolution > largest:
-            raise UserError(
-                f"rollout.resolution: expected at most {largest} for {self.name}, got {resolution}"
-            )
-        return self._latent(resolution)
+        for side in height_width(resolution):
+            if side % multiple:
+                below = max(side - side % multiple, multiple)
+                raise UserError(
+                    f"{key}: expected a multiple of {multiple} for {self.name}, got {side} "
+                    f"(next to it: {below}, {below + multiple})"
+                )
+            if largest is not None and side > largest:
+                raise UserError(f"{key}: expected at most {largest} for {self.name}, got {side}")
+        return self._latent(*height_width(resolution))
 
-    def sigmas(self, steps: int, resolution: int) -> torch.Tensor:
+    def sigmas(self, steps: int, resolution: Resolution) -> torch.Tensor:
         """The pipeline's own noise levels: (steps + 1,), falling to 0."""
         settings = self._steps(steps)
         if self.scheduler.config.use_dynamic_shifting:

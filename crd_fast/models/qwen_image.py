@@ -26,9 +26,9 @@ class QwenImageModel(PipelineModel):
     configs: ClassVar = {"Qwen/Qwen-Image": "qwen-image"}
     unquantized = ("transformer_blocks.0.img_mod",)  # as published 4-bit checkpoints have it
 
-    def _latent(self, size: int) -> tuple[int, int, int]:
-        side = size // self.pipe.vae_scale_factor
-        return (self.pipe.vae.config.z_dim, side, side)
+    def _latent(self, height: int, width: int) -> tuple[int, int, int]:
+        scale = self.pipe.vae_scale_factor
+        return (self.pipe.vae.config.z_dim, height // scale, width // scale)
 
     def _reading(self, tokenizer, tokens: int) -> Reading:
         before = self.pipe.prompt_template_encode.partition("{}")[0]

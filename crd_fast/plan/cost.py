@@ -20,6 +20,7 @@ from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
 from crd_fast.prompts.lists import evaluation_prompts, training_prompts
+from crd_fast.sizes import pixels
 from crd_fast.worlds import WORLDS
 
 EFFICIENCY = 0.4  # of the peak, where nobody says otherwise: an assumption
@@ -51,7 +52,7 @@ class Cost:
     checkpoint_minutes: float
     keep: int  # checkpoints
     published_here: bool  # nothing is downloaded
-    resolution: int
+    pixels: int  # of the largest picture
     prompts_per_iteration: int
 
     # -- time ---------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ class Cost:
         decode, an iteration's prompts and pictures; or the text encoders, which come before all that."""
         own = self.plan.host_bytes + self.plan.sizes.get("VAE", 0)
         own += self.plan.sizes["prompt"] * self.prompts_per_iteration
-        own += self.pictures * 3 * self.resolution**2
+        own += self.pictures * 3 * self.pixels
         encode = self.plan.phases.get("encode")
         encoding = encode.bytes - encode.parts.get("rewards", 0) if encode and encoders_on_host else 0
         return max(own, encoding)
@@ -181,8 +182,9 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     first = min(recipe.checkpoint.every, iterations)
     evaluated = _evaluated(recipe) if every else 0
     forwards = recipe.evaluate.steps * (2 if recipe.evaluate.guidance_scale > 1 else 1)
-    flops = plan.row_flops["sampler"] * forwards + plan.row_flops["decode"]
-    guided = plan.row_flops["sampler"] * 2 * recipe.evaluate.steps + plan.row_flops["decode"]
+    row_flops = plan.evaluation_row_flops or plan.row_flops
+    flops = row_flops["sampler"] * forwards + row_flops["decode"]
+    guided = row_flops["sampler"] * 2 * recipe.evaluate.steps + row_flops["decode"]
     return Cost(
         plan,
         card,
@@ -202,7 +204,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         checkpoint_minutes=recipe.checkpoint.minutes,
         keep=min(recipe.checkpoint.keep, -(-iterations // recipe.checkpoint.every)),
         published_here=Path(recipe.model.path).is_dir(),
-        resolution=recipe.rollout.resolution,
+        pixels=max(map(pixels, recipe.rollout.sizes)),
         prompts_per_iteration=recipe.rollout.prompts_per_iteration,
     )
 

@@ -72,9 +72,9 @@ def _rungs(recipe: Recipe) -> Iterator[list[str]]:
         yield list(taken)
     for key, values in FEWER.items():
         section, name = key.split(".")
-        before = list(taken)
-        for value in values:
-            if value < getattr(getattr(recipe, section), name):
+        before, current = list(taken), getattr(getattr(recipe, section), name)
+        for value in values if isinstance(current, int) else ():  # pictures that are not square stay
+            if value < current:
                 taken = [*before, f"{key}={value}"]
                 yield list(taken)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crd_fast.config import Recipe
+from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
@@ -28,6 +28,7 @@ from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.plan.rewards import with_rewards
 from crd_fast.run.row_counts import BACKWARD, kind_of
+from crd_fast.sizes import Resolution, pixels
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -78,7 +79,8 @@ class Plan:
     host_bytes: int = 0  # of pinned memory, as allocated: snapshots and reference, or streamed blocks
     forwards: dict[str, float] = field(default_factory=dict)  # per sample and timestep, of the update
     rows: dict[str, float] = field(default_factory=dict)  # of one iteration
-    row_flops: dict[str, float] = field(default_factory=dict)
+    row_flops: dict[str, float] = field(default_factory=dict)  # of several sizes of pictures, the mean
+    evaluation_row_flops: dict[str, float] = field(default_factory=dict)  # where it has another size
     streamed_bytes: float = 0.0  # that one iteration fetches from the host
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of what is stored: see `Planner.sizes`
     kept_graphs: str = "none"
@@ -129,6 +131,8 @@ class Planner:
         if recipe.model.sharding != "none":
             raise UserError("model.sharding: a plan is of one process, expected none, got fsdp")
         self.recipe = recipe
+        self.size = max(recipe.rollout.sizes, key=pixels)
+        self._of_size: dict[Resolution, Planner] = {}  # planners of the recipe's other sizes
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.live, self.flops = LiveBytes(), Flops()
         self.model: Any = fake_model(recipe, self.mode)
@@ -191,7 +195,35 @@ class Planner:
         peaks = self.live.peaks | ({"encode": self.encoding} if self.encoding else {})
         peaks = with_rewards(peaks, recipe)
         result.phases = {name: peaks[name] for name in PHASES if name in peaks}
+        self._other_sizes(result)
         return result
+
+    def _other_sizes(self, result: Plan) -> None:
+        """The time of an iteration is the sizes' mean; evaluations' pictures may be the largest of all."""
+        recipe = self.recipe
+        sizes = [size for size in recipe.rollout.sizes if size != self.size]
+        if sizes:
+            found = [self._planned(size, 1).row_flops for size in sizes]
+            result.row_flops = {
+                kind: (flops + sum(of.get(kind, flops) for of in found)) / (1 + len(found))
+                for kind, flops in result.row_flops.items()
+            }
+        size = recipe.evaluation_size
+        if not recipe.evaluate.every or recipe.rollout.sizes == [size]:
+            return
+        evaluated = self._planned(size, result.rollout_micro_batch)
+        result.evaluation_row_flops = evaluated.row_flops
+        for name in ("rollout", "decode"):
+            if name in evaluated.phases and evaluated.phases[name].bytes > result.phases[name].bytes:
+                result.phases[name] = evaluated.phases[name]
+
+    def _planned(self, size: Resolution, rollout_micro_batch: int) -> Plan:
+        values = self.recipe.model_dump()
+        values["rollout"]["resolution"], values["evaluate"]["resolution"] = size, None
+        if size not in self._of_size:
+            self._of_size[size] = Planner(build_recipe(values))
+        self._of_size[size].recipe = build_recipe(values)
+        return self._of_size[size].plan(1, rollout_micro_batch)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -218,7 +250,7 @@ class Planner:
 
     def _latents(self, count: int) -> torch.Tensor:
         with self.mode:
-            return torch.empty(count, *self.model.latent_shape(self.recipe.rollout.resolution))
+            return torch.empty(count, *self.model.latent_shape(self.size))
 
     def _rollout(self, result: Plan, samples: int) -> None:
         """One micro-batch, two steps and the decoding of one sample, beside the latents of all."""
@@ -236,7 +268,7 @@ class Planner:
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.zeros(count, dtype=torch.int64),
-                replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2),
+                replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2, resolution=self.size),
                 decode,
                 account,
                 "sampler",

@@ -21,6 +21,7 @@ from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_ar
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
 from crd_fast.rewards.workers import RewardFailed, Workers, cores
+from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for
 REWARDS = {
@@ -133,13 +134,14 @@ class Rewards:
                 self._accepted[key] = False
         return self._accepted[key]
 
-    def try_out(self, entries: list[dict], resolution: int, samples: int = TRIED) -> None:
+    def try_out(self, entries: list[dict], resolution: Resolution, samples: int = TRIED) -> None:
         """A call of every reward with pictures of noise, before anything is encoded or loaded for real ones.
 
         entries: prompts with their metadata. Raises UserError as `score` does.
         """
-        side = min(resolution, LARGEST_TRIED)  # whether a model can draw so large is found out later
-        shape = (min(samples, TRIED), side, side, 3)
+        # whether a model can draw so large is found out later
+        height, width = (min(side, LARGEST_TRIED) for side in height_width(resolution))
+        shape = (min(samples, TRIED), height, width, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         tried = [entries[0]]
         for call in self._calls:

@@ -61,7 +61,7 @@ class HeldOut:
         for entries, judge in self.asked:
             judge.check(entries, every=judge is rewards)
         if recipe.eval_rewards:
-            self.judges.try_out(self.entries, recipe.rollout.resolution)
+            self.judges.try_out(self.entries, recipe.evaluation_size)
 
 
 @dataclass(frozen=True)

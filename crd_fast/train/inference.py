@@ -141,7 +141,7 @@ def asked(
     if rewards is not None:
         values |= {"rewards": rewards, "eval_rewards": {}}
     if size is not None:
-        values["rollout"] |= {"resolution": size}
+        values["evaluate"] |= {"resolution": size}
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
     if not found.own:
@@ -179,7 +179,7 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     first = sources[0].recipe
     rewards = Rewards(first.rewards)
     held_out = HeldOut(first, rewards)
-    rewards.try_out(held_out.entries, first.rollout.resolution, first.evaluate.samples_per_prompt)
+    rewards.try_out(held_out.entries, first.evaluation_size, first.evaluate.samples_per_prompt)
     for source in sources:
         asked_for = held_out.entries
         model = source.load([*texts(asked_for, source.recipe.guides_evaluation), *probe(asked_for)])
@@ -221,7 +221,7 @@ def sample_grid(
     found = Source.of(source, base, lora)
     if size is not None:
         values = found.recipe.model_dump()
-        values["rollout"]["resolution"] = size
+        values["evaluate"]["resolution"] = size
         found = replace(found, recipe=build_recipe(values))
     entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
     recipe = found.recipe

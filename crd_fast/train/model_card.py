@@ -30,6 +30,7 @@ from crd_fast.run.report.run import Run, read_run
 from crd_fast.run.report.warnings import warnings
 from crd_fast.run.report.words import label, signed
 from crd_fast.run.scores import LEVEL
+from crd_fast.sizes import height_width
 from crd_fast.train.export import Trained
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -86,8 +87,8 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
         **cast(dict[str, Any], licence),
     )
     run = run_until(trained)
-    call = {"num_inference_steps": recipe.evaluate.steps, "height": recipe.rollout.resolution}
-    call |= {"width": recipe.rollout.resolution}
+    height, width = height_width(recipe.evaluation_size)
+    call = {"num_inference_steps": recipe.evaluate.steps, "height": height, "width": width}
     call |= GUIDANCE.get(pipeline, lambda w, e: {})(
         recipe.evaluate.guidance_scale, recipe.model.guidance_embedding
     )

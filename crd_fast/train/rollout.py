@@ -13,6 +13,7 @@ from crd_fast.config import Recipe
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
+from crd_fast.sizes import Resolution
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity, unconditional
 from crd_fast.train.micro_batch import MicroBatch, release_memory
 
@@ -26,7 +27,7 @@ class Sampling:
     many forwards.
     """
 
-    resolution: int
+    resolution: Resolution
     steps: int
     guidance_scale: float
     precision: str
@@ -41,10 +42,12 @@ class Sampling:
         section: RolloutConfig | EvaluateConfig,
         empty: dict[str, torch.Tensor],
         micro_batch: MicroBatch | int,
+        iteration: int = 0,
     ) -> Sampling:
-        """As the recipe generates in its section `rollout` or `evaluate`."""
+        """As the recipe generates in its section `rollout`, in an iteration, or `evaluate`."""
+        evaluates = isinstance(section, EvaluateConfig)
         return cls(
-            recipe.rollout.resolution,
+            recipe.evaluation_size if evaluates else recipe.size_of(iteration),
             section.steps,
             section.guidance_scale,
             recipe.train.precision,

@@ -96,9 +96,7 @@ class Trainer:
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
-        self.rewards.try_out(
-            self.prompts.entries(), recipe.rollout.resolution, recipe.rollout.samples_per_prompt
-        )
+        self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
         evaluated = held_out.entries if held_out else []
         now = [*texts(evaluated, recipe.guides_evaluation), *self.prompts.texts(begin, begin + 1)]
         now += probe([*self.prompts.entries(), *evaluated])
@@ -308,7 +306,7 @@ class Trainer:
                     embeddings,
                     torch.arange(len(own)).repeat_interleave(samples),
                     seeds.flatten(),
-                    Sampling.of(self.recipe, config, negatives, self.rollout_micro_batch),
+                    Sampling.of(self.recipe, config, negatives, self.rollout_micro_batch, self.iteration),
                     finished,
                     self.observer,
                     "sampler",
@@ -333,7 +331,7 @@ class Trainer:
 
     def _update(self, latents_N, advantage_PK, embeddings, negatives) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
-        sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.rollout.resolution)
+        sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         signal = self.signal.sizes() if self.signal else None
         shares, own = self.prompts.shares, self.prompts.own

@@ -111,10 +111,14 @@ def test_mistakes_are_named(overrides, message):
             "train.guidance_scale=4",
             "rollout.guidance_scale or loss.guidance_scale or evaluate.guidance_scale",
         ),
-        ("evaluate.resolution=1024", "rollout.resolution"),
+        ("loss.resolution=1024", "rollout.resolution and evaluate.resolution"),
         ("lr=1e-4", "unknown section 'lr'; here that is train.learning_rate"),
-        ("rollout.resolution=512x768", "the side in pixels (pictures are square), got 512x768"),
-        ("rollout.resolution=[512, 768]", "the side in pixels (pictures are square), got [512, 768]"),
+        ("rollout.resolution=512x768", "expected a side in pixels or [height, width], got 512x768"),
+        ("rollout.resolution=[512, 4]", "expected sides of at least 8 pixels, got [512, 4]"),
+        ("rollout.resolution=[]", "expected a side in pixels or [height, width], got []"),
+        ("rollout.resolution=[512, 640, wide]", "expected a side in pixels or [height, width], got wide"),
+        ("evaluate.resolution=[[512, 768], 512]", "expected a side in pixels or [height, width], got [["),
+        ("evaluate.resolution=7", "expected sides of at least 8 pixels, got 7"),
     ],
 )
 def test_names_of_other_trainers_lead_to_what_serves_here(override, served):

@@ -1,0 +1,38 @@
+"""Sizes of pictures: a side in pixels, or height and width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Resolution = int | tuple[int, int]
+SMALLEST = 8
+
+
+def height_width(resolution: Resolution) -> tuple[int, int]:
+    """In pixels."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def pixels(resolution: Resolution) -> int:
+    height, width = height_width(resolution)
+    return height * width
+
+
+def parse_size(value: Any) -> Resolution:
+    """A side, or [height, width]; the side alone where both are the same. ValueError for anything else."""
+    sides = value if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        raise ValueError(f"expected a side in pixels or [height, width], got {value}")
+    if min(sides) < SMALLEST:
+        raise ValueError(f"expected sides of at least {SMALLEST} pixels, got {value}")
+    height, width = sides
+    return height if height == width else (height, width)
+
+
+def parse_sizes(value: Any) -> Resolution | list[Resolution]:
+    """The same, or a list of several, which has a size in brackets among them or more than two."""
+    listed = isinstance(value, (list, tuple))
+    if not listed or not (len(value) > 2 or any(isinstance(size, (list, tuple)) for size in value)):
+        return parse_size(value)
+    sizes = list(dict.fromkeys(map(parse_size, value)))
+    return sizes if len(sizes) > 1 else sizes[0]
