@@ -6,7 +6,6 @@ Every random choice is a function of the seed and the iteration, so that a resum
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +18,11 @@ import torch
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.models.negative import encode_negatives, probe, texts
+from crd_fast.models.negative import probe, texts
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds
 from crd_fast.rewards.foreign import OPTION
-from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run import profiling
 from crd_fast.run.gpu_memory import GpuMemory
 from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
@@ -34,16 +32,15 @@ from crd_fast.run.row_counts import Throughput
 from crd_fast.run.scores import guided_base_path, scores_path
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
-from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.checkpoints import Checkpoints
-from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics, to_uint8
+from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.iteration_prompts import IterationPrompts
-from crd_fast.train.micro_batch import decoded, first_sentence, resolve_micro_batch
+from crd_fast.train.iteration_rollout import IterationRollout
+from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
-from crd_fast.train.partial_rollout import PartialRollout, prefixed, rollout_key
+from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_lengths
-from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.signal import Signal
 from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
@@ -53,7 +50,6 @@ from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
 logger = logging.getLogger("crd_fast")
-Embeddings = dict[str, torch.Tensor]
 
 
 class Trainer:
@@ -139,17 +135,20 @@ class Trainer:
             signal=self.signal,
             observer=self.observer,
         )
-        self.rollout_micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
+        micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
+        partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
+        self.rollout = IterationRollout(
+            recipe, self.model, self.weights, self.prompts, micro_batch, partial, self.ranks, self.observer
+        )
         self.evaluation = None
         if held_out:
             trained = {entry["prompt"] for entry in self.prompts.entries()}
             self.evaluation = Evaluation(
-                self.model, recipe, self.rewards, self.rollout_micro_batch, self.ranks, held_out, trained
+                self.model, recipe, self.rewards, micro_batch, self.ranks, held_out, trained
             )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
         self.finite_steps = FiniteSteps()
-        self.partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self._record: dict = {"iteration": 0, "step": 0}  # the last iteration's, without an evaluation
         if newest and state:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
@@ -175,12 +174,12 @@ class Trainer:
                 self._run()
             except StopNow:
                 self._save_whole()
-                self.partial.keep()
+                self.rollout.partial.keep()
             except Exception as error:
                 if self.ranks.count == 1 and self.stopping.whole:
                     try:
                         self._save_whole()
-                        self.partial.keep()
+                        self.rollout.partial.keep()
                     except UserError as second:
                         logger.warning("warning: %s", second)
                 if isinstance(error, torch.OutOfMemoryError):
@@ -210,7 +209,7 @@ class Trainer:
         if self._unlogged:
             self._conclude(dict(self._record))
         while self.iteration < self.recipe.train.iterations and not self._asked_to_stop():
-            with self.partial.iteration():
+            with self.rollout.partial.iteration():
                 record = self.iterate()
             self._record = dict(record)
             due = self._due(self.recipe.checkpoint.every) or self._evaluates()
@@ -243,9 +242,9 @@ class Trainer:
         """Rollout, rewards, updates, snapshots. Returns the iteration's metrics."""
         clock = [time.perf_counter()]
         with self._located(), self.rewards.start() as scoring:
-            embeddings, negatives, latents_N = self._rollout(scoring)
+            embeddings, negatives, latents_N = self.rollout.generate(self.iteration, scoring)
             clock.append(time.perf_counter())
-            scores_PK = self._scores(scoring)
+            scores_PK = self.rollout.scores(scoring)
             self.prompts.check_scored(scores_PK, self.iteration)
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
@@ -267,67 +266,10 @@ class Trainer:
             "old_decay": decays["old"],
             "sampler_decay": decays["sampler"],
             **seconds,
-            **self.throughput.metrics(reward_PK.size - self.partial.taken, len(latents_N), seconds),
+            **self.throughput.metrics(reward_PK.size - self.rollout.partial.taken, len(latents_N), seconds),
             **self.memory.metrics(),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-
-    def _rollout(self, scoring: Scoring) -> tuple[Embeddings, Embeddings, torch.Tensor]:
-        """K samples of each of this rank's prompts by the sampler: embeddings (P), also of the negative
-        prompts (P or 1), latents (P * K).
-
-        A prompt's samples go to `scoring` as soon as all are there.
-        """
-        config = self.recipe.rollout
-        count, samples = config.prompts_per_iteration, config.samples_per_prompt
-        own, metadata = self.prompts.own, self.prompts.drawn(self.iteration)
-        prompts = [entry["prompt"] for entry in metadata]
-        now = self.prompts.texts(self.iteration, self.iteration + 1)
-        self.model.encode(now, self.prompts.ahead(self.iteration), self.prompts.counted)
-        seeds = seed_table(self.recipe.train.seed, self.iteration, ROLLOUT, count=count * samples)
-        seeds = seeds.view(count, samples)[torch.from_numpy(own)]
-        with self.observer.phase("rollout", seeds.numel()):
-            with self.observer.phase("prompts"):
-                embeddings = self.model.encode_prompts(prompts)
-                negatives = encode_negatives(self.model, metadata if self.recipe.guides_training else [{}])
-            scored = PromptScoring(scoring, self._images, metadata, samples)
-
-            def finished(latents: torch.Tensor) -> None:
-                self.partial.see(latents)
-                scored(latents)
-
-            given = {"seeds": seeds, **embeddings, **prefixed("negative", negatives)}
-            begun = self.partial.begin(
-                lambda: rollout_key(self.recipe, self.description, self.weights.state(), given)
-            )
-            with self.weights.use("sampler"):
-                latents_N = generate(
-                    self.model,
-                    embeddings,
-                    torch.arange(len(own)).repeat_interleave(samples),
-                    seeds.flatten(),
-                    Sampling.of(self.recipe, config, negatives, self.rollout_micro_batch, self.iteration),
-                    finished,
-                    self.observer,
-                    "sampler",
-                    begun,
-                )
-        return embeddings, negatives, latents_N
-
-    def _images(self, latents: torch.Tensor) -> np.ndarray:
-        with self.observer.phase("decode"):
-            images = decoded(self.model, latents)
-        return to_uint8(images)
-
-    def _scores(self, scoring: Scoring) -> dict[str, np.ndarray]:
-        """Each reward's values for the prompts of all ranks, (P, K), once the scoring has ended."""
-        config = self.recipe.rollout
-        shape = config.prompts_per_iteration, config.samples_per_prompt
-        order = np.argsort(self.prompts.everywhere)
-        with self.observer.phase("rewards", math.prod(shape) // self.ranks.count):
-            scores = scoring.results()
-            self.observer.advance(math.prod(shape) // self.ranks.count)
-            return {name: self.ranks.gather(values).reshape(shape)[order] for name, values in scores.items()}
 
     def _update(self, latents_N, advantage_PK, embeddings, negatives) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
