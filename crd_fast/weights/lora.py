@@ -129,7 +129,7 @@ class LoraWeights(Weights):
         foreign = [name for name in found if f"{name}.lora_A.weight" not in self._parameters["policy"]]
         if foreign:
             raise UserError(
-                f"model.init_lora: {file} adapts {foreign[0]} and {len(foreign) - 1} more layers that are "
+                f"LoRA {file} adapts {foreign[0]} and {len(foreign) - 1} more layers that are "
                 "not trained; name them in model.lora_targets"
             )
         highest = max(down.shape[0] for down, _, _ in found.values())
@@ -221,7 +221,7 @@ def _adapters_of(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it."""
     if not file.is_file():
-        raise UserError(f"model.init_lora: {file}: no such file")
+        raise UserError(f"LoRA {file}: no such file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -234,13 +234,13 @@ def _adapters_of(
         except Exception as error:  # whatever diffusers and peft raise for a file that is none
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"model.init_lora: {file}: expected a LoRA of this transformer: {reason}"
+                f"LoRA {file}: expected a LoRA of this transformer: {reason}"
             ) from error
         finally:
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
     if not found:
-        raise UserError(f"model.init_lora: {file}: found no adapter of this transformer in it")
+        raise UserError(f"LoRA {file}: found no adapter of this transformer in it")
     return found
 
 

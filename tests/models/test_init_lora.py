@@ -84,7 +84,7 @@ def test_a_resumed_run_does_not_start_over(tiny, recipe, tmp_path):
             ("model.lora_targets=[attn.to_q]",),
             "more layers that are not trained; name them in model.lora_targets",
         ),
-        (("model.init_lora=nowhere.safetensors",), "model.init_lora: nowhere.safetensors: no such file"),
+        (("model.init_lora=nowhere.safetensors",), "LoRA nowhere.safetensors: no such file"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny, recipe, tmp_path, overrides, message):
@@ -100,5 +100,5 @@ def test_files_that_are_none(tiny, recipe, tmp_path, content):
         save_file({"text_encoder.layer.lora_A.weight": torch.ones(2, 3)}, file)
     else:
         file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"model.init_lora: .*file.safetensors"):
+    with pytest.raises(UserError, match=r"LoRA .*file.safetensors"):
         Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
