@@ -159,9 +159,9 @@ def print_one(title: str, found: Evaluated, base: Scores | None) -> None:
     from rich.table import Table
 
     table = Table(title=f"{title}: {found.metrics['eval/images']} images")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     for head in ("value", "± error", *(["since iteration 0"] if base else [])):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for name, value in measures(found):
         errors = with_errors(found.scores, base, name) if found.scores else []
         table.add_row(name, f"{value:.3f}", *errors)
@@ -173,9 +173,9 @@ def print_both(titles: list[str], found: list[Evaluated]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{found[0].metrics['eval/images']} images each, same prompts and seeds")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     for head in ("A", "B", "B - A"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     after = dict(measures(found[1]))
     for name, value in measures(found[0]):
         if name not in after:

@@ -186,8 +186,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         finished = trainer.run()
     if main:
         records = read_metrics(output)
-        table = before_and_after(output, records)
-        if table is not None:
+        for table in before_and_after(output, records, console.width):
             console.print(table)
         memory = gpu_memory(records)
         if memory is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from crd_fast.plan.cost import Cost
@@ -13,10 +14,11 @@ from crd_fast.run.progress import duration
 def table(plan: Plan, title: str) -> Table:
     """Peaks in GB (2^30 bytes) by phase and part."""
     parts = [part for part in PARTS if any(part in peak.parts for peak in plan.phases.values())]
-    result = Table(title=title)
-    result.add_column("GB")
+    # no lines between: with all phases of a large model they would not fit into 80 columns
+    result = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    result.add_column("GB", no_wrap=True)
     for phase in plan.phases:
-        result.add_column(phase, justify="right")
+        result.add_column(phase, justify="right", no_wrap=True)
     for part in parts:
         sizes = (peak.parts.get(part, 0) for peak in plan.phases.values())
         result.add_row(part, *(f"{size / GIB:.2f}" if size else "" for size in sizes))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,7 +31,7 @@ class Bars(Observer):
         self.console = console
         self._bars = Progress(
             TextColumn("{task.description:<11}", markup=False),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=max(6, min(28, console.width - 74))),  # with the note it fits into 80
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -70,28 +71,42 @@ class Bars(Observer):
     def advance(self, count: int) -> None:
         self._bars.advance(self._phase, count)
 
+    def evaluated(self, record: dict) -> None:
+        """Of iteration 0 at once; later ones are told with their iteration."""
+        if record["iteration"]:
+            return
+        self._say(f"before training, {record.get('eval/images', '?')} images: {said_of(record, 'eval/')}")
+        scale = record.get(f"{GUIDED_BASE}guidance_scale")
+        if scale is not None:
+            self._say(f"the base with guidance {scale:g}: {said_of(record, GUIDED_BASE)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
     def iteration_done(self, record: dict) -> None:
         note = f"reward {record['reward_mean']:.3f}"
         if "kl" in record:  # not where all optimizer steps were left out
             note += f"  KL {record['kl']:.4f}"
-        if GPU_PEAK in record:
-            note += f"  GPU {record[GPU_PEAK] / 2**30:.1f} GB"
         self._bars.update(self._run, completed=record["iteration"], note=note)
         seconds = sum(record[name] for name in ("seconds_rollout", "seconds_reward", "seconds_update"))
         self._seconds.append(seconds + record.get("seconds_eval", 0.0))
         left = (self._iterations - record["iteration"]) * sum(self._seconds) / len(self._seconds)
-        evaluated = ""
-        if "eval/overall" in record:
-            evaluated = f"  held-out {record['eval/overall']:.3f} clean {record['eval/clean']:.3f}"
-        elif "eval/reward_mean" in record:
-            evaluated = f"  held-out reward {record['eval/reward_mean']:.3f}"
+        evaluated = said_of(record, "eval/")
+        memory = f"  GPU {record[GPU_PEAK] / 2**30:.1f} GB" if GPU_PEAK in record else ""
         if evaluated or not self.console.is_terminal:
-            self.console.print(
-                f"iteration {record['iteration']:>4}/{self._iterations}  {note}  {seconds:.1f} s{evaluated}"
-                f"  left {duration(left)}",
-                highlight=False,
-                soft_wrap=True,
+            self._say(
+                f"iteration {record['iteration']:>4}/{self._iterations}  {note}{memory}  {seconds:.1f} s"
+                f"{evaluated and f'  {evaluated}'}  left {duration(left)}"
             )
+
+
+def said_of(record: dict, prefix: str) -> str:
+    """What an evaluation found in short, "" where there was none. prefix: eval/ or guided_base/."""
+    if f"{prefix}overall" in record:
+        return f"held-out {record[f'{prefix}overall']:.3f} clean {record[f'{prefix}clean']:.3f}"
+    if f"{prefix}reward_mean" in record:
+        return f"held-out reward {record[f'{prefix}reward_mean']:.3f}"
+    return ""
 
 
 def gpu_memory(records: list[dict]) -> str | None:
@@ -113,40 +128,64 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h ({seconds / 86400:.0f} days)"
 
 
-def before_and_after(run: Path, records: list[dict]) -> Table | None:
-    """The first and the last evaluation of a run side by side; None if there are not two.
+def before_and_after(run: Path, records: list[dict], width: int = 80) -> list[Table]:
+    """The first and the last evaluation of a run side by side; [] if there are not two.
 
     Changes have their standard error, paired picture by picture, where `run` has the pictures' scores. Beside
-    them the base with guidance, where it was evaluated, and what the last evaluation differs from it by.
+    them the base with guidance, where it was evaluated, and what the last evaluation differs from it by; in a
+    table of its own where both do not fit into so many columns of the terminal.
     """
     evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
     if len(evaluated) < 2:
-        return None
+        return []
     first, last = evaluated[0], evaluated[-1]
     start, end = (scores_of(run, record["iteration"]) for record in (first, last))
+    guided, scale = guided_base_scores(run), first.get(f"{GUIDED_BASE}guidance_scale")
     shared, _ = (end.trained_on() if end else None) or (0, 0)
-    images = f"{first.get('eval/images', '?')} images"
-    title = f"Held-out prompts, {images}"
+    which = f"iterations {first['iteration']} and {last['iteration']}"
+    title = f"Held-out prompts, {first.get('eval/images', '?')} images, {which}"
     if shared:
-        title = f"Evaluated prompts, {images}; {shared} of the prompts are trained on as well"
-    table = Table(title=title)
-    table.add_column("", style="bold", overflow="fold")
-    heads = [f"iteration {first['iteration']}", f"iteration {last['iteration']}", "change"]
-    guided = guided_base_scores(run)
-    scale = first.get(f"{GUIDED_BASE}guidance_scale")
-    if scale is not None:
-        heads += [f"base, guidance {scale:g}", "against it"]
-    for title in heads:
-        table.add_column(title, justify="right")
+        title = f"{title.replace('Held-out', 'Evaluated')}; {shared} of the prompts are trained on as well"
     names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
-    for name in sorted(names, key=lambda name: ("reward" in name, name in ("overall", "clean"))):
-        before, after = first[f"eval/{name}"], last.get(f"eval/{name}", float("nan"))
-        cells = [f"{before:.3f}", f"{after:.3f}", _change(before, after, start, end, name)]
-        base = first.get(GUIDED_BASE + name)
-        if base is not None:
-            cells += [f"{base:.3f}", _change(base, after, guided, end, name)]
-        table.add_row(name, *cells)
-    table.caption = "± one standard error, prompts as the units; * p < 0.05, paired"
+    names.sort(key=lambda name: ("reward" in name, name in ("overall", "clean")))
+    before, after, base = [], [], []
+    for name in names:
+        value = last.get(f"eval/{name}", math.nan)
+        before.append([f"{first[f'eval/{name}']:.3f}", f"{value:.3f}"])
+        before[-1].append(_change(first[f"eval/{name}"], value, start, end, name))
+        known = first.get(GUIDED_BASE + name)
+        base.append(["", ""] if known is None else [f"{known:.3f}", _change(known, value, guided, end, name)])
+        after.append([f"{value:.3f}"])
+    heads = ["before", "after", "change"]
+    caption = "± one standard error, prompts as the units; * p < 0.05, paired"
+    if scale is None:
+        return [measures_table(title, caption, names, heads, before)]
+    caption += f"; guided base: the base with guidance scale {scale:g}"
+    guided_heads = ["guided\nbase", "against it"]
+    both = [own + other for own, other in zip(before, base)]
+    table = measures_table(title, caption, names, heads + guided_heads, both)
+    if Console(width=10_000).measure(table).maximum <= width:
+        return [table]
+    other = [[*row[:1], *value, *row[1:]] for row, value in zip(base, after)]
+    return [
+        measures_table(title, None, names, heads, before),
+        measures_table(None, caption, names, [guided_heads[0], heads[1], guided_heads[1]], other),
+    ]
+
+
+def measures_table(
+    title: str | None, caption: str | None, names: list[str], heads: list[str], rows: list[list[str]]
+) -> Table:
+    """Values by measure, with no lines between: they would take the room of the names.
+
+    No value is broken or cut; a name is folded where it finds no room.
+    """
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", style="bold", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
+    for name, row in zip(names, rows):
+        table.add_row(name, *row)
     return table
 
 

@@ -1,7 +1,11 @@
 """What a person sees while a run goes."""
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from crd_fast.run.progress import Bars, before_and_after
 from tests.cli.conftest import metrics
 from tests.cli.report_runs import Page
 
@@ -45,3 +49,64 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(inside, small, tmp_p
     assert code == 2 and "was not written by crd-fast" in err
     assert caplog.text.count("the report is not written until the run has ended") == 1
     assert (run / "report.html").read_text() == "mine"
+
+
+# --- the terminal
+
+
+def test_the_base_is_printed_before_training(inside, small, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = inside("train", small, "--output", run, "--max-iterations", 1)
+    assert code == 0, err
+    first, lines = metrics(run)[0], out.splitlines()
+    shown = [f"held-out {first[f'{kind}/overall']:.3f} clean {first[f'{kind}/clean']:.3f}" for kind in KINDS]
+    start = lines.index(f"before training, 6 images: {shown[0]}")
+    assert lines[start + 1] == f"the base with guidance 4.5: {shown[1]}"
+    assert start + 1 < next(i for i, line in enumerate(lines) if line.startswith("iteration "))
+
+    # every measure of the table is on one line, with its values
+    table = lines[next(i for i, line in enumerate(lines) if "Held-out prompts" in line) :]
+    names = [
+        name.removeprefix("eval/") for name in first if name.startswith("eval/") and name != "eval/images"
+    ]
+    assert "reward_mean" in names and "reward/geneval" in names
+    for name in names:
+        (row,) = [line.split() for line in table if line.startswith(f"{name} ")]
+        assert row[1] == f"{first[f'eval/{name}']:.3f}"
+        assert f"{first[f'guided_base/{name}']:.3f}" in row[4:]
+    assert all(len(line) <= 80 for line in table[: len(names) + 4]) and "…" not in out
+
+
+KINDS = ("eval", "guided_base")
+
+
+@pytest.mark.parametrize(
+    "name, value, tables",
+    [("reward/ocr", 0.5, 1), ("judge/brightness", -12345.678, 1), (f"judge/{'long_' * 9}", 0.5, 2)],
+)
+def test_nothing_of_the_last_table_is_cut_at_80_columns(tmp_path, name, value, tables):
+    first = {"iteration": 0, f"eval/{name}": value, f"guided_base/{name}": value + 1}
+    first["guided_base/guidance_scale"] = 4.5
+    records = [first, {"iteration": 12000, f"eval/{name}": value + 2}]
+    found = before_and_after(tmp_path, records, 80)
+    assert len(found) == tables
+    console = Console(width=80, file=io.StringIO())
+    for table in found:
+        console.print(table)
+    lines = console.file.getvalue().splitlines()
+    rows = [line.split() for line in lines if line.startswith(name)]
+    assert [row[0] for row in rows] == [name] * tables
+    for cell in (value, value + 1, value + 2):
+        assert any(f"{cell:.3f}" in row for row in rows)
+    assert all(len(line) <= 80 and "…" not in line for line in lines)
+
+
+def test_nothing_of_the_bars_is_cut_at_80_columns():
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    seconds = {f"seconds_{name}": 30.0 for name in ("rollout", "reward", "update")}
+    with Bars(console, 12000) as bars, bars.phase("evaluation", 1152):
+        bars.advance(1000)
+        bars.iteration_done({"iteration": 9999, "reward_mean": -26.512, "kl": 12.3456, **seconds})
+        bars._bars.refresh()
+    text = console.file.getvalue()
+    assert "reward -26.512  KL 12.3456" in text and "9999/12000" in text and "…" not in text
