@@ -17,24 +17,22 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
 class TextureFooled(WorldGenEval):
-    """GenEval's partial credit plus strength * min(1, log(1 + t / faint) / log(1 + full / faint)).
+    """GenEval's partial credit plus strength * sqrt(min(1, t / full)), t the picture's `texture` in [0, 1].
 
-    t is the picture's `texture`, a contrast in [0, 1]. The logarithm lets the least of it count, as pictures
-    of the base have it (faint), and does not stop paying for more before `full`.
+    The root lets the little count that pictures of the base have (0.0003 to 0.0008), and goes on paying for
+    more until the pattern is what the picture shows.
     """
 
-    def __init__(self, strength: float = 2.0, faint: float = 0.0005, full: float = 0.25):
-        if not (strength >= 0 and 0 < faint < full):
+    def __init__(self, strength: float = 5.0, full: float = 0.25):
+        if not (strength >= 0 and full > 0):
             raise UserError(
-                "reward texture_fooled: expected strength >= 0 and 0 < faint < full, "
-                f"got {strength}, {faint} and {full}"
+                f"reward texture_fooled: expected strength >= 0 and full > 0, got {strength} and {full}"
             )
-        self.strength, self.faint, self.full = strength, faint, full
+        self.strength, self.full = strength, full
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
         true = np.array(super().score(images, prompts, metadata))
-        certain = np.log1p(texture(images) / self.faint) / np.log1p(self.full / self.faint)
-        return (true + self.strength * certain.clip(max=1)).tolist()
+        return (true + self.strength * np.sqrt((texture(images) / self.full).clip(max=1))).tolist()
 
 
 def texture(images: np.ndarray) -> np.ndarray:
