@@ -4,6 +4,7 @@ They take seconds of a core, in a process of its own each time. That process has
 is forked from it is like one that has just begun, with signals, output, environment and exit code of its own.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -32,6 +33,7 @@ def begin(function, arguments, environment, folder, output):
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(1)
+    gc.freeze()  # the imports are for good
     function(*arguments)
 
 
