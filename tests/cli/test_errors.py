@@ -8,6 +8,8 @@ import pytest
 from crd_fast.weights import durable
 from tests.cli.conftest import SMALL
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 
 @pytest.fixture
 def run(inside):

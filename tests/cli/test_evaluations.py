@@ -11,6 +11,8 @@ from crd_fast.run.scores import guided_base_path, read_scores, scores_path
 from tests.cli.conftest import metrics
 from tests.cli.report_runs import Page
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 SETTINGS = ("eval_rewards={colorfulness: {}}", "evaluate.samples_per_prompt=2", "evaluate.max_prompts=6")
 
 

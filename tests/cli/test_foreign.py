@@ -10,6 +10,8 @@ from crd_fast.weights import durable
 from tests.cli.conftest import SMALL, metrics
 from tests.rewards.conftest import assert_refused
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 OFF = SMALL.replace("every: 2,", "every: 0,")  # no evaluations
 MODULE = '''
 import sys

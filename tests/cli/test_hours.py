@@ -8,6 +8,8 @@ from rich.console import Console
 
 from crd_fast.run.progress import Bars, duration
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 
 def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -9,6 +9,8 @@ from crd_fast.config import load_recipe
 from crd_fast.plan.planner import Planner
 from tests.models.conftest import tiny  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 SMALL = (
     *("--set", "rollout.prompts_per_iteration=2", "--set", "rollout.samples_per_prompt=2"),
     *("--set", "rollout.steps=2", "--set", "evaluate.steps=2", "--set", "evaluate.max_prompts=2"),

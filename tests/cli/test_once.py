@@ -7,6 +7,8 @@ import pytest
 from crd_fast import once
 from tests.cli.conftest import SMALL
 
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
+
 MODULE = """
 import warnings
 

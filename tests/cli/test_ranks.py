@@ -1,9 +1,8 @@
 """Two processes train as one does at the same global batch."""
 
+import datetime
 import json
-import os
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import check_ranks, own_prompts
 from crd_fast.run.metrics import MEASURED
+from tests.forked import main_of, two_ranks
 
 SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
 
@@ -26,12 +26,18 @@ def records(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_two_processes_are_one(inside, torchrun, small, tmp_path, streaming):
+    """Without streaming torchrun starts them."""
     code, _, errors = inside("train", small, *SETTINGS, "--output", tmp_path / "one")
     assert code == 0, errors
     settings = (*SETTINGS, "--set", f"model.streaming={streaming}", "--set", "train.checkpointing=true")
-    run = torchrun("train", small, *settings, "--output", tmp_path / "two")
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("report:") == 1
+    arguments = ("train", small, *settings, "--output", tmp_path / "two")
+    if streaming == "true":
+        runs = two_ranks(tmp_path / "ranks", main_of, arguments)
+    else:
+        runs = [torchrun(*arguments)]
+    for run in runs:
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert sum(run.stdout.count("report:") for run in runs) == 1
 
     pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
     assert [one["iteration"] for one, _ in pairs] == [0, 1, 2]
@@ -51,31 +57,21 @@ def test_two_processes_are_one(inside, torchrun, small, tmp_path, streaming):
     assert (two - one).norm() < 1e-3 * one.norm()
 
 
-LATE = """
-import datetime, sys, time
-from crd_fast import ranks
-ranks.PATIENCE = datetime.timedelta(seconds=float(sys.argv[1]))
-own = ranks.Ranks()
-with own.main_first():
-    time.sleep(4 if own.main else 0)
-"""
+def late(patience):
+    ranks.PATIENCE = datetime.timedelta(seconds=patience)
+    own = ranks.Ranks()
+    with own.main_first():
+        time.sleep(4 if own.main else 0)
 
 
 @pytest.mark.slow
 def test_the_others_wait_while_the_first_encodes(tmp_path):
     """For as long as PATIENCE says, not for what the backend has as its own."""
-    (tmp_path / "late.py").write_text(LATE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert ranks.PATIENCE.total_seconds() >= 3600
     for patience, patient in ((60, True), (1, False)):
-        done = subprocess.run(
-            [*launch, tmp_path / "late.py", str(patience)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert (done.returncode == 0) == patient, done.stderr[-2000:]
+        first, second = two_ranks(tmp_path / str(patience), late, patience)
+        assert (second.returncode == 0) == patient, second.stderr[-2000:]
+        assert first.returncode == 0 or not patient, first.stderr[-2000:]
 
 
 def test_every_prompt_has_one_owner():

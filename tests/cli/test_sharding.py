@@ -13,6 +13,7 @@ from crd_fast.ranks import check_ranks
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.weights.sharded import check_resumes
 from tests.cli.conftest import metrics
+from tests.forked import main_of, two_ranks
 
 FULL = ["model.method=full", "rollout.prompts_per_iteration=4", "train.steps_per_iteration=2"]
 # Ranks must meet in every forward: here a rank may have no anchored pair in a micro-batch, groups are more
@@ -35,15 +36,16 @@ def tensors(run, iteration):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("snapshots", ["device", "host"])
-def test_two_sharded_processes_are_one(inside, torchrun, small, tmp_path, snapshots):
+def test_two_sharded_processes_are_one(inside, small, tmp_path, snapshots):
     settings = [*FULL, *UNEVEN, f"train.checkpointing={str(snapshots == 'device').lower()}"]
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, errors = inside("train", small, *options(*settings), "--output", one)
     assert code == 0, errors
     settings += ["model.sharding=fsdp", f"model.snapshots={snapshots}"]
-    done = torchrun("train", small, *options(*settings), "--output", two)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report:") == 1
+    runs = two_ranks(tmp_path / "ranks", main_of, ("train", small, *options(*settings), "--output", two))
+    for done in runs:
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(done.stdout.count("report:") for done in runs) == 1
 
     for expected, found in zip(metrics(one), metrics(two), strict=True):
         assert found.keys() == expected.keys()
@@ -73,7 +75,7 @@ def test_two_sharded_processes_are_one(inside, torchrun, small, tmp_path, snapsh
 
 
 @pytest.mark.slow
-def test_resumed_is_the_same_to_the_bit(torchrun, small, tmp_path):
+def test_resumed_is_the_same_to_the_bit(small, tmp_path):
     settings = options(*FULL, "model.sharding=fsdp", "train.optimizer=adamw8bit", "evaluate.every=0")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for arguments in (
@@ -81,9 +83,10 @@ def test_resumed_is_the_same_to_the_bit(torchrun, small, tmp_path):
         ("train", small, *settings, "--output", stopped, "--max-iterations", 1),
         ("train", "--resume", stopped, "--max-iterations", 2),
     ):
-        done = torchrun(*arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming after iteration 1" in done.stdout
+        runs = two_ranks(tmp_path / "ranks", main_of, arguments)
+        for done in runs:
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after iteration 1" in "".join(done.stdout for done in runs)
     assert metrics(stopped) == metrics(whole)
     expected, found = tensors(whole, 2), tensors(stopped, 2)
     assert any(value.dtype == torch.uint8 for value in expected.values())  # moments in 8 bits

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from crd_fast.models.builtin import WORLD
-from tests.cli.conftest import command, metrics
+from tests.cli.conftest import metrics
+from tests.forked import crd_fast
 
 NARROW = ["model.method=full", "model.dtype=bf16", "model.snapshots=host", "train.optimizer=adamw8bit"]
 REQUIRED = {
@@ -55,7 +55,7 @@ def test_a_run_from_training_to_pictures(process, inside, small, tmp_path):
     assert code == 2 and "already holds a run" in err and len(err.splitlines()) == 1
     assert metrics(run) == records  # nothing was overwritten
 
-    code, out, err = process("eval", run)
+    code, out, err = inside("eval", run)
     assert code == 0, err
     overall = [line.split()[3] for line in out.splitlines() if " overall " in line]
     assert overall == [
@@ -78,7 +78,7 @@ def test_a_run_from_training_to_pictures(process, inside, small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_micro_batch_does_not_change_the_run(inside, small, tmp_path, method):
+def test_micro_batch_does_not_change_the_run(inside, no_charts, small, tmp_path, method):
     """Loss, gradient norm and parameters of two iterations, to float32 rounding (arXiv 2603.14128 needs the
     whole group; the memory for it must not)."""
     settings = ["--set", f"model.method={method}", "--set", "evaluate.every=0"]
@@ -107,26 +107,24 @@ def test_micro_batch_does_not_change_the_run(inside, small, tmp_path, method):
 @pytest.mark.parametrize(
     "settings", [["train.optimizer=adamw"], ["train.optimizer=adamw8bit", "model.method=full"], NARROW]
 )
-def test_killed_and_resumed_is_the_same_to_the_bit(process, small, tmp_path, settings):
+def test_killed_and_resumed_is_the_same_to_the_bit(small, tmp_path, settings):
     options = [item for setting in settings for item in ("--set", setting)] + ["--max-iterations", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = process("train", small, "--output", whole, *options)
-    assert code == 0, err
+    done = crd_fast(tmp_path / "said", "train", small, "--output", whole, *options).wait()
+    assert done.returncode == 0, done.stderr
 
-    running = subprocess.Popen(
-        command("train", small, "--output", killed, *options), stdout=subprocess.DEVNULL
-    )
+    running = crd_fast(tmp_path / "said", "train", small, "--output", killed, *options)
     checkpoint = killed / "checkpoints" / "iteration-000002"
     deadline = time.monotonic() + 240
-    while not checkpoint.exists() and running.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and not running.ended() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "step"')  # killed while writing
 
-    code, _, err = process("train", "--resume", killed)
-    assert code == 0, err
+    done = crd_fast(tmp_path / "said", "train", "--resume", killed).wait()
+    assert done.returncode == 0, done.stderr
     assert metrics(killed) == metrics(whole)
     expected, found = weights(whole, 3), weights(killed, 3)
     assert expected.keys() == found.keys()
@@ -134,7 +132,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(process, small, tmp_path, set
 
 
 @pytest.mark.slow
-def test_bfloat16_weights_follow_float32(inside, small, tmp_path):
+def test_bfloat16_weights_follow_float32(inside, no_charts, small, tmp_path):
     """Steps of 1e-4 are below half a unit of most weights: rounded to the nearest they would be lost."""
     found = {}
     for name, settings in {"wide": ["model.method=full"], "narrow": NARROW}.items():
@@ -165,17 +163,16 @@ def test_bfloat16_weights_follow_float32(inside, small, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_in_good_order(small, tmp_path, number):
     run = tmp_path / "run"
-    arguments = command(
-        "train", small, "--output", run, "--max-iterations", "500", "--set", "evaluate.every=0"
-    )
-    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = ("--max-iterations", "500", "--set", "evaluate.every=0")
+    running = crd_fast(tmp_path / "said", "train", small, "--output", run, *options)
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "iteration-000001").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(number)
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 130, err
-    assert "go on with: crd-fast train --resume" in " ".join(out.split()) and "Traceback" not in err
+    os.kill(running.pid, number)
+    done = running.wait(120)
+    assert done.returncode == 130, done.stderr
+    assert "go on with: crd-fast train --resume" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stderr
     last = metrics(run)[-1]["iteration"]
     assert (run / "checkpoints" / f"iteration-{last:06d}").exists()
 
@@ -199,7 +196,7 @@ def test_other_methods_train_and_report_what_they_measure(inside, small, tmp_pat
 
 
 @pytest.mark.parametrize("minutes, saved", [(1e-6, [1, 2]), (1000, [2])])
-def test_checkpoints_by_time(inside, small, tmp_path, minutes, saved):
+def test_checkpoints_by_time(inside, no_charts, small, tmp_path, minutes, saved):
     settings = ["checkpoint.every=100", f"checkpoint.minutes={minutes}", "evaluate.every=0"]
     options = [i for s in settings for i in ("--set", s)]
     code, _, err = inside("train", small, "--output", tmp_path / "run", *options, "--max-iterations", "2")

@@ -68,12 +68,12 @@ def interpolate(p, x):
 
 
 FUNCTIONS = {f.__name__: f for f in (crd, nft, awm, dpo, flow_matching, implicit_reward, steps, interpolate)}
-SETTINGS = {
-    "crd": ("beta", "guidance_scale", "kl_beta", "temperature"),
-    "nft": ("beta", "kl_beta"),
-    "awm": ("kl_beta", "advantage_clip", "clip_range"),
-    "dpo": ("beta",),
-    "steps": ("beta", "guidance_scale", "temperature"),
+SETTINGS = {  # name -> first value
+    "crd": {"beta": 0.5, "guidance_scale": 2.0, "kl_beta": 0.5, "temperature": 0.5},
+    "nft": {"beta": 0.5, "kl_beta": 0.5},
+    "awm": {"kl_beta": 0.5, "advantage_clip": 0.5, "clip_range": 0.5},
+    "dpo": {"beta": 0.5},
+    "steps": {"beta": 0.5, "guidance_scale": 2.0, "temperature": 0.5},
 }
 
 
@@ -101,7 +101,8 @@ def main(name):
         torch._dynamo.graph_break()
         return function(p, x, **settings)
 
-    for how, options in (("default", {}), ("fullgraph", {"fullgraph": True}), ("dynamic", {"dynamic": True})):
+    # one graph without a break is what compiling it as it comes makes as well
+    for how, options in (("fullgraph", {"fullgraph": True}), ("dynamic", {"dynamic": True})):
         torch._dynamo.reset()
         compiled = torch.compile(function, **options)
         for seed, batch in enumerate((4, 4, 6) if how == "dynamic" else (4, 4)):
@@ -114,15 +115,15 @@ def main(name):
         same(run(compiled, x), run(function, x), "a broken graph")
 
     x = inputs()
-    for setting in SETTINGS.get(name, ()):
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for step in range(10):
-            value = {setting: 0.5 + step / 8 if setting != "guidance_scale" else 2 + step / 8}
-            same(run(compiled, x, **value), run(function, x, **value), f"{value}")
-        graphs = counters["stats"]["unique_graphs"]
-        assert graphs <= 2, f"{setting}: {graphs} graphs for 10 values"
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    # all settings change at every step: one that is compiled in would be seen
+    for step in range(10 if name in SETTINGS else 0):
+        values = {setting: start + step / 8 for setting, start in SETTINGS[name].items()}
+        same(run(compiled, x, **values), run(function, x, **values), f"{values}")
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 2, f"{graphs} graphs for 10 values of each setting"
 
     class Module(torch.nn.Module):
         def forward(self, policy, others):

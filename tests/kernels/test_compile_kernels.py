@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiles_without_spills_and_with_wide_accesses(tmp_path, target):
     result, dump = tmp_path / "kernels.json", tmp_path / "dump"
-    options = ["--targets", target, "--json", str(result), "--dump", str(dump)]
+    options = ["--targets", target, "--ends", "--json", str(result), "--dump", str(dump)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tools.compile_kernels", *options],
@@ -55,7 +55,7 @@ def test_narrow_loads_end_in_a_failure():
     """One element to a thread cannot be loaded 128 bits wide: the command says so and exits with 1."""
     code = (
         "import sys; from tools import compile_kernels as tool;"
-        "case = tool.Case('loss', 'bf16'); tool.cases = lambda: iter([case]);"
+        "case = tool.Case('loss', 'bf16'); tool.cases = lambda every: iter([case]);"
         "tool.launch.options = lambda dtype: {'num_warps': 32};"
         "sys.exit(tool.main(['--targets', 'sm_90']))"
     )

@@ -1,9 +1,11 @@
 """Tiny pipelines of the real classes, built once, and recipes small enough for them."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
+from crd_kernels.native import build
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from crd_fast.config import build_recipe
@@ -41,8 +43,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Prompts are cached in a folder of their own."""
+    """Prompts are cached in a folder of their own; the losses' C++, once compiled, stays where it is."""
     with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(OSError):  # of who has no home
+            patch.setenv("CRD_KERNELS_CACHE", str(build.cache_directory()))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -2,12 +2,10 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from crd_fast.models import compile_blocks, load_model
@@ -15,6 +13,7 @@ from crd_fast.ranks import Ranks, end_group
 from crd_fast.schema import LossConfig
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
+from tests.forked import two_ranks
 from tests.models.conftest import ALL, GROUP, GUIDANCE, PROMPTS, pairs_of_two_prompts
 
 
@@ -49,19 +48,14 @@ def gradients(weights):
     return {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
 
 
-def in_two_processes(function, *arguments):
+def in_two_processes(folder, function, *arguments):
     """Runs function(rank, *arguments) in each, of one process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(rank_main, (port, function, arguments), nprocs=2)
+    for done in two_ranks(folder / "ranks", rank_main, function, arguments):
+        assert done.returncode == 0, done.stderr
 
 
-def rank_main(rank, port, function, arguments):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    function(rank, *arguments)
+def rank_main(function, arguments):
+    function(int(os.environ["RANK"]), *arguments)
     # a thread of the group that still runs when the interpreter goes aborts the process, now and then
     assert gloo_threads()
     end_group()
@@ -97,7 +91,7 @@ def test_two_ranks_have_the_gradient_of_one(tiny, recipe, tmp_path):
         weights.save_policy(tmp_path / "one" / family)  # also fills the cache of encoded prompts
     full += ("model.sharding=fsdp",)
     recipes = {family: recipe(tiny(family), *full, f"train.compile={family == 'flux'}") for family in ALL}
-    in_two_processes(sharded, recipes, tmp_path)
+    in_two_processes(tmp_path, sharded, recipes, tmp_path)
     for family in ALL:
         found = torch.load(tmp_path / f"{family}.pt")
         assert found.keys() == expected[family].keys(), family
@@ -130,7 +124,7 @@ def test_all_ranks_take_old_for_the_policy_or_none_does(tiny, recipe, tmp_path):
     """Even where a rank's own part is equal: for the forward that it left out the others would wait."""
     full = ("model.method=full", "train.checkpointing=true")
     load_model(recipe(tiny("sd3"), *full), PROMPTS)  # fills the cache of encoded prompts
-    in_two_processes(compared, recipe(tiny("sd3"), *full, "model.sharding=fsdp"), tmp_path)
+    in_two_processes(tmp_path, compared, recipe(tiny("sd3"), *full, "model.sharding=fsdp"), tmp_path)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
         [True, False, False]
     ] * 2
@@ -151,7 +145,7 @@ def test_averages_where_some_adapters_have_no_gradient(tiny, recipe, tmp_path):
     weights = accumulate(settings, pairs_of_two_prompts())
     expected = gradients(weights)
     assert 0 < len(expected) < len(weights.trained())
-    in_two_processes(averaged, settings, tmp_path)
+    in_two_processes(tmp_path, averaged, settings, tmp_path)
     found = torch.load(tmp_path / "averaged.pt")
     assert found.keys() == expected.keys()
     scale = max(gradient.abs().max() for gradient in expected.values())

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from crd_fast.config import load_recipe
-from tests.cli.conftest import metrics
+from tests.cli.conftest import metrics, no_charts  # noqa: F401
 from tests.rewards.conftest import assert_refused, recipe_file
+
+pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
 
 SETTINGS = ("rollout.micro_batch=3", "evaluate.every=0", "train.iterations=2")
 

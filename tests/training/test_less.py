@@ -11,7 +11,7 @@ from crd_fast.errors import UserError
 from crd_fast.models.builtin import PATCH, WORLD, BuiltinModel
 from crd_fast.ranks import Ranks
 from crd_fast.seeds import seed_table, seeded_noise
-from crd_fast.train.draws import drawn_weights, inclusion, systematic
+from crd_fast.train.draws import drawn_in_groups, drawn_weights, inclusion, systematic
 from crd_fast.train.kept import OnHost
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs, draw_pairs
@@ -57,19 +57,37 @@ def test_weighted_sums_have_the_expectation_of_the_whole():
 
 @pytest.mark.parametrize("fraction", [1 / 2, 1 / 3])
 @pytest.mark.parametrize("name", [{}, *METHODS.values()], ids=["crd", *METHODS])
-def test_backward_for_a_part_has_the_gradient_of_all_on_average(setting, name, fraction):
+def test_backward_for_a_part_has_the_gradient_of_all_on_average(setting, name, fraction, monkeypatch):
+    """Over all offsets; those that draw the same pairs are run once."""
     model, _, pairs, *_ = setting
     metrics, full = gradients(setting, 4, **name)
-    mean, spread = torch.zeros_like(full), []
-    for offset in OFFSETS[::5]:
+    drawing = []
+
+    def recorded(*arguments):
+        drawing.append(arguments)
+        return drawn_in_groups(*arguments)
+
+    def of(offset):
         drawn = Pairs(**vars(pairs) | {"offset": torch.full((len(pairs),), offset, dtype=torch.float64)})
-        of_drawn, gradient = gradients(setting, 4, drawn, updater={"backward_fraction": fraction}, **name)
-        assert model.samples_run[True] == fraction * len(pairs)
-        assert of_drawn == pytest.approx(metrics)  # what is measured is of all pairs
-        mean += gradient / len(OFFSETS[::5])
-        spread.append((gradient - full).norm())
-    assert (mean - full).norm() < 0.02 * full.norm()
-    assert min(spread) > 0.02 * full.norm()
+        return gradients(setting, 4, drawn, updater={"backward_fraction": fraction}, **name)
+
+    monkeypatch.setattr("crd_fast.train.update.drawn_in_groups", recorded)
+    of(0.5)
+    groups, found, mean = drawing.copy(), {}, torch.zeros_like(full)
+    for offset in OFFSETS:
+        drawn = [
+            drawn_in_groups(size, group, np.full(len(size), offset), fraction) > 0
+            for size, group, *_ in groups
+        ]
+        drawn = np.concatenate(drawn).tobytes()
+        if drawn not in found:
+            of_drawn, found[drawn] = of(offset)
+            assert model.samples_run[True] == fraction * len(pairs)
+            assert of_drawn == pytest.approx(metrics)  # what is measured is of all pairs
+        mean += found[drawn] / len(OFFSETS)
+    assert 4 < len(found) < 50
+    assert (mean - full).norm() < 0.005 * full.norm()
+    assert min((gradient - full).norm() for gradient in found.values()) > 0.02 * full.norm()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, SAMPLES, 100])
