@@ -233,9 +233,7 @@ def _adapters_of(
             }
         except Exception as error:  # whatever diffusers and peft raise for a file that is none
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"LoRA {file}: expected a LoRA of this transformer: {reason}"
-            ) from error
+            raise UserError(f"LoRA {file}: expected a LoRA of this transformer: {reason}") from error
         finally:
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
