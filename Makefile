@@ -1,4 +1,5 @@
-PYTHON ?= python3.11
+# 3.11 is what constraints.txt was made with and what is tested; 3.12 and 3.13 where there is none
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13) python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
