@@ -20,7 +20,8 @@ from PIL import Image
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards, load
 from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
-from tests.cli.conftest import SMALL, command, metrics
+from tests.cli.conftest import SMALL, metrics
+from tests.forked import crd_fast
 
 PATIENCE = 120  # seconds until a test that hangs fails
 MINE = Path(__file__).with_name("rewards_in_workers.py").read_text(encoding="utf-8")
@@ -271,9 +272,7 @@ def test_a_run_and_a_score_are_those_without_workers(rewards, folder):
         name = "with" if workers else "without"
         chosen = f"'workers_mine:mean': {{{workers}scale: 0.5}}, geneval: {{{workers}weight: 1.0}}"
         (folder / f"{name}.yaml").write_text(f"{recipe}rewards: {{{chosen}}}\n")
-        done = subprocess.run(
-            command("train", f"{name}.yaml", "--output", name), capture_output=True, text=True, timeout=300
-        )
+        done = crd_fast(folder / "said", "train", f"{name}.yaml", "--output", name).wait()
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         values[name] = metrics(folder / name)
@@ -284,9 +283,7 @@ def test_a_run_and_a_score_are_those_without_workers(rewards, folder):
         Image.fromarray(image).save(folder / "pictures" / f"{i}.png")
     (folder / "prompts.txt").write_text("a\nbb\nbb\nccc\nd\n")
     where = ["--reward", "workers_mine:mean", "--images", "pictures", "--prompts", "prompts.txt"]
-    done = subprocess.run(
-        command("score", *where, "--set", "workers=2", "--json", "out.json"), capture_output=True, text=True
-    )
+    done = crd_fast(folder / "said", "score", *where, "--set", "workers=2", "--json", "out.json").wait()
     assert done.returncode == 0, done.stderr
     prompts = ["a", "bb", "bb", "ccc", "d"]
     direct = rewards("mean").score(pictures(5), [{"prompt": prompt} for prompt in prompts])
