@@ -16,29 +16,21 @@ pytest.importorskip("triton")
 
 
 FOLDER = Path(__file__).parent
-# Each file in a process of its own, so that the longest ones can run beside each other.
 FILES = sorted(
     path.name
     for path in FOLDER.glob("test_*.py")
     if "(impl" in path.read_text(encoding="utf-8") and path.name != Path(__file__).name
 )
+# A process imports for seconds: several files in each, and so many that they can run beside each other.
+GROUPS = [FILES[i::3] for i in range(3)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_triton_kernels_under_the_interpreter(file):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        str(FOLDER / file),
-    ]
+@pytest.mark.parametrize("files", GROUPS, ids=" ".join)
+def test_triton_kernels_under_the_interpreter(files):
+    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += [str(FOLDER / file) for file in files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-10000:]
-    assert " passed" in run.stdout
+    assert [file for file in files if f"PASSED tests/kernels/{file}::" not in run.stdout] == []
