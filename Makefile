@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
 train: env
 	$(BIN)/crd-fast train $(ARGS)
 
-# In two processes of one thread each; ARGS='-n 0 -x' runs it in one and stops at the first failure.
+# In two processes of one thread each; ARGS='-n 0 -x' runs it in one and stops at the first failure. Bytecode is kept
+# whatever the environment says: many tests start processes, and each would compile the package anew.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # As other x86 processors round, also as Intel's on AMD's: LEVEL=avx512, avx2 or sse4.
 LEVEL ?= avx2
