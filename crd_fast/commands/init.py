@@ -10,6 +10,7 @@ import typer
 
 from crd_fast.commands.rendered import TEMPLATES, rendered
 from crd_fast.commands.terminal import say
+from crd_fast.doctor.hub import GATED
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.run.new_files import check_new, write_new
 from crd_fast.worlds import WORLDS
@@ -17,7 +18,6 @@ from crd_fast.worlds import WORLDS
 if TYPE_CHECKING:
     from crd_fast.plan.gpus import Card
 
-# Whose weights are given only to those who accepted a licence at the model's page.
 # For a folder of a pipeline: the model whose recipes are extended, by the pipeline's class.
 NEAREST = {
     "StableDiffusion3Pipeline": "sd3.5-medium",
@@ -27,7 +27,6 @@ NEAREST = {
     "ZImagePipeline": "z-image",
     "SanaPipeline": "sana-1.6b",
 }
-GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
 
 
 def init(

@@ -8,11 +8,11 @@ is read.
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from crd_fast.doctor import machine, packages
+from crd_fast.doctor import hub, machine, packages
 from crd_fast.doctor.check import Check, attempt
+from crd_fast.doctor.outlook import gpu_here, outlook
 from crd_fast.worlds import WORLDS
 
 MARKS = {"ok": "green", "warning": "yellow", "missing": "red"}
@@ -25,17 +25,22 @@ def checks() -> list[Check]:
         machine.system(),
         machine.processor(),
         machine.memory(),
+        packages.itself(),
         packages.torch(),
         *machine.gpus(),
+        *machine.driver(),
         packages.triton(),
         packages.compiler(),
         *(packages.package(name) for name in ("diffusers", "transformers", "peft")),
         packages.bitsandbytes(),
         packages.flash_attention(),
+        *(packages.extra(name) for name in packages.EXTRAS),
         *(machine.builtin(world.name, world.folder) for world in WORLDS.values()),
         packages.kernels_library(),
         machine.write_access(),
         machine.disk(),
+        hub.cache(),
+        hub.login(),
     ]
 
 
@@ -64,22 +69,34 @@ def choices() -> dict[str, str]:
 
 
 def render(console: Console) -> int:
-    """Prints a table of `checks` and what will be used. Returns 0 if training can run here, else 2."""
+    """Prints `checks`, what will be used and what can be trained. Returns 0 if training can run, else 2."""
     with console.status("looking at this machine"):
         found = checks()
         missing = [check.name for check in found if check.status == "missing"]
         used = {} if missing else choices()
-    table = Table(title="crd-fast doctor", title_justify="left", title_style="bold")
-    for column in ("", "what", "found", "note"):
-        table.add_column(column, overflow="fold")
+        last = outlook(found, gpu_here())
+
+    def say(*parts: str | tuple[str, str]) -> None:
+        """A line as it is, not broken where the terminal ends: commands in it can be copied."""
+        console.print(Text.assemble(*parts), soft_wrap=True)
+
+    say(("crd-fast doctor", "bold"))
     for check in found:
-        mark = Text(check.status, style=MARKS[check.status])
-        table.add_row(mark, Text(check.name), Text(check.found), Text(check.note))
-    console.print(table)
+        start = f"{check.name:<18} {check.found}"
+        fits = len(start) + len(check.note) + 10 <= console.width
+        say(
+            (f"{check.status:<8}", MARKS[check.status]),
+            start,
+            f"; {check.note}" if check.note and fits else "",
+        )
+        if check.note and not fits:
+            say(f"{'':<27}{check.note}")
     if missing:
-        console.print(Text(f"Training cannot run here yet. Missing: {', '.join(missing)}."))
-        return 2
-    console.print("Training can run here, and will use:", highlight=False)
-    for purpose, choice in used.items():
-        console.print(Text(f"  {purpose:<10}{choice}"))
-    return 0
+        say(f"Training cannot run here yet. Missing: {', '.join(missing)}.")
+    else:
+        say("Training can run here, and will use:")
+        for purpose, choice in used.items():
+            say(f"  {purpose:<10}{choice}")
+    for line in last:
+        say((line, "bold" if line is last[0] else ""))
+    return 2 if missing else 0

@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -65,6 +66,22 @@ def gpus() -> list[Check]:
         note = "install the ROCm build of torch: https://pytorch.org/get-started/locally"
         return [Check("GPU", "warning", "an AMD driver, but torch cannot use it", note)]
     return [Check("GPU", "ok", "none", "the built-in recipe trains on the CPU")]
+
+
+def driver() -> list[Check]:
+    """The GPU driver's version, where there is one."""
+    smi, amd = shutil.which("nvidia-smi"), _read("/sys/module/amdgpu/version").strip()
+    if smi:
+        command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return [Check("GPU driver", "warning", "nvidia-smi does not answer", str(error)[:200])]
+        if said.returncode or not said.stdout.strip():
+            reason = " ".join((said.stdout + said.stderr).split())[:200]
+            return [Check("GPU driver", "warning", "nvidia-smi fails", reason or "it says nothing")]
+        return [Check("GPU driver", "ok", f"NVIDIA {said.stdout.split()[0]}")]
+    return [Check("GPU driver", "ok", f"amdgpu {amd}")] if amd else []
 
 
 def _gpu(torch: ModuleType, index: int) -> Check:

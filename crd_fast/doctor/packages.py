@@ -10,6 +10,33 @@ from pathlib import Path
 
 from crd_fast.doctor.check import Check, attempt, has_gpu, installed, older, pip_install, required
 
+EXTRAS = {
+    "ocr": ("rapidocr", "onnxruntime"),
+    "server": ("fastapi", "starlette", "uvicorn"),
+}
+
+
+def itself() -> Check:
+    """This package and crd-kernels, which it wants in one version."""
+    own, kernels = installed("crd-fast"), installed("crd-kernels")
+    wanted = required("crd-kernels").partition("==")[2]
+    if kernels is None or (wanted and kernels != wanted):
+        note = f"from a checkout: {pip_install('./kernels', '.')}"
+        return Check("crd-fast", "missing", f"{own}, crd-kernels {kernels or 'not installed'}", note)
+    return Check("crd-fast", "ok", f"{own or 'a checkout that is not installed'}, crd-kernels {kernels}")
+
+
+def extra(name: str) -> Check:
+    """The packages of an extra, which only some recipes need."""
+    parts = EXTRAS[name]
+    wrong = [part for part in parts if (version := installed(part)) is None or older(part, version)]
+    found = ", ".join(f"{part} {installed(part) or 'not installed'}" for part in parts)
+    if not wrong:
+        return Check(f"extra {name}", "ok", found)
+    absent = all(installed(part) is None for part in parts)
+    note = f"optional: {pip_install(*(required(part) for part in wrong))}"
+    return Check(f"extra {name}", "ok" if absent else "warning", "not installed" if absent else found, note)
+
 
 def torch() -> Check:
     torch, reason = attempt("torch")

@@ -14,8 +14,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from crd_fast import doctor
-from crd_fast.doctor import machine, packages
+from crd_fast.config import load_recipe, recipes_by_model
+from crd_fast.doctor import hub, machine, packages
 from crd_fast.doctor.check import Check, pip_install
+from crd_fast.doctor.outlook import LARGEST_FIRST, Gpu, outlook, recipes_for
 from crd_fast.worlds import FILES
 
 
@@ -84,6 +86,7 @@ def test_exit_code_and_words(monkeypatch):
     assert code == 0 and "Training can run here" in text and "loss      cpu" in text and "[brackets]" in text
     code, text = rendered(monkeypatch, [fine, Check("peft", "missing", "not installed", "pip install peft")])
     assert code == 2 and "Missing: peft." in text and "will use" not in text
+    assert text.rstrip().endswith("One thing to do: pip install peft")
 
 
 def test_broken_optional_package_is_a_warning(site, monkeypatch):
@@ -215,3 +218,123 @@ def test_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
     (check,) = machine.gpus()
     assert check.status == "warning" and check.note == pip_install("--force-reinstall", "torch")
+
+
+# --- what can be trained
+
+OK = [Check("torch", "ok", "2.13")]
+
+
+def card(gib, bfloat16=True):
+    """A card of so many GiB, of which the device shows a little less."""
+    return Gpu("Example GPU", round((gib - 0.4) * 2**30), bfloat16)
+
+
+@pytest.fixture
+def logged_in(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+
+
+@pytest.mark.parametrize("gib", [8, 12, 16, 24, 32, 48, 80])
+def test_what_is_offered_is_for_no_larger_card(logged_in, gib):
+    names = [one.name for one in recipes_for(card(gib).gigabytes)]
+    sizes = {int(name.rpartition("-")[2].removesuffix("gb")) for name in names}
+    assert sizes == {max(size for size in (8, 12, 16, 24, 80) if size <= gib)}
+    first = outlook(OK, card(gib))[0]
+    recipe = load_recipe(names[0])
+    assert first.startswith("You can train ") and first.endswith(f"crd-fast train {names[0]}")
+    assert f"at {recipe.rollout.resolution} x {recipe.rollout.resolution} on Example GPU" in first
+    assert not recipe.model.streaming and recipe.rollout.resolution >= 512
+
+
+def test_every_model_that_recipes_ship_for_is_ranked():
+    assert set(LARGEST_FIRST) == set(recipes_by_model())
+    models = [one.model for one in recipes_for(80)]
+    assert models == list(LARGEST_FIRST)  # all at one size there
+
+
+def test_a_gated_model_wants_a_login(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    lines = outlook(OK, card(16))
+    assert "sd3.5-large" in lines[0] and lines[1].endswith("stable-diffusion-3.5-large, then hf auth login")
+    assert hub.login().found == "none" and "hf auth login" in hub.login().note
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    assert not any("One thing" in line for line in outlook(OK, card(16)))
+    assert "hf_of_a_test" not in str(hub.login())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "where", "why"),
+    [
+        (None, "on the CPU", "a GPU of 8 GB or more"),
+        (card(6), "on Example GPU", "a GPU of 8 GB or more"),
+        (card(24, bfloat16=False), "on Example GPU", "bfloat16, which this one lacks"),
+    ],
+)
+def test_elsewhere_the_small_model_can_be_trained(gpu, where, why):
+    first, second = outlook(OK, gpu)
+    assert first == f"You can train builtin at 32 x 32 {where}, in minutes: crd-fast train" and why in second
+
+
+def test_a_gpu_that_torch_cannot_use_is_the_one_thing_to_do():
+    unusable = Check("GPU", "warning", "an NVIDIA driver, but torch cannot use it", "pip install torch")
+    assert outlook([*OK, unusable], None) == ["One thing to do: pip install torch"]
+
+
+def test_nothing_is_cut_at_80_columns(monkeypatch):
+    note = pip_install("--force-reinstall", "--no-deps", "--no-build-isolation", "a-package-with-a-name>=1.0")
+    monkeypatch.setattr(doctor, "checks", lambda: [Check("bitsandbytes", "warning", "broken", note)])
+    console = Console(width=80, file=io.StringIO())
+    doctor.render(console)
+    assert any(line.strip() == note for line in console.file.getvalue().splitlines())
+
+
+def test_extras(monkeypatch):
+    versions = {"rapidocr": "3.10.0", "onnxruntime": "1.32.0"}
+    monkeypatch.setattr(packages, "installed", versions.get)
+    assert packages.extra("ocr") == Check("extra ocr", "ok", "rapidocr 3.10.0, onnxruntime 1.32.0")
+    check = packages.extra("server")
+    assert check.status == "ok" and "fastapi>=" in check.note and "uvicorn>=" in check.note
+    versions["rapidocr"] = "3.9"
+    check = packages.extra("ocr")
+    assert check.status == "warning" and check.note == f"optional: {pip_install('rapidocr>=3.10')}"
+
+
+def test_the_kernels_are_of_this_version(monkeypatch):
+    assert packages.itself().status == "ok"
+    monkeypatch.setattr(packages, "installed", {"crd-fast": "0.1.0", "crd-kernels": "0.0.9"}.get)
+    check = packages.itself()
+    assert check.status == "missing" and "crd-kernels 0.0.9" in check.found and "./kernels" in check.note
+
+
+@pytest.mark.parametrize(("free", "status"), [(5, "warning"), (50, "ok")])
+def test_the_disk_of_downloads(monkeypatch, tmp_path, free, status):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    asked = []
+    usage = namedtuple("Usage", "free")(free * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    check = hub.cache()
+    assert check.status == status and str(tmp_path) in check.found and asked == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 580.95.05", ("ok", "NVIDIA 580.95.05")),
+        ("echo no devices were found; exit 9", ("warning", "nvidia-smi fails")),
+    ],
+)
+def test_driver(monkeypatch, tmp_path, script, expected):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\n{script}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (check,) = machine.driver()
+    assert (check.status, check.found) == expected
+
+
+def test_no_driver(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine, "_read", lambda path: "")
+    assert machine.driver() == []
