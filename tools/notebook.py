@@ -1,6 +1,6 @@
 """Runs the notebook of the docs and keeps what its cells drew: `python -m tools.notebook`.
 
-Needs `pip install nbclient ipykernel`.
+Needs the extra `notebook`.
 """
 
 from __future__ import annotations
