@@ -181,7 +181,7 @@ def family_of(path: str, index: dict) -> type:
 
 def family(pipeline: str) -> type:
     """The class in the row of a pipeline's name. Raises TypeError that lists all it lacks."""
-    from crd_fast.models.pipeline import check_family
+    from crd_fast.models.checks import check_family
 
     module, name, _ = FAMILIES[pipeline]
     found = getattr(import_module(f"crd_fast.models.{module}"), name)

@@ -10,6 +10,7 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.sizes import Resolution, height_width
 
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # of weights, by diffusers and by transformers
@@ -157,3 +158,28 @@ def _check_length(file: Path) -> None:
             raise UserError(f"model.path: {file} is damaged, it has no safetensors header") from None
     if size < 8 + length + end:
         raise UserError(f"model.path: {file} is cut short: expected {8 + length + end} bytes, got {size}")
+
+
+def check_size(name: str, resolution: Resolution, multiple: int, largest: int | None, key: str) -> None:
+    """Raises UserError where a model has no pictures of this size. key: of the recipe that says so."""
+    for side in height_width(resolution):
+        if side % multiple:
+            below = max(side - side % multiple, multiple)
+            raise UserError(
+                f"{key}: expected a multiple of {multiple} for {name}, got {side} "
+                f"(next to it: {below}, {below + multiple})"
+            )
+        if largest is not None and side > largest:
+            raise UserError(f"{key}: expected at most {largest} for {name}, got {side}")
+
+
+def check_family(family: type, pipeline: str) -> None:
+    """Raises TypeError that lists everything which the class in the table's row of `pipeline` lacks."""
+    said = ("name", "pipeline", "lora_targets", "text_length")
+    lacks = [name for name in said if not hasattr(family, name)]
+    lacks += sorted(getattr(family, "__abstractmethods__", ()))
+    named = getattr(getattr(family, "pipeline", None), "__name__", pipeline)
+    if named != pipeline:
+        lacks.append(f"pipeline = {pipeline}, got {named}")
+    if lacks:
+        raise TypeError(f"{family.__module__}.{family.__name__} lacks: {', '.join(lacks)}")

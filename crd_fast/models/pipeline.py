@@ -149,16 +149,7 @@ class PipelineModel(FlowModel):
 
     def latent_shape(self, resolution: Resolution, key: str = "rollout.resolution") -> tuple[int, int, int]:
         """(C, h, w) for images of this size. UserError, about the recipe's `key`, if there can be none."""
-        multiple, largest = self.size_multiple, self._max_size()
-        for side in height_width(resolution):
-            if side % multiple:
-                below = max(side - side % multiple, multiple)
-                raise UserError(
-                    f"{key}: expected a multiple of {multiple} for {self.name}, got {side} "
-                    f"(next to it: {below}, {below + multiple})"
-                )
-            if largest is not None and side > largest:
-                raise UserError(f"{key}: expected at most {largest} for {self.name}, got {side}")
+        checks.check_size(self.name, resolution, self.size_multiple, self._max_size(), key)
         return self._latent(*height_width(resolution))
 
     def sigmas(self, steps: int, resolution: Resolution) -> torch.Tensor:
@@ -406,15 +397,3 @@ def encodes_on_gpu(weights: int, free: int) -> bool:
 def padded(states: torch.Tensor, length: int) -> torch.Tensor:
     """(L, D) with zeros up to (length, D)."""
     return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))
-
-
-def check_family(family: type, pipeline: str) -> None:
-    """Raises TypeError that lists everything which the class in the table's row of `pipeline` lacks."""
-    said = ("name", "pipeline", "lora_targets", "text_length")
-    lacks = [name for name in said if not hasattr(family, name)]
-    lacks += sorted(getattr(family, "__abstractmethods__", ()))
-    named = getattr(getattr(family, "pipeline", None), "__name__", pipeline)
-    if named != pipeline:
-        lacks.append(f"pipeline = {pipeline}, got {named}")
-    if lacks:
-        raise TypeError(f"{family.__module__}.{family.__name__} lacks: {', '.join(lacks)}")

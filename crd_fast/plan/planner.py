@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crd_fast.config import Recipe, build_recipe
+from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
@@ -26,9 +26,10 @@ from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
+from crd_fast.plan.other_sizes import OtherSizes
 from crd_fast.plan.rewards import with_rewards
 from crd_fast.run.row_counts import BACKWARD, kind_of
-from crd_fast.sizes import Resolution, pixels
+from crd_fast.sizes import pixels
 from crd_fast.train.micro_batch import resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -132,7 +133,7 @@ class Planner:
             raise UserError("model.sharding: a plan is of one process, expected none, got fsdp")
         self.recipe = recipe
         self.size = max(recipe.rollout.sizes, key=pixels)
-        self._of_size: dict[Resolution, Planner] = {}  # planners of the recipe's other sizes
+        self._other_sizes = OtherSizes()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.live, self.flops = LiveBytes(), Flops()
         self.model: Any = fake_model(recipe, self.mode)
@@ -195,35 +196,8 @@ class Planner:
         peaks = self.live.peaks | ({"encode": self.encoding} if self.encoding else {})
         peaks = with_rewards(peaks, recipe)
         result.phases = {name: peaks[name] for name in PHASES if name in peaks}
-        self._other_sizes(result)
+        self._other_sizes.add_to(result, self)
         return result
-
-    def _other_sizes(self, result: Plan) -> None:
-        """The time of an iteration is the sizes' mean; evaluations' pictures may be the largest of all."""
-        recipe = self.recipe
-        sizes = [size for size in recipe.rollout.sizes if size != self.size]
-        if sizes:
-            found = [self._planned(size, 1).row_flops for size in sizes]
-            result.row_flops = {
-                kind: (flops + sum(of.get(kind, flops) for of in found)) / (1 + len(found))
-                for kind, flops in result.row_flops.items()
-            }
-        size = recipe.evaluation_size
-        if not recipe.evaluate.every or recipe.rollout.sizes == [size]:
-            return
-        evaluated = self._planned(size, result.rollout_micro_batch)
-        result.evaluation_row_flops = evaluated.row_flops
-        for name in ("rollout", "decode"):
-            if name in evaluated.phases and evaluated.phases[name].bytes > result.phases[name].bytes:
-                result.phases[name] = evaluated.phases[name]
-
-    def _planned(self, size: Resolution, rollout_micro_batch: int) -> Plan:
-        values = self.recipe.model_dump()
-        values["rollout"]["resolution"], values["evaluate"]["resolution"] = size, None
-        if size not in self._of_size:
-            self._of_size[size] = Planner(build_recipe(values))
-        self._of_size[size].recipe = build_recipe(values)
-        return self._of_size[size].plan(1, rollout_micro_batch)
 
     @property
     def network(self) -> torch.nn.Module:

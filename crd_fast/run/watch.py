@@ -125,7 +125,8 @@ class Watch:
         found = {}
         for key in (key for key in record if key.startswith("reward_std/")):
             name = key.removeprefix("reward_std/")
-            self._constant[name] = 0 if record[key] else self._constant[name] + self.prompts * self.samples
+            images = round(self.prompts * self.samples * record.get(f"scored/{name}", 1))
+            self._constant[name] = 0 if record[key] else self._constant[name] + images
             if self._constant[name] >= CONSTANT_IMAGES:
                 found[f"constant {name}"] = (
                     f"iteration {record['iteration']}: reward {name} was {record[f'reward/{name}']:g} for "

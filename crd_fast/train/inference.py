@@ -141,7 +141,7 @@ def asked(
     if rewards is not None:
         values |= {"rewards": rewards, "eval_rewards": {}}
     if size is not None:
-        values["evaluate"] |= {"resolution": size}
+        values = of_size(values, size)
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
     if not found.own:
@@ -151,6 +151,11 @@ def asked(
     if not allow_code and rewards is None and found.folder is not None:
         check_consent(recipe, str(found.folder))
     return replace(found, recipe=recipe)
+
+
+def of_size(values: dict[str, Any], size: int) -> dict[str, Any]:
+    """A recipe's values with one size for all pictures: what it says of training may not fit the model."""
+    return values | {section: values[section] | {"resolution": size} for section in ("rollout", "evaluate")}
 
 
 def evaluate_checkpoint(
@@ -220,9 +225,7 @@ def sample_grid(
     """
     found = Source.of(source, base, lora)
     if size is not None:
-        values = found.recipe.model_dump()
-        values["evaluate"]["resolution"] = size
-        found = replace(found, recipe=build_recipe(values))
+        found = replace(found, recipe=build_recipe(of_size(found.recipe.model_dump(), size)))
     entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
     recipe = found.recipe
     changes = {"guidance_scale": guidance_scale, "steps": steps}

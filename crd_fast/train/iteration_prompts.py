@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from crd_fast.config import Recipe
-from crd_fast.models.negative import texts
+from crd_fast.models import negative
 from crd_fast.prompts.lists import notes, training_prompts
 from crd_fast.ranks import Ranks, own_prompts
 from crd_fast.rewards.registry import unscored
@@ -53,18 +53,26 @@ class IterationPrompts:
             drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
             raise unscored(drawn[int(left_P.argmax())]["prompt"])
 
-    def texts(self, begin: int, end: int) -> Iterator[str]:
-        """This rank's prompts of the iterations `begin` to `end`, as far as the run goes, and their negative
-        ones where they are needed."""
-        for iteration in range(begin, min(end, self.recipe.train.iterations)):
-            yield from texts(self.drawn(iteration), self.recipe.guides_training)
+    def texts(self, begin: int, count: int = 1) -> Iterator[str]:
+        """This rank's prompts of so many iterations, as far as the run goes, and their negative ones where
+        they are needed."""
+        for iteration in range(begin, min(begin + count, self.recipe.train.iterations)):
+            yield from negative.texts(self.drawn(iteration), self.recipe.guides_training)
+
+    def first(self, begin: int, evaluated: list[dict]) -> list[str]:
+        """What is encoded before anything is loaded: for an evaluation of these, and for an iteration.
+
+        With any negative prompt, also of a later iteration, so that a model that takes none says so now.
+        """
+        now = [*negative.texts(evaluated, self.recipe.guides_evaluation), *self.texts(begin)]
+        return now + negative.probe([*self.entries(), *evaluated])
 
     def ahead(self, begin: int) -> Iterator[str]:
         """Those from `begin` on, as many as are encoded at a time.
 
         Text encoders take long to load, and what they make takes megabytes a prompt.
         """
-        return self.texts(begin, begin + self._ahead)
+        return self.texts(begin, self._ahead)
 
     def counted(self, prompts: list[str]) -> Iterator[str]:
         """The same, as a phase `encoding` that the observer is told of."""

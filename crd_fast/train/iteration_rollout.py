@@ -51,7 +51,7 @@ class IterationRollout:
         count, samples = config.prompts_per_iteration, config.samples_per_prompt
         own, metadata = self.prompts.own, self.prompts.drawn(iteration)
         prompts = [entry["prompt"] for entry in metadata]
-        now = self.prompts.texts(iteration, iteration + 1)
+        now = self.prompts.texts(iteration)
         self.model.encode(now, self.prompts.ahead(iteration), self.prompts.counted)
         seeds = seed_table(self.recipe.train.seed, iteration, ROLLOUT, count=count * samples)
         seeds = seeds.view(count, samples)[torch.from_numpy(own)].flatten()

@@ -18,7 +18,6 @@ import torch
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
-from crd_fast.models.negative import probe, texts
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds
@@ -93,13 +92,10 @@ class Trainer:
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
-        evaluated = held_out.entries if held_out else []
-        now = [*texts(evaluated, recipe.guides_evaluation), *self.prompts.texts(begin, begin + 1)]
-        now += probe([*self.prompts.entries(), *evaluated])
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(
                 recipe,
-                now,
+                self.prompts.first(begin, held_out.entries if held_out else []),
                 self.prompts.ahead(begin),
                 self.prompts.counted,
                 lambda reader: check_lengths(

@@ -141,6 +141,7 @@ def test_scores_of_pictures_keep_it(tmp_path):
 def test_a_run_of_two_kinds_of_prompts(inside, parts):
     """Each reward scores its own prompts; the held-out ones are GenEval's alone."""
     settings = ("rewards={geneval: {skip_others: true}, 'parts:plain': 1}", "rollout.prompts_per_iteration=4")
+    settings += ("eval_rewards={'parts:nothing': {}, colorfulness: {}}",)  # a judge of none of these pictures
     code, _, err = trained(inside, *settings, "rollout.prompts={builtin: 3, plain.txt: 1}")
     assert code == 0, err
     records = metrics(parts / "run")
