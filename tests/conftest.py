@@ -7,8 +7,6 @@ import pytest
 
 import crd_fast  # noqa: F401  before torch: how OpenMP's threads wait
 
-LOOKED_AT = {}  # modules that are none of a test's: to ask thousands for their files takes milliseconds
-
 
 def pytest_collection_modifyitems(items):
     """Quick tests first."""
@@ -43,15 +41,14 @@ def inside(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def forgets_modules(tmp_path_factory):
-    """A module that one test wrote and imported is not there in the next, which may write its like."""
-    path = list(sys.path)
+    """A module that one test wrote and imported is not there in the next, which may write its like.
+
+    What a fixture of several tests imported is.
+    """
+    path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
     written = str(tmp_path_factory.getbasetemp())
-    for name, module in list(sys.modules.items()):
-        if LOOKED_AT.get(name) is module:
-            continue
-        if str(getattr(module, "__file__", "")).startswith(written):
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(written):
             del sys.modules[name]
-        else:
-            LOOKED_AT[name] = module

@@ -9,7 +9,7 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.models.base import FlowModel
-from crd_fast.models.negative import encode_negatives
+from crd_fast.models.negative import encode_negatives, negatives
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.scoring import PromptScoring, Scoring
 from crd_fast.run.observer import Observer
@@ -41,6 +41,7 @@ class IterationRollout:
     ):
         self.recipe, self.model, self.weights, self.prompts = recipe, model, weights, prompts
         self.micro_batch, self.partial, self.ranks, self.observer = micro_batch, partial, ranks, observer
+        self.empty = model.encode_prompts([""])  # for the whole run: prompts may push it out of their cache
 
     def generate(self, iteration: int, scoring: Scoring) -> tuple[Embeddings, Embeddings, torch.Tensor]:
         """Embeddings (P), also of the negative prompts (P or 1), and latents, (P * K, ...), prompt by prompt.
@@ -58,14 +59,15 @@ class IterationRollout:
         with self.observer.phase("rollout", len(seeds)):
             with self.observer.phase("prompts"):
                 embeddings = self.model.encode_prompts(prompts)
-                negatives = encode_negatives(self.model, metadata if self.recipe.guides_training else [{}])
+                guided = self.recipe.guides_training and any(negatives(metadata))
+                away = encode_negatives(self.model, metadata) if guided else self.empty
             scored = PromptScoring(scoring, self._images, metadata, samples)
 
             def finished(latents: torch.Tensor) -> None:
                 self.partial.see(latents)
                 scored(latents)
 
-            given = {"seeds": seeds, **prefixed("prompt", embeddings), **prefixed("negative", negatives)}
+            given = {"seeds": seeds, **prefixed("prompt", embeddings), **prefixed("negative", away)}
             begun = self.partial.begin(
                 lambda: rollout_key(self.recipe, checkpoint.describe(self.model), self.weights.state(), given)
             )
@@ -75,13 +77,13 @@ class IterationRollout:
                     embeddings,
                     torch.arange(len(own)).repeat_interleave(samples),
                     seeds,
-                    Sampling.of(self.recipe, config, negatives, self.micro_batch, iteration),
+                    Sampling.of(self.recipe, config, away, self.micro_batch, iteration),
                     finished,
                     self.observer,
                     "sampler",
                     begun,
                 )
-        return embeddings, negatives, latents
+        return embeddings, away, latents
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):

@@ -220,7 +220,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_beside_its_met
     "change, words",
     [
         ("train.seed=7", "train.seed 42 -> 7"),
-        ("loss.beta=3", "loss.beta .* -> 3"),
+        ("loss.beta=5", "loss.beta .* -> 5"),
         ("model.lora_rank=4", "model.lora_rank 32 -> 4"),
         ("rewards={geneval: 2.0}", "rewards.geneval 1.0 -> 2.0"),
         ("rewards={geneval: 1.0, colorfulness: 1.0}", "rewards.colorfulness 'nothing' -> 1.0"),
