@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,6 +227,8 @@ def checked(name: str, values, count: int) -> np.ndarray:
     """
     if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
         raise UserError(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
+    if isinstance(values, (Mapping, set, frozenset)):  # of keys, or in no order
+        raise UserError(f"reward {name}: expected {count} values in a row, got {type(values).__name__}")
     try:
         endless = not hasattr(values, "__len__")
         values = list(itertools.islice(values, count + 1) if endless else values)
@@ -247,7 +249,8 @@ def _number(name: str, i: int, value) -> float:
     if value is None:
         return math.nan
     try:
-        value = value.item() if hasattr(value, "item") else value
+        if value is not np.ma.masked:  # whose item is 0
+            value = value.item() if hasattr(value, "item") else value
         if isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large

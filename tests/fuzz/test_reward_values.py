@@ -121,6 +121,7 @@ def test_every_kind_of_value_in_every_container(rewards, value, number):
     TRIED["kinds of reward values"] += 1
     found = scored(rewards, lambda: CONTAINERS[number]([1.0, 2.0, 3.0, value]))
     if found is not None:  # None, and nothing else, is not scored
+        assert value is not np.ma.masked
         assert not np.isnan(found[:3]).any() and (value is None or not np.isnan(found[3]))
 
 

@@ -175,6 +175,9 @@ def test_a_failure_ends_the_rollout_at_the_next_put():
         ([1.0, float("nan")], "expected finite numbers, got nan for image 1"),
         (["good", 1.0], "expected finite numbers, got 'good' for image 0"),
         (None, "expected 2 values, got NoneType"),
+        ({0: 0.5, 1: 1.0}, "expected 2 values in a row, got dict"),
+        ({0.5, 1.0}, "expected 2 values in a row, got set"),
+        (np.ma.masked_array([1.0, 2.0], mask=[False, True]), "expected finite numbers, got masked for image 1"),
     ],
 )
 def test_values_that_are_none(values, words):
