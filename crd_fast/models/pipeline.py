@@ -333,10 +333,20 @@ class PipelineModel(FlowModel):
         self.pipe.register_modules(transformer=transformer, vae=vae)
 
     def pretrained(self, component: str, dtype: torch.dtype) -> torch.nn.Module:
-        """A component of diffusers with its weights. A plan puts one without them in its place."""
-        return self.component_class(component).from_pretrained(
-            self.folder, subfolder=component, dtype=dtype, variant=checks.variant(self.folder / component)
-        )
+        """A component of diffusers with its weights. A plan puts one without them in its place.
+
+        Raises UserError where its config and its weights do not go together.
+        """
+        variant = checks.variant(self.folder / component)
+        try:
+            return self.component_class(component).from_pretrained(
+                self.folder, subfolder=component, dtype=dtype, variant=variant
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model.path: {self.folder / component}: cannot be loaded: {reason}") from error
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
         return {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from tests.models.conftest import PROMPTS, by_pipeline, by_rollout
 
@@ -87,3 +88,12 @@ def test_a_model_that_the_hub_does_not_give(tmp_path, name, words):
     hub.shutdown()
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert words.format(endpoint) in done.stderr
+
+
+def test_weights_of_another_config_are_refused_by_name(recipe, copy):
+    config = copy / "transformer" / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(values | {"caption_projection_dim": 2 * values["caption_projection_dim"]}))
+    with pytest.raises(UserError, match=r"^model.path: .*copy/transformer: cannot be loaded: ") as error:
+        load_model(recipe(copy), ["a"])
+    assert "\n" not in str(error.value)

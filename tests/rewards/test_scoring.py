@@ -177,7 +177,10 @@ def test_a_failure_ends_the_rollout_at_the_next_put():
         (None, "expected 2 values, got NoneType"),
         ({0: 0.5, 1: 1.0}, "expected 2 values in a row, got dict"),
         ({0.5, 1.0}, "expected 2 values in a row, got set"),
-        (np.ma.masked_array([1.0, 2.0], mask=[False, True]), "expected finite numbers, got masked for image 1"),
+        (
+            np.ma.masked_array([1.0, 2.0], mask=[False, True]),
+            "expected finite numbers, got masked for image 1",
+        ),
     ],
 )
 def test_values_that_are_none(values, words):
