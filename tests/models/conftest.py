@@ -142,15 +142,18 @@ SAMPLE_PROMPTS, SEEDS = (0, 0, 1), (11, 12, 13)
 
 
 @torch.no_grad()
-def by_pipeline(pipe, family, guidance_scale=1.0):
-    """Images and the last latents, as the transformer had them, of three samples by the pipeline itself."""
+def by_pipeline(pipe, family, guidance_scale=1.0, **more):
+    """Images and the last latents, as the transformer had them, of three samples by the pipeline itself.
+
+    more: what else it is given.
+    """
     latents = {}
 
     def keep(pipe, step, timestep, values):
         latents.update(values)
         return values
 
-    settings = GUIDED[family](guidance_scale)
+    settings = GUIDED[family](guidance_scale) | more
     if family == "sana":
         settings["use_resolution_binning"] = False
         if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):

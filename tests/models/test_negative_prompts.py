@@ -15,12 +15,12 @@ from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import (
     GUIDANCE,
-    GUIDED,
     PROMPTS,
     RESOLUTION,
     SAMPLE_PROMPTS,
     SEEDS,
     STEPS,
+    by_pipeline,
     by_rollout,
     load_pipeline,
     packed,
@@ -42,25 +42,14 @@ def file(tmp_path):
 @pytest.mark.parametrize("family", ["sd3", "sana", "qwen-image", "z-image"])
 def test_guided_pictures_are_the_pipelines(tiny, recipe, family):
     """Each sample away from its own prompt's negative one."""
-    model, pipe, latents = load_model(recipe(tiny(family))), load_pipeline(tiny(family)), {}
-    settings = GUIDED[family](GUIDANCE) | {"negative_prompt": [NEGATIVE[i] for i in SAMPLE_PROMPTS]}
-    if family == "sana":
-        settings |= {"use_resolution_binning": False, "sigmas": [1 - i / STEPS for i in range(STEPS)]}
-    pipe(
-        prompt=[PROMPTS[i] for i in SAMPLE_PROMPTS],
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-        height=RESOLUTION,
-        width=RESOLUTION,
-        num_inference_steps=STEPS,
-        output_type="latent",
-        callback_on_step_end=lambda pipe, step, time, values: latents.update(values) or values,
-        **settings,
-    )
+    model, pipe = load_model(recipe(tiny(family))), load_pipeline(tiny(family))
+    given = [NEGATIVE[i] for i in SAMPLE_PROMPTS]
+    _, expected = by_pipeline(pipe, family, GUIDANCE, negative_prompt=given)
     sampling = Sampling(RESOLUTION, STEPS, GUIDANCE, "fp32", encode_negatives(model, ENTRIES), 2)
     found = generate(
         model, model.encode_prompts(PROMPTS), torch.tensor(SAMPLE_PROMPTS), torch.tensor(SEEDS), sampling
     )
-    torch.testing.assert_close(packed(pipe, found), latents["latents"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed(pipe, found), expected, rtol=1e-4, atol=1e-4)
     _, plain = by_rollout(model, GUIDANCE)
     assert (found[:2] - plain[:2]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     torch.testing.assert_close(found[2:], plain[2:], rtol=1e-4, atol=1e-4)
