@@ -1,9 +1,10 @@
 """What a neighbour on the same cores costs: `python -m benchmarks.measure_contention`.
 
-Trains the built-in recipe for a few iterations in a process of its own, by OpenMP's default policy and by
-OMP_WAIT_POLICY=PASSIVE, each without and beside a neighbour that multiplies matrices with two threads of
-torch. The four take turns, so that other work on the machine meets all alike. Seconds are those of whole
-iterations after the first. With `--set` it is another recipe, and nothing is written.
+Trains the built-in recipe for a few iterations in a process of its own, by OpenMP's default policy, by
+OMP_WAIT_POLICY=PASSIVE without any spinning, and by what the package sets; each alone and beside a neighbour
+that multiplies matrices with two threads of torch. The six take turns, so that other work meets all
+alike. Seconds are those of whole iterations after the first. With `--set` it is another recipe, and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from crd_fast.run.machine import cpu_name, git_commit
 
 RESULT = Path(__file__).parent / "results" / "contention.json"
 THREADS = 2
+POLICIES = {
+    "default": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own count, as the package would set another one
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    "package": {},
+}
 ITERATIONS = """
 import sys, tempfile, time
 from pathlib import Path
@@ -47,12 +53,10 @@ while os.getppid() == parent:
 
 
 def environment(policy: str) -> dict[str, str]:
-    """This one's, with the default policy or PASSIVE, and as many threads for each."""
+    """This one's with another policy, and as many threads for each."""
     own = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     plain = {name: value for name, value in os.environ.items() if name not in own}
-    # the count of the default policy, as the package would set another one
-    chosen = {"OMP_WAIT_POLICY": "PASSIVE"} if policy == "passive" else {"GOMP_SPINCOUNT": "300000"}
-    return plain | chosen | {"OMP_NUM_THREADS": str(THREADS)}
+    return plain | POLICIES[policy] | {"OMP_NUM_THREADS": str(THREADS)}
 
 
 @contextmanager
@@ -83,7 +87,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the recipe")
     arguments = parser.parse_args()
-    cases = [(policy, busy) for busy in (False, True) for policy in ("default", "passive")]
+    cases = [(policy, busy) for busy in (False, True) for policy in POLICIES]
     taken: dict[tuple[str, bool], list[float]] = {case: [] for case in cases}
     load = os.getloadavg()[0]
     for turn in range(arguments.turns):
@@ -106,7 +110,7 @@ def main() -> None:
                 "median_beside_a_neighbour": median[policy, True],
                 "ratio": median[policy, True] / median[policy, False],
             }
-            for policy in ("default", "passive")
+            for policy in POLICIES
         },
     }
     if not arguments.set:

@@ -4,6 +4,9 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP reads it once, when torch is loaded, which is after this. Its threads then sleep at a barrier; by
-# default they spin, and where another process wants the same cores each waits for what the other holds up.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads them once, when torch is loaded, which is after this. A thread that waits then looks a thousand
+# times, which outlasts most waits within an operation, and sleeps. By default it spins for milliseconds, and
+# where another process wants the same cores each waits for what the other holds up.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # other runtimes than GNU's
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

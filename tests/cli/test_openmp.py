@@ -1,4 +1,4 @@
-"""OpenMP's threads sleep where they wait, wherever a command starts, unless the user says otherwise."""
+"""OpenMP's threads soon sleep where they wait, wherever a command starts, unless the user says otherwise."""
 
 import os
 import re
@@ -51,10 +51,12 @@ def spins_of(command, **environment):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_threads_sleep_where_they_wait(start):
-    assert spins_of(STARTS[start]) == {0}
+def test_threads_soon_sleep_where_they_wait(start):
+    assert spins_of(STARTS[start]) == {1000}
 
 
 def test_the_users_own_policy_is_kept():
     own = spins_of(STARTS["python -m crd_fast"], OMP_WAIT_POLICY="ACTIVE")
-    assert own == spins_of([sys.executable, "-c", "import torch"], OMP_WAIT_POLICY="ACTIVE") and min(own) > 0
+    assert own == spins_of([sys.executable, "-c", "import torch"], OMP_WAIT_POLICY="ACTIVE")
+    assert min(own) > 1000
+    assert spins_of(STARTS["python -m crd_fast"], GOMP_SPINCOUNT="7") == {7}
