@@ -17,6 +17,7 @@ from crd_fast.errors import UserError
 from crd_fast.rewards import REWARDS
 from crd_fast.sections import Section
 from tools.settings_page import PAGE, page
+from tools.study_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels" / "README.md"])
@@ -43,6 +44,12 @@ def commands(text):
 
 def test_settings_page_is_the_schema():
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tools.settings_page"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_the_studies(path):
+    text = path.read_text(encoding="utf-8")
+    assert text == with_tables(text), "python -m tools.study_tables"
 
 
 def test_every_key_is_explained():

@@ -101,7 +101,8 @@ def table(study: Study, records: list[dict]) -> str:
             continue
         wanted = None
         measures = [f"eval/{name}" for name in (task.measure, *task.judges)] + task.watched
-        head = ["arm", "seeds", "PFLOP", "samples", "seconds", *measures]
+        shown = [measure.removeprefix("eval/").removeprefix("judge/") for measure in measures]
+        head = ["arm", "seeds", "PFLOP", "samples", "seconds", *shown]
         paired = any(f"paired/{task.measure}" in run[-1] for runs in arms.values() for run in runs.values())
         head += [f"{task.measure} from {study.baseline}'s"] if paired else []
         head.append(f"PFLOP to {study.baseline}'s end")
@@ -115,7 +116,7 @@ def table(study: Study, records: list[dict]) -> str:
             ends = [run[-1] for run in runs.values()]
             cells_ = [arm, str(len(runs))]
             cells_ += [
-                format(statistics.fmean(end[key] for end in ends), form) for key, form in SPENT.items()
+                format(statistics.median(end[key] for end in ends), form) for key, form in SPENT.items()
             ]
             for measure in measures:
                 cells_.append(with_error([end[measure] for end in ends]))
@@ -132,7 +133,7 @@ def table(study: Study, records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-SPENT = {"pflop": ".3g", "samples": ".0f", "seconds": ".0f"}  # and how they are written
+SPENT = {"pflop": ".3g", "samples": ".0f", "seconds": ".0f"}  # the seeds' median, and how it is written
 
 
 def with_error(values: list[float]) -> str:

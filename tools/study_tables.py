@@ -1,0 +1,59 @@
+"""The tables of the pages, from the studies': `python -m tools.study_tables [FOLDER]`.
+
+`docs/studies/NAME` has what `crd-fast study NAME` wrote. With a folder that has studies by their names it is
+taken from there first. Then the tables between `<!-- table: NAME TASK -->` and `<!-- end -->` in pages are
+those of `docs/studies/NAME/table.md`, and say on which machines and at which commits they were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+from crd_fast.study.results import PLOT, RAW, TABLE
+
+DOCS = Path(__file__).parent.parent / "docs"
+STUDIES = DOCS / "studies"
+MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MADE = re.compile(r"^(.*), (\d+) thread\(s\), commit (\w+)$", re.MULTILINE)
+
+
+def table(study: str, task: str) -> str:
+    """Markdown. KeyError where the study has no such task."""
+    text = (STUDIES / study / TABLE).read_text(encoding="utf-8")
+    tables = dict(re.findall(r"^(\S+), held out:\n\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE))
+    machines: dict[tuple[str, str], list[str]] = {}
+    for cpu, threads, commit in MADE.findall(text):
+        machines.setdefault((cpu, threads), []).append(commit[:7])
+    made = ""
+    for (cpu, threads), commits in machines.items():
+        several = ["s" if count > 1 else "" for count in (int(threads), len(commits))]
+        made += f"{cpu}, {threads} thread{several[0]}, commit{several[1]} {', '.join(commits)}.\n"
+    return f"\n{tables[task]}\n\n{made}\n"
+
+
+def with_tables(page: str) -> str:
+    return MARKED.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        for found in sorted(arguments.folder.glob(f"*/{TABLE}")):
+            target = STUDIES / found.parent.name
+            target.mkdir(exist_ok=True)
+            for name in (RAW, TABLE, PLOT):
+                shutil.copy(found.parent / name, target)
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if (new := with_tables(text)) != text:
+            path.write_text(new, encoding="utf-8")
+            print(path.name)
+
+
+if __name__ == "__main__":
+    main()
