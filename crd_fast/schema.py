@@ -35,8 +35,9 @@ class ModelConfig(Section):
     """Of the adapters. Raise it where a LoRA stays below `full`; memory grows little."""
     lora_alpha: float = Field(64, gt=0)
     """The adapters are scaled by alpha / rank. Twice the rank is usual."""
-    lora_targets: Literal["default"] | list[str] = "default"
-    """Names of layers that get adapters, as in peft. By default the attention projections."""
+    lora_targets: Literal["default", "all-linear"] | list[str] = "default"
+    """Names of layers that get adapters, as in peft. By default the attention projections; `all-linear`:
+    every linear layer of the blocks that repeat."""
     init_lora: Place | None = None
     """A LoRA that training starts from, in the style of diffusers, kohya or ai-toolkit; null: from the base.
     The reference stays the base."""

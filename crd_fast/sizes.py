@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Resolution = int | tuple[int, int]
@@ -36,3 +37,12 @@ def parse_sizes(value: Any) -> Resolution | list[Resolution]:
         return parse_size(value)
     sizes = list(dict.fromkeys(map(parse_size, value)))
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def size_of_text(text: str) -> Resolution:
+    """As on a command line: `512`, or height and width as `768x512`. ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9})(?:\s*x\s*(\d{1,9}))?\s*", text, re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"expected a side in pixels or HEIGHTxWIDTH, like 512 or 768x512, got {text[:40]!r}")
+    height, width = found.groups()
+    return parse_size([int(height), int(width or height)])

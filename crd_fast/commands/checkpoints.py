@@ -11,6 +11,7 @@ import typer
 from crd_fast.commands.terminal import console, parse_settings, plain, say
 from crd_fast.errors import UserError
 from crd_fast.run.new_files import check_new, write_new
+from crd_fast.sizes import Resolution, size_of_text
 
 SOURCES = (
     "A run's or checkpoint's folder; or a model without training: a pipeline's folder, a hub id, a recipe or "
@@ -36,7 +37,12 @@ RewardSettings = Annotated[
     ),
 ]
 Size = Annotated[
-    int | None, typer.Option(min=8, help="Side of the pictures in pixels. Default: the recipe's.")
+    str | None,
+    typer.Option(
+        metavar="SIDE or HEIGHTxWIDTH",
+        help="Of the pictures in pixels; 768x512 stands upright, as `resolution: [768, 512]` in a recipe. "
+        "Default: the recipe's.",
+    ),
 ]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON as well. Never overwritten.")
@@ -50,6 +56,14 @@ def typed_rewards(names: list[str] | None, settings: dict) -> dict | None:
     if settings and len(names) > 1:
         raise UserError("--set: goes with one --reward; give several their settings in a recipe")
     return {name: {**settings} if settings else 1.0 for name in names}
+
+
+def typed_size(text: str | None) -> Resolution | None:
+    """Of `--size`. UserError where that is none."""
+    try:
+        return None if text is None else size_of_text(text)
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
 
 
 def write_json(path: Path, result: dict) -> None:
@@ -88,7 +102,7 @@ def sample(
     check_new(out, "--out")
     if json_ is not None:
         check_new(json_, "--json")
-    rewards = typed_rewards(reward, parse_settings(set_ or []))
+    rewards, pixels = typed_rewards(reward, parse_settings(set_ or [])), typed_size(size)
     if set_ and rewards is None:
         raise UserError("--set: is for the --reward")
     from crd_fast.prompts.source import PromptSource
@@ -110,7 +124,7 @@ def sample(
             seed=seed,
             base=model,
             lora=lora,
-            size=size,
+            size=pixels,
             rewards=rewards,
         )
     for row in drawn if rewards else ():

@@ -17,6 +17,7 @@ from crd_fast.commands.checkpoints import (
     RewardSettings,
     Size,
     typed_rewards,
+    typed_size,
     write_json,
 )
 from crd_fast.commands.terminal import AllowCode, console, parse_settings, plain, say, with_consent
@@ -77,7 +78,7 @@ def evaluate(
     """
     from crd_fast.rewards import geneval_benchmark as benchmarks
 
-    settings, scales = parse_settings(set_ or []), guidance_scale or []
+    settings, scales, pixels = parse_settings(set_ or []), guidance_scale or [], typed_size(size)
     if benchmark not in (None, benchmarks.GENEVAL):
         raise UserError(f"--benchmark: expected {benchmarks.GENEVAL}, got {benchmark!r}")
     if benchmark and (reward or len(sources) > 1):
@@ -105,7 +106,7 @@ def evaluate(
                 change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
                 allow_code=allow_code,
                 rewards=typed_rewards(reward, settings),
-                size=size,
+                size=pixels,
                 prompts=prompts,
                 samples_per_prompt=samples,
                 guidance_scale=scales[0] if scales else None,

@@ -20,6 +20,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -27,6 +28,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import checks, negative, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
+from crd_fast.models.components import with_weights
 from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
 from crd_fast.sizes import Resolution, height_width
 
@@ -275,19 +277,15 @@ class PipelineModel(FlowModel):
     def _text_encoders(self) -> Iterator[DiffusionPipeline]:
         """The pipeline with its text encoders, which are gone afterwards, on the GPU if they fit there."""
         absent = {name: None for name, part in self.index.items() if isinstance(part, list) and not part[0]}
-        given = absent | {"transformer": self.pipe.transformer, "vae": None}
-        variants = map(checks.variant, (self.folder / name for name in self.text_encoders()))
-        pipe = self.pipeline.from_pretrained(
-            self.folder,
-            **{**self.tokenizers, **given},
-            dtype=self.dtype,
-            variant=next(filter(None, variants), None),
-        )
-        encoders = [
-            module
-            for name, module in pipe.components.items()
-            if isinstance(module, torch.nn.Module) and name != "transformer"
-        ]
+        loaded = {
+            name: with_weights(getattr(transformers, kind), self.folder / name, self.dtype)
+            for name, (kind, _) in self.text_encoders().items()
+        }
+        given = absent | loaded | {"transformer": self.pipe.transformer, "vae": None}
+        pipe = self.pipeline.from_pretrained(self.folder, **{**self.tokenizers, **given})
+        encoders = list(loaded.values())
+        loaded.clear()
+        given.clear()
         device, size = self._device, sum(p.nbytes for encoder in encoders for p in encoder.parameters())
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -337,16 +335,7 @@ class PipelineModel(FlowModel):
 
         Raises UserError where its config and its weights do not go together.
         """
-        variant = checks.variant(self.folder / component)
-        try:
-            return self.component_class(component).from_pretrained(
-                self.folder, subfolder=component, dtype=dtype, variant=variant
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model.path: {self.folder / component}: cannot be loaded: {reason}") from error
+        return with_weights(self.component_class(component), self.folder / component, dtype)
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -69,6 +70,7 @@ class RunLog:
             recipe.rollout.samples_per_prompt,
             recipe.rewards,
             read_metrics(output),
+            math.ceil(recipe.train.iterations / (recipe.evaluate.every or recipe.train.iterations)),
         )
         self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), after)
 

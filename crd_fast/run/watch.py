@@ -18,7 +18,7 @@ import numpy as np
 
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
-from crd_fast.run.scores import compare_metric, mean_and_error, scores_of, units_of
+from crd_fast.run.scores import LEVEL, compare_metric, mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
 CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken
@@ -27,7 +27,6 @@ WINDOW, MIN_GROUPS, EQUAL_SHARE = (
     20,
     0.5,
 )  # iterations looked back on, groups among them, share that is too often
-STANDARD_ERRORS = 2.0  # what counts as risen or fallen between two evaluations that cannot be paired
 TRAINED = {"overall": "overall correctness", "reward_mean": "the trained reward"}  # what is to rise
 
 logger = logging.getLogger("crd_fast")
@@ -76,7 +75,8 @@ class Watch:
     """Looks at each record of metrics.jsonl in turn.
 
     prompts: of an iteration; samples: of a prompt; rewards: names of those that are trained on, which are no
-    judges; records: of a run that is resumed, looked at quietly.
+    judges; records: of a run that is resumed, looked at quietly; evaluations: how many the run is to have
+    after its first.
     """
 
     def __init__(
@@ -86,9 +86,11 @@ class Watch:
         samples: int,
         rewards: Collection[str] = (),
         records: Sequence[dict] = (),
+        evaluations: int = 1,
     ):
         self.path = run / WARNINGS
         self.prompts, self.samples, self.rewards = prompts, samples, rewards
+        self.evaluations = evaluations
         self.given: dict[str, str] = {}
         self._equal: deque[float] = deque(maxlen=WINDOW)
         self._constant: dict[str, int] = defaultdict(int)
@@ -147,8 +149,9 @@ class Watch:
     def _hacking(self, record: dict) -> dict[str, str]:
         """Judges that fell since the first evaluation, or since their best one, while the reward rose.
 
-        By more than chance makes one of so many fall: of the judges, and of the evaluations of which one was
-        the best. That is what the report says of the first and the last evaluation.
+        By more than chance makes one of them fall in one run of twenty, which takes Bonferroni's correction
+        for all that is compared in it: each judge, in each evaluation, with the first and with each before it
+        of which one is the best.
         """
         names = [key.removeprefix("eval/") for key in record if key.startswith("eval/")]
         judges = [name for name in names if name == "clean" or name.startswith("judge/")]
@@ -176,14 +179,15 @@ class Watch:
         if not known:
             return None
         best = max(known, key=lambda past: past[f"eval/{judge}"])
-        for before, among in ((best, judges * len(known)), (known[0], judges)):
+        compared = 2 * judges * max(self.evaluations, len(known))
+        for before, among in ((best, compared * len(known)), (known[0], compared)):
             trained = next((name for name in TRAINED if self._change(before, record, name) > 0), None)
             if trained and self._change(before, record, judge, among) < 0:
                 return before, trained
         return None
 
     def _change(self, before: dict, after: dict, name: str, among: int = 1) -> int:
-        """-1, 0 or 1: whether a metric of two evaluations fell, held or rose.
+        """-1, 0 or 1: whether a metric of two evaluations fell, held or rose, by chance one of so many.
 
         Picture by picture where the run has kept what each got, by the two means' errors where it has not.
         """
@@ -194,5 +198,7 @@ class Watch:
         if error not in before or error not in after:
             return 0
         difference = after[f"eval/{name}"] - before[f"eval/{name}"]
-        largest = STANDARD_ERRORS * math.hypot(before[error], after[error])
-        return (difference > largest) - (difference < -largest)
+        size = math.hypot(before[error], after[error])
+        if not size or math.erfc(abs(difference) / (size * math.sqrt(2))) >= LEVEL / among:
+            return 0
+        return 1 if difference > 0 else -1

@@ -22,6 +22,7 @@ from crd_fast.rewards import Rewards, check_consent
 from crd_fast.rewards.scoring import with_none
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
+from crd_fast.sizes import Resolution
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import decoded, release_memory, resolve_micro_batch
 from crd_fast.train.places import check_base, recipe_of
@@ -133,7 +134,7 @@ def asked(
     change: Callable[[dict], dict] = lambda values: values,
     allow_code: bool = False,
     rewards: dict[str, Any] | None = None,
-    size: int | None = None,
+    size: Resolution | None = None,
     **overrides: Any,
 ) -> Source:
     """The source with what is asked of it, as `evaluate_checkpoint` has it. UserError where that lacks."""
@@ -153,7 +154,7 @@ def asked(
     return replace(found, recipe=recipe)
 
 
-def of_size(values: dict[str, Any], size: int) -> dict[str, Any]:
+def of_size(values: dict[str, Any], size: Resolution) -> dict[str, Any]:
     """A recipe's values with one size for all pictures: what it says of training may not fit the model."""
     return values | {section: values[section] | {"resolution": size} for section in ("rollout", "evaluate")}
 
@@ -215,7 +216,7 @@ def sample_grid(
     seed: int = 0,
     base: str | None = None,
     lora: Path | None = None,
-    size: int | None = None,
+    size: Resolution | None = None,
     rewards: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Writes a new PNG: a row of `samples` pictures for each prompt, which may come with its metadata.

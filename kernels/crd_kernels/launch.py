@@ -44,6 +44,9 @@ class Launcher:
                 stack.enter_context(torch.cuda.device(self.device))
             if self.handle is not None:
                 return self.handle(*arguments, *self.constants)
+            from .compiled_files import whole_files  # here: it imports triton
+
+            stack.enter_context(whole_files())
             compiled = self.kernel[self.grid](*arguments, *self.constants, **self.options)
             if compiled is not None:  # None: the interpreter ran it
                 self.handle = compiled[self.grid]
@@ -83,7 +86,10 @@ def target():
         return None
     from triton.runtime import driver
 
-    return driver.active.get_current_target()
+    from .compiled_files import whole_files
+
+    with whole_files():  # the driver has a library of its own, compiled and kept like kernels
+        return driver.active.get_current_target()
 
 
 def operands(tensors):

@@ -1,5 +1,7 @@
 """Pictures that are not square, and several sizes: as pipelines draw them, trained, evaluated, planned."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.plan.cost import cost
 from crd_fast.plan.planner import Planner
+from crd_fast.sizes import size_of_text
 from crd_fast.train.inference import sample_grid
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.trainer import Trainer
@@ -86,6 +89,14 @@ def test_a_run_of_several_sizes_goes_on_with_them(tiny, recipe, tmp_path, inside
     assert np.asarray(Image.open(grid)).shape == (64, 256, 3)
     sample_grid(str(tmp_path / "run"), PROMPTS[:1], tmp_path / "small.png", samples=1, size=32)
     assert np.asarray(Image.open(tmp_path / "small.png")).shape == (32, 32, 3)
+    one = ("--samples", 1, "--steps", 1, "--size", "96x32")
+    (tmp_path / "p.txt").write_text(PROMPTS[0])
+    tall = tmp_path / "tall.png"
+    code, _, errors = inside("sample", tmp_path / "run", *one, "--prompts", tmp_path / "p.txt", "--out", tall)
+    assert code == 0 and np.asarray(Image.open(tall)).shape == (96, 32, 3), errors
+    asked = (*one, "--prompts", tmp_path / "p.txt", "--json", tmp_path / "tall.json", "--allow-code")
+    code, _, errors = inside("eval", tmp_path / "run", *asked)
+    assert code == 0 and json.loads((tmp_path / "tall.json").read_text())["resolution"] == [96, 32], errors
     code, _, errors = inside("report", tmp_path / "run")
     assert code == 0, errors
     out = tmp_path / "hub"
@@ -108,6 +119,11 @@ def test_how_sizes_are_written(recipe, tmp_path):
         assert recipe(tmp_path, f"rollout.resolution={written}").rollout.sizes == [size]
         if not written.startswith("[["):
             assert recipe(tmp_path, f"evaluate.resolution={written}").evaluation_size == size
+    for written, size in [("64", 64), ("96x64", (96, 64)), ("96X64", (96, 64)), ("64x64", 64)]:
+        assert size_of_text(written) == size
+    for written in ("", "64x", "64x64x64", "-64", "4x64", "6_4", "9" * 5000):
+        with pytest.raises(ValueError, match="expected"):
+            size_of_text(written)
     several = recipe(tmp_path, "rollout.resolution=[64, [64, 64], 96, [96, 64]]")
     assert several.rollout.sizes == [64, 96, (96, 64)] and several.evaluation_size == 64
     (tmp_path / "copy.yaml").write_text(several.to_yaml())

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
 from crd_fast.models import load_model
@@ -97,3 +98,38 @@ def test_weights_of_another_config_are_refused_by_name(recipe, copy):
     with pytest.raises(UserError, match=r"^model.path: .*copy/transformer: cannot be loaded: ") as error:
         load_model(recipe(copy), ["a"])
     assert "\n" not in str(error.value)
+
+
+def without_one(tensors):
+    """Less a tensor, as in weights of fewer layers."""
+    return {name: tensors[name] for name in sorted(tensors)[:-1]}
+
+
+def narrower(tensors):
+    """One of another shape, as in weights of another width."""
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    return tensors | {name: tensors[name][..., :-1].contiguous()}
+
+
+ENCODERS = [
+    *(("sd3", name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")),
+    *(("flux", name) for name in ("text_encoder", "text_encoder_2")),
+    *((family, "text_encoder") for family in ("flux2-klein", "qwen-image", "z-image", "sana")),
+]
+NETWORKS = [("sd3", "transformer"), ("sd3", "vae")]
+
+
+@pytest.mark.parametrize("change", [without_one, narrower])
+@pytest.mark.parametrize(("family", "component"), ENCODERS + NETWORKS)
+def test_weights_that_are_not_the_config_s_are_refused_by_name(
+    tiny, recipe, tmp_path, family, component, change
+):
+    """The libraries would begin with random numbers in place of those that they miss."""
+    folder = shutil.copytree(tiny(family), tmp_path / "copy")
+    (file,) = (folder / component).glob("*.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(change(tensors), file, metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_model(recipe(folder), ["a"])
+    assert str(error.value).startswith(f"model.path: {folder / component}: cannot be loaded: ")
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)

@@ -130,19 +130,35 @@ def test_clean_pictures_are_a_judge(watch, tmp_path):
     assert "(clean 0." in warning
 
 
+JUDGES, EVALUATIONS = 4, 12
+
+
+def watched(folder, run, falls=lambda number: 0.0):
+    """What is warned of in a run in which the reward rises and one of the judges falls, the others do not."""
+    folder.mkdir()
+    watch = Watch(folder, 4, 4, evaluations=EVALUATIONS - 1)
+    for number in range(EVALUATIONS):
+        gains = {f"judge/{i}": 0.0 for i in range(JUDGES)} | {"judge/2": falls(number)}
+        watch.see(by_picture(folder, number + EVALUATIONS * run, **gains))
+    return watch.given.get("hacking", "")
+
+
 def test_chance_is_none(tmp_path):
-    """Many judges, many evaluations, and nothing but noise: as rarely as the level says."""
-    warned = 0
-    for run in range(40):
-        watch = Watch(tmp_path / str(run), 4, 4)
-        (tmp_path / str(run)).mkdir()
-        for number in range(4):
-            record = by_picture(
-                tmp_path / str(run), number + 10 * run, **{f"judge/{i}": 0.0 for i in range(4)}
-            )
-            watch.see(record)
-        warned += "hacking" in watch.given
-    assert warned <= 40 * 0.15, warned
+    """Many judges, many evaluations, and nothing but noise: in one run of twenty at most."""
+    warned = sum(bool(watched(tmp_path / str(run), run)) for run in range(40))
+    assert warned <= 2, warned
+
+
+def test_among_many_comparisons_a_fall_is_found(tmp_path):
+    """Of one judge of several, late, and by a third of what the prompts differ by."""
+    found = [watched(tmp_path / str(run), run, lambda number: -0.03 * (number >= 9)) for run in range(10)]
+    assert all("(2 0." in text and ";" not in text.partition("(2 0.")[2] for text in found), found
+
+
+def test_errors_that_are_not_known_say_nothing(watch):
+    """Of one prompt, without what each picture got."""
+    assert watch.see(evaluation(0, 0.3, {"a": 0.5}, error=0.0)) == []
+    assert watch.see(evaluation(1, 0.5, {"a": 0.4}, error=0.0)) == []
 
 
 @pytest.mark.parametrize("fall", [0.0, -0.005, -0.03])
