@@ -58,7 +58,7 @@ def study(
         )
 
     finished = results or run_study(loaded, output, wanted, say)
-    for file in write_results(loaded, output):
+    for file in write_results(loaded, output, say):
         say(f"written: {file}")
     if not finished:
         say("stopped; give the same command again to go on")

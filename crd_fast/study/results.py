@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from crd_fast.run.log import ENVIRONMENT
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.scores import Scores, compare_metric, scores_of
-from crd_fast.study.run import FLOPS, is_whole
+from crd_fast.study.run import FLOPS, is_whole, other_settings
 from crd_fast.study.study import Study, cells
 
 RAW, TABLE, PLOT = "results.jsonl", "table.md", "plot.svg"
 SECONDS = ("seconds_rollout", "seconds_reward", "seconds_update")
 
 
-def collect(study: Study, output: Path) -> list[dict]:
+def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> list[dict]:
     """A record of each evaluation of the runs that are whole, with what was spent before it.
 
     pflop: 1e15 floating point operations; samples: pictures that were rewarded; seconds: of rollout, rewards
@@ -36,6 +36,9 @@ def collect(study: Study, output: Path) -> list[dict]:
     for cell in cells(study):
         folder = output / cell.folder
         if not is_whole(folder, cell):
+            continue
+        if other := other_settings(folder, cell):
+            say(f"{folder}: left out, it was made with other settings: {other}")
             continue
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         flops = {line["iteration"]: line["flops"] for line in _lines(folder / FLOPS)}
@@ -68,9 +71,9 @@ def _lines(path: Path) -> Iterable[dict]:
             continue
 
 
-def write_results(study: Study, output: Path) -> list[Path]:
+def write_results(study: Study, output: Path, say: Callable[[str], None] = print) -> list[Path]:
     """Raw metrics, table and plot of what is whole. Returns the files; none where nothing is."""
-    records = collect(study, output)
+    records = collect(study, output, say)
     if not records:
         return []
     files = [output / name for name in (RAW, TABLE, PLOT)]

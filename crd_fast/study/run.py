@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from crd_fast.config import load_recipe
+from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
+from crd_fast.run.log import RECIPE
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.study.study import Cell, Study, cells
+from crd_fast.train.changes import differences
 from crd_fast.train.trainer import Trainer
 
 FLOPS = "flops.jsonl"  # of each iteration, in a run's folder
+LOOKS_ON = ("evaluate", "eval_rewards", "checkpoint")  # sections that change no weights
 
 
 def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: Callable[[str], None]) -> bool:
@@ -22,6 +27,10 @@ def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: C
     chosen = [cell for cell in cells(study) if wanted(cell)]
     for number, cell in enumerate(chosen, start=1):
         folder = output / cell.folder
+        if other := other_settings(folder, cell):
+            raise UserError(
+                f"{folder}: made with other settings: {other}; move it away, or name another --output"
+            )
         if is_whole(folder, cell):
             continue
         say(f"run {number} of {len(chosen)}: {cell.folder}")
@@ -33,6 +42,16 @@ def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: C
 def is_whole(folder: Path, cell: Cell) -> bool:
     records = read_metrics(folder)
     return bool(records) and records[-1]["iteration"] >= cell.recipe.train.iterations
+
+
+def other_settings(folder: Path, cell: Cell) -> str:
+    """How the arm trains now and a run in its folder did not; empty where nothing differs."""
+    config = folder / RECIPE
+    if not config.exists():
+        return ""
+    before, now = load_recipe(str(config)).model_dump(), cell.recipe.model_dump()
+    changed = differences(before, now)
+    return "; ".join(text for key, text in changed if key.partition(".")[0] not in LOOKS_ON)
 
 
 def run_cell(cell: Cell, folder: Path) -> bool:

@@ -106,6 +106,16 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     assert inside("study", study, "--output", output, "--results")[0] == 0
     assert "(1 of 2 seeds) |" in (output / "table.md").read_text()
 
+    settings = run / "config.yaml"  # as of a recipe that has changed since
+    settings.write_text(
+        settings.read_text().replace("  learning_rate: 0.0003\n", "  learning_rate: 0.0007\n")
+    )
+    code, _, err = inside("study", study, "--output", output)
+    assert code == 2 and "whole/seed-1: made with other settings: train.learning_rate 0.0007 -> 0.0003" in err
+    code, text, _ = inside("study", study, "--output", output, "--results")
+    assert code == 0 and "left out" in text
+    assert "| whole | 1 |" in (output / "table.md").read_text()
+
 
 def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):
     output = tmp_path / "out"
