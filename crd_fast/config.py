@@ -103,6 +103,8 @@ class Recipe(Section):
                 "train.backward_fraction, train.skip_equal_groups: expected 1.0 and false with "
                 "model.sharding fsdp (all processes take part in each forward)"
             )
+        if self.evaluate.weights == "ema" and self.snapshots.ema is None:
+            raise ValueError("evaluate.weights: ema needs a decay in snapshots.ema, like 0.99; got null")
         count = self.train.timesteps
         if count != "all" and not 1 <= count <= len(self.training_steps()):
             raise ValueError(

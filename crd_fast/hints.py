@@ -73,7 +73,8 @@ MEANINGS = {
     "prompt_file": "rollout.prompts",
     "reward": "rewards",
     "judges": "eval_rewards",
-    "ema_decay": "snapshots.old and snapshots.sampler",
+    "ema_decay": "snapshots.ema, with evaluate.weights: ema",
+    "use_ema": "snapshots.ema, with evaluate.weights: ema",
 }
 
 

@@ -271,6 +271,20 @@ class SnapshotsConfig(Section):
     slope per step, at most `end`. 0 follows at once, 1 never."""
     sampler: str = "75/0/0.0075/0.999"
     """The same for the weights that make the pictures."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an average of the policy after each optimizer step, as diffusers' EMAModel has it, for
+    `evaluate.weights: ema`; null: none. One more copy of the trained weights."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all snapshots there are."""
+        return ("old", "sampler") if self.ema is None else ("old", "sampler", "ema")
+
+    def ema_decay(self, step: int) -> float:
+        """After this many optimizer steps, at least one: 0, then min(ema, step / (9 + step))."""
+        if self.ema is None:
+            raise ValueError("snapshots.ema: expected a decay, got null")
+        return 0.0 if step <= 1 else min(self.ema, step / (9 + step))
 
     @field_validator("old", "sampler")
     @classmethod
@@ -344,10 +358,10 @@ class EvaluateConfig(Section):
     guided_base: bool = True
     """The base is evaluated once more before training, with `loss.guidance_scale`, where that differs: what
     the trained model has to be better than."""
-    weights: Literal["policy", "sampler", "old"] = "policy"
+    weights: Literal["policy", "ema", "sampler", "old"] = "policy"
     """Whose pictures these are, and which weights checkpoints and exports hold for use elsewhere: the
-    policy's, or an average of them that moves as slowly as `snapshots` says. `sampler` is an EMA of the
-    policy."""
+    policy's, or an average of them that moves as slowly as `snapshots` says. `sampler` and `old` are there
+    anyway; `ema` wants a decay in `snapshots.ema`."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -38,6 +39,10 @@ def export(
         str | None,
         typer.Option(help="Where the model is that the run began with, if it has moved.", metavar="FOLDER"),
     ] = None,
+    weights: Annotated[
+        Literal["policy", "ema", "sampler", "old"] | None,
+        typer.Option(help="Which of a run's sets. Default: those that it evaluated, `evaluate.weights`."),
+    ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
@@ -59,10 +64,17 @@ def export(
         raise UserError(f"--out {out}: expected a name that ends with .safetensors")
     if base_model is not None and to != "hub":
         raise UserError(f"--base-model: is for the model card of --to hub, got --to {to}")
-    with made_beside(out, "--out") as partial, console.status("exporting"):
+    with made_beside(out, "--out") as partial, TemporaryDirectory() as aside, console.status("exporting"):
         from crd_fast.train import export as exports
 
         trained = exports.Trained.of(source, checkpoint, model)
+        if weights is not None:
+            if to == "hub" and weights != trained.recipe.evaluate.weights:
+                raise UserError(
+                    f"--weights {weights}: expected {trained.recipe.evaluate.weights} for the hub, whose "
+                    "scores the model card has; --to diffusers, comfyui and fused take any"
+                )
+            trained = exports.with_set(trained, weights, Path(aside))
         if to == "hub":
             write_hub(trained, partial, base_model, out.resolve().name)
         else:

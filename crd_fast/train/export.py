@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import FAMILIES, checks, family, find_pipeline
+from crd_fast.models.components import with_weights
 from crd_fast.once import hush
 from crd_fast.train.places import check_base, recipe_of
 from crd_fast.weights import checkpoint, durable
@@ -59,13 +60,15 @@ COMFYUI = {
 class Trained:
     """A checkpoint, of which nothing is loaded yet.
 
-    folder: its own; run: of the run that made it, None where it has left that. state: its JSON.
+    folder: its own; run: of the run that made it, None where it has left that. state: its JSON. written:
+    where other weights of it than it holds for diffusers have been written.
     """
 
     folder: Path
     run: Path | None
     recipe: Recipe
     state: dict[str, Any]
+    written: Path | None = None
 
     @classmethod
     def of(cls, source: str, which: str | None = None, base: str | None = None) -> Trained:
@@ -96,7 +99,7 @@ class Trained:
     @property
     def weights(self) -> Path:
         """What diffusers loads: the folder of the LoRA or of the transformer."""
-        return self.folder / ("transformer" if self.full else "diffusers")
+        return (self.written or self.folder) / ("transformer" if self.full else "diffusers")
 
     def pipeline(self, for_what: str) -> str:
         """The name of its pipeline's class. Raises UserError for a model that ships, which has none."""
@@ -111,6 +114,40 @@ class Trained:
         if not found:
             raise UserError(f"{self.folder}: a model of an unknown family, {name}")
         return found[0]
+
+
+def with_set(trained: Trained, name: str, folder: Path) -> Trained:
+    """The same with the set of weights `name` where diffusers looks, written below `folder`.
+
+    Raises UserError where the checkpoint has no such set.
+    """
+    if name == trained.recipe.evaluate.weights:
+        return trained
+    known = ("policy", *trained.recipe.snapshots.names)
+    if name not in known:
+        raise UserError(f"--weights {name}: {trained.folder} has none, expected one of {', '.join(known)}")
+    out = folder / trained.weights.name
+    shutil.copytree(trained.weights, out)
+    strength = 1.0
+    if not trained.full:
+        lora = trained.recipe.model
+        strength = lora.lora_alpha / lora.lora_rank / read_lora(out)[1]
+    with safe_open(trained.folder / checkpoint.TENSORS, "pt") as stored:
+        there = set(stored.keys())
+        for file in sorted(out.glob("*.safetensors")):
+            tensors = {}
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+                for key in opened.keys():  # noqa: SIM118  no mapping
+                    value = opened.get_tensor(key)
+                    source = f"weights/{name}/" + (key if trained.full else key.removeprefix("transformer."))
+                    if source in there:
+                        factor = strength if ".lora_B." in key else 1.0
+                        value = (stored.get_tensor(source) * factor).to(value.dtype)
+                    tensors[key] = value.clone()  # nothing of the file that is written over
+            file.unlink()
+            save_file(tensors, file, metadata=metadata)
+    return replace(trained, written=folder)
 
 
 def find_checkpoint(source: Path, which: str | None) -> Path:
@@ -223,20 +260,11 @@ def _load(folder: Path, pipeline: Any, transformer: Path | None) -> Any:
     hush("diffusers", "transformers")
     transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
     parts = {name: part for name, part in checks.read_index(folder).items() if isinstance(part, list)}
-    with_weights = [
-        name
-        for name, part in parts.items()
-        if part[0] and (folder / name / "config.json").is_file() and name != "scheduler"
-    ]
+    libraries = {"diffusers": diffusers, "transformers": transformers}
     given: dict[str, Any] = {name: None for name, part in parts.items() if not part[0]}
-    if transformer is not None:
-        kind = getattr(diffusers, parts["transformer"][1])
-        given["transformer"] = kind.from_pretrained(transformer, dtype=checks.stored_dtype(transformer))
-        with_weights.remove("transformer")
-    variants = (checks.variant(folder / name) for name in with_weights)
-    return pipeline.from_pretrained(
-        folder,
-        dtype={name: checks.stored_dtype(folder / name) for name in with_weights},
-        variant=next(filter(None, variants), None),
-        **given,
-    )
+    for name, (library, kind) in parts.items():
+        network = getattr(libraries.get(library), kind or "", None)
+        if isinstance(network, type) and issubclass(network, torch.nn.Module):
+            source = transformer if name == "transformer" and transformer else folder / name
+            given[name] = with_weights(network, source, checks.stored_dtype(source))
+    return pipeline.from_pretrained(folder, **given)

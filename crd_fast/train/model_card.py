@@ -37,6 +37,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # a folder in the hub's cache, for its id
 WHICH = {
     "policy": "the weights",
+    "ema": "an exponential moving average of the weights (`evaluate.weights: ema`)",
     "sampler": "a slow average of the weights (`evaluate.weights: sampler`)",
     "old": "an average of the weights (`evaluate.weights: old`)",
 }

@@ -259,8 +259,7 @@ class Trainer:
             "step": self.step,
             **reward_metrics(scores_PK, self.rewards.weights),
             **updates,
-            "old_decay": decays["old"],
-            "sampler_decay": decays["sampler"],
+            **{f"{name}_decay": decay for name, decay in decays.items()},
             **seconds,
             **self.throughput.metrics(reward_PK.size - self.rollout.partial.taken, len(latents_N), seconds),
             **self.memory.metrics(),
@@ -290,7 +289,8 @@ class Trainer:
                 if usable:
                     with self.observer.phase("optimizer"):
                         self.optimizer.step()
-                    self.step += 1
+                        self.step += 1
+                        self._average()
                     collected.append(metrics)
                 self.optimizer.zero_grad(set_to_none=True)
         if self.signal:
@@ -298,6 +298,11 @@ class Trainer:
         means = {name: sum(m[name] for m in collected) / len(collected) for name in next(iter(collected), ())}
         left_out = len(shares) - len(collected)
         return means | ({"steps_left_out": left_out} if left_out else {})
+
+    def _average(self) -> None:
+        """The average of the policy, where the recipe has one, after an optimizer step."""
+        if self.recipe.snapshots.ema is not None:
+            self.weights.blend("ema", self.recipe.snapshots.ema_decay(self.step))
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         started = time.perf_counter()

@@ -34,7 +34,8 @@ class OptimizerState(Protocol):
 
 
 class Weights(ABC):
-    """`policy` is trained, `old` and `sampler` are snapshots of it, `reference` is the pretrained network.
+    """`policy` is trained, `old`, `sampler` and, if there is one, `ema` are snapshots of it, `reference` is
+    the pretrained network.
 
     network: has the policy's weights, but within `use` and `use_rows`.
     in_step: each rank has parts of all tensors, so all ranks take part in every forward and none may be left

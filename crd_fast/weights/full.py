@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,18 +23,24 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 class FullWeights(Weights):
     """All weights of the network are trained; snapshots and reference are copies to be swapped in.
 
-    policy: what is trained, by name, where it is not the network's parameters themselves.
+    snapshots: their names; policy: what is trained, by name, where it is not the network's parameters
+    themselves.
     """
 
-    def __init__(self, network: ModelMixin, policy: dict[str, torch.nn.Parameter] | None = None):
-        self.network = network
+    def __init__(
+        self,
+        network: ModelMixin,
+        snapshots: Sequence[str] = SNAPSHOTS,
+        policy: dict[str, torch.nn.Parameter] | None = None,
+    ):
+        self.network, self._snapshots = network, tuple(snapshots)
         network.requires_grad_(True)
         self._policy = policy or dict(network.named_parameters())
         self._sets: dict[str, Mapping[str, torch.Tensor]] = {"policy": self._policy}
         self._add_copies(self._policy)
 
     def _add_copies(self, policy: dict[str, torch.nn.Parameter]) -> None:
-        for name in (*SNAPSHOTS, "reference"):
+        for name in (*self._snapshots, "reference"):
             self._sets[name] = {key: parameter.detach().clone() for key, parameter in policy.items()}
 
     def trained(self) -> list[torch.nn.Parameter]:
@@ -79,10 +85,10 @@ class FullWeights(Weights):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that changes during training, by `set/parameter`."""
-        return joined({name: self._sets[name] for name in ("policy", *SNAPSHOTS)})
+        return joined({name: self._sets[name] for name in ("policy", *self._snapshots)})
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        load({name: self._sets[name] for name in ("policy", *SNAPSHOTS)}, state)
+        load({name: self._sets[name] for name in ("policy", *self._snapshots)}, state)
 
     def save_policy(self, folder: Path, name: str = "policy") -> None:
         """The trained network, as diffusers saves and loads it."""
@@ -113,7 +119,7 @@ class HostWeights(FullWeights):
             value = value.detach()
             return value.to("cpu", dtype, copy=True) if pinned is None else pinned.copy(value, dtype=dtype)
 
-        for name in SNAPSHOTS:
+        for name in self._snapshots:
             self._sets[name] = {key: on_host(value, torch.float32) for key, value in policy.items()}
         for name in ("reference", "policy on the host"):
             self._sets[name] = {key: on_host(value, value.dtype) for key, value in policy.items()}

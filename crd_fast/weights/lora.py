@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,10 @@ BESIDE = "read"  # name of the adapter that a file is read into
 
 
 class LoraWeights(Weights):
-    """Low-rank adapters `policy`, `old` and `sampler` on a frozen base.
+    """Low-rank adapters `policy` and its snapshots on a frozen base.
 
     loader: the pipeline's mixin of diffusers, which knows how its LoRA files are written; device: of the
-    adapters, by default that of the layers.
+    adapters, by default that of the layers; snapshots: their names.
     Raises UserError if a target matches no linear layer.
     """
 
@@ -45,6 +45,7 @@ class LoraWeights(Weights):
         seed: int,
         loader=SD3LoraLoaderMixin,
         device: torch.device | None = None,
+        snapshots: Sequence[str] = SNAPSHOTS,
     ):
         self.network, self.loader = network, loader
         network.requires_grad_(False)
@@ -58,14 +59,14 @@ class LoraWeights(Weights):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # three adapters are meant
-                for name in ("policy", *SNAPSHOTS):
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # they are meant
+                for name in ("policy", *snapshots):
                     network.add_adapter(self.config, adapter_name=name)
         self._layers: list[Any] = list(_layers_of(network).values())
         for layer in self._layers:  # for good: compiled code does not notice a hook that comes later
             layer.adapters_of_rows = None
             layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
-        self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
+        self._parameters = {name: self._adapter(name) for name in ("policy", *snapshots)}
         for parameters in self._parameters.values():
             for key, parameter in parameters.items():
                 parameter.data = parameter.data.to(device, torch.float32)

@@ -16,13 +16,14 @@ from crd_fast.weights.full import FullWeights, HostWeights
 
 def make_weights(model: FlowModel, recipe: Recipe) -> Weights:
     """The policy and its snapshots, as adapters or as whole copies."""
-    config = recipe.model
+    config, snapshots = recipe.model, recipe.snapshots.names
     if config.sharding == "fsdp":
         from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
 
-        return (ShardedHostWeights if config.snapshots == "host" else ShardedWeights)(model.transformer)
+        sharded = ShardedHostWeights if config.snapshots == "host" else ShardedWeights
+        return sharded(model.transformer, snapshots)
     if config.method == "full":
-        weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer)
+        weights = (HostWeights if config.snapshots == "host" else FullWeights)(model.transformer, snapshots)
         if config.dtype == "bf16":
             from crd_fast.weights.bf16 import widen_gradients
 
@@ -38,6 +39,7 @@ def make_weights(model: FlowModel, recipe: Recipe) -> Weights:
         recipe.train.seed,
         model.lora_loader,
         model.device,
+        snapshots,
     )
 
 

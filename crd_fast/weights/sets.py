@@ -2,7 +2,7 @@
 
 `policy` is trained; `old` and `sampler` are snapshots blended towards it; `reference` is the pretrained
 network. With LoRA they are three adapters on one base, and no adapter. With full fine-tuning they are
-three more copies of the weights.
+three more copies of the weights. A recipe may ask for one more snapshot, `ema`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ next forward gathers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from crd_fast.models.streaming import repeated_blocks
 from crd_fast.ranks import Ranks
 from crd_fast.weights import checkpoint
 from crd_fast.weights.full import FullWeights, HostWeights
+from crd_fast.weights.sets import SNAPSHOTS
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -35,14 +36,15 @@ class _Parts(FullWeights):
 
     in_step = True
 
-    def __init__(self, network: ModelMixin):
+    def __init__(self, network: ModelMixin, snapshots: Sequence[str] = SNAPSHOTS):
         self.kind: Any = type(network)  # fully_shard puts a class of its own in its place
         network.requires_grad_(True)
         shard(network)
         self._whole: dict[str, Any] = dict(network.named_parameters())  # each a DTensor
         parts = {name: parameter.detach().to_local() for name, parameter in self._whole.items()}
         # a parameter of fewer rows than ranks has none on the last ones
-        super().__init__(network, {n: torch.nn.Parameter(p) for n, p in parts.items() if p.numel()})
+        policy = {name: torch.nn.Parameter(part) for name, part in parts.items() if part.numel()}
+        super().__init__(network, snapshots, policy)
 
     def finish_gradients(self, ranks: Ranks, largest: float) -> float:
         """Takes the parts of the gradients, of which the backward pass left the mean over the ranks."""
@@ -86,8 +88,8 @@ class _Parts(FullWeights):
 class ShardedWeights(_Parts):
     """As FullWeights, on parts, whose memory is FSDP's: to use a set is to exchange contents."""
 
-    def __init__(self, network: ModelMixin):
-        super().__init__(network)
+    def __init__(self, network: ModelMixin, snapshots: Sequence[str] = SNAPSHOTS):
+        super().__init__(network, snapshots)
         # made once, so that nothing has to be found room for between the first tensor and the last
         largest = max(parameter.nbytes for parameter in self.trained())
         self._spare = self.trained()[0].new_empty(min(largest, SPARE_BYTES), dtype=torch.uint8)

@@ -270,10 +270,10 @@ def test_a_small_model_that_ships(inside, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("which", ["sampler", "old"])
+@pytest.mark.parametrize("which", ["sampler", "old", "ema"])
 def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which):
     """Evaluated, saved and used elsewhere is one and the same; resuming goes on with the policy."""
-    snapshots = ("snapshots.sampler=0/0.7/0/0.7", "snapshots.old=0/0.4/0/0.4")
+    snapshots = ("snapshots.sampler=0/0.7/0/0.7", "snapshots.old=0/0.4/0/0.4", "snapshots.ema=0.9")
     run = run_of("sd3", f"model.method={method}", f"evaluate.weights={which}", *snapshots)
     newest = run / "checkpoints" / "iteration-000002"
     tensors = load_file(newest / checkpoint.TENSORS)
@@ -306,3 +306,35 @@ def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which
 
     resumed = Trainer(source.recipe, run, resume=True)
     assert torch.equal(resumed.weights.state()[f"policy/{name}"], tensors[key])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_any_set_of_a_checkpoint(inside, run_of, tiny, tmp_path, method):
+    """What was not evaluated can be exported as well: each as it is used within this context."""
+    run = run_of("sd3", f"model.method={method}", "snapshots.ema=0.9", "snapshots.sampler=0/0.7/0/0.7")
+    newest = run / "checkpoints" / "iteration-000002"
+    pictures = {}
+    for name in ("policy", "ema", "sampler"):
+        source = Source.of(str(newest))
+        recipe = build_recipe(source.recipe.model_dump(), [f"evaluate.weights={name}"])
+        pictures[name], _ = by_rollout(dataclasses.replace(source, recipe=recipe).load(PROMPTS))
+        exported(inside, newest, "diffusers", tmp_path / name, "--weights", name)
+        pipe = load_pipeline(tiny("sd3"))
+        if method == "lora":
+            pipe.load_lora_weights(tmp_path / name)
+        else:
+            pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / name)
+        torch.testing.assert_close(by_pipeline(pipe, "sd3")[0], pictures[name], rtol=1e-4, atol=1e-4)
+    assert (pictures["ema"] - pictures["policy"]).abs().max() > 1e-3
+    assert (pictures["ema"] - pictures["sampler"]).abs().max() > 1e-3
+    exported(inside, newest, "fused", tmp_path / "fused", "--weights", "ema")
+    fused = by_pipeline(load_pipeline(tmp_path / "fused"), "sd3")[0]
+    torch.testing.assert_close(fused, pictures["ema"], rtol=1e-4, atol=1e-4)
+    code, _, errors = inside("export", run, "--to", "hub", "--out", tmp_path / "hub", "--weights", "ema")
+    assert code == 2 and "expected policy for the hub" in errors
+
+
+def test_a_set_that_is_not_there(inside, run_of, tmp_path):
+    run = run_of("sd3", "evaluate.every=0")
+    code, _, errors = inside("export", run, "--to", "diffusers", "--out", tmp_path / "a", "--weights", "ema")
+    assert code == 2 and "expected one of policy, old, sampler" in errors and not (tmp_path / "a").exists()
