@@ -15,6 +15,10 @@ class UserError(Exception):
         return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
 
 
+class MissingPackage(UserError):
+    """A package of an extra is not installed."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'loss'?` for `lsos`; nothing where no known word is near."""
     from rapidfuzz import fuzz, process

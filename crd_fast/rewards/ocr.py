@@ -11,13 +11,14 @@ import functools
 import math
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from crd_fast.errors import UserError
+from crd_fast.errors import MissingPackage, UserError
 
 MODES = ("scene", "word")
 DETECTOR_SIDE = 736  # rapidocr's default
@@ -85,7 +86,9 @@ class Reader:
             import rapidocr
             from rapidocr.ch_ppocr_rec import TextRecognizer  # noqa: F401
         except ImportError as error:
-            raise UserError(f"reward ocr: {error.name} is missing; pip install 'crd-fast[ocr]'") from None
+            raise MissingPackage(
+                f"reward ocr: {error.name} is missing; pip install 'crd-fast[ocr]'"
+            ) from None
         models = Path(rapidocr.__file__).parent / "models"
         files = {part: sorted(models.glob(f"*_{part}_*.onnx")) for part in ("det", "rec")}
         for part, found in files.items():
@@ -165,7 +168,24 @@ def reader(threads: int, side: int) -> Reader:
     return Reader(threads, side)
 
 
-class OCR:
+class TextReward(ABC):
+    """The rule of `ocr`, for whatever reads the text."""
+
+    @abstractmethod
+    def read(self, images: np.ndarray) -> list[str]:
+        """The text of each picture. images: uint8 (N, H, W, 3)."""
+
+    def check(self, metadata: list[dict]) -> None:
+        """Raises UserError for the first prompt without a text in double quotes."""
+        for entry in metadata:
+            target_text(entry["prompt"])
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+        wanted = [normalized(target_text(prompt)) for prompt in prompts]
+        return [text_score(normalized(read), text) for read, text in zip(self.read(images), wanted)]
+
+
+class OCR(TextReward):
     """1 - edit distance / length between what is read and what the prompt puts in quotation marks.
 
     Both as `normalized`; 1 if the wanted text is contained; never below 0 (the rule of
@@ -185,11 +205,6 @@ class OCR:
         self.mode, self.confidence = mode, confidence
         self.reader = reader(threads, side)
 
-    def check(self, metadata: list[dict]) -> None:
-        """Raises UserError for the first prompt without a text in double quotes."""
-        for entry in metadata:
-            target_text(entry["prompt"])
-
     def read(self, images: np.ndarray) -> list[str]:
         """The text of each picture; lines are joined by spaces. images: uint8 (N, H, W, 3)."""
         owners, crops = lines_of(self.reader, images, self.mode)
@@ -198,10 +213,6 @@ class OCR:
             if confidence >= self.confidence:
                 texts[owner].append(text)
         return [" ".join(lines) for lines in texts]
-
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
-        wanted = [normalized(target_text(prompt)) for prompt in prompts]
-        return [text_score(normalized(read), text) for read, text in zip(self.read(images), wanted)]
 
 
 class OCRDense:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import json
+import logging
 import math
 import numbers
 import sys
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from crd_fast.errors import UserError, did_you_mean
+from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
@@ -30,6 +31,7 @@ REWARDS = {
     "texture_fooled": "crd_fast.rewards.world_texture:TextureFooled",
     "ocr": "crd_fast.rewards.ocr:OCR",
     "ocr_dense": "crd_fast.rewards.ocr:OCRDense",
+    "easyocr": "crd_fast.rewards.easyocr:EasyOCR",
     "jpeg_compressibility": "crd_fast.rewards.image_statistics:JpegCompressibility",
     "jpeg_incompressibility": "crd_fast.rewards.image_statistics:JpegIncompressibility",
     "colorfulness": "crd_fast.rewards.image_statistics:Colorfulness",
@@ -48,7 +50,10 @@ CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
 SKIP = "skip_others"  # the setting of a reward that is asked for those prompts alone which it accepts
+OPTIONAL = "optional"  # the setting of a judge that is left out where a package of its is not installed
 ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers", SKIP)
+
+logger = logging.getLogger("crd_fast")
 
 
 class Rewards:
@@ -56,7 +61,8 @@ class Rewards:
 
     A key is a name as in a recipe, or a function, a class or an object of one's own; it is then known by
     `name_of`. device: where rewards with a network put it; the GPU if there is one. waits_on_host: rewards
-    with a method `to(device)` are there only while `score` is at work, on the host before and after.
+    with a method `to(device)` are there only while `score` is at work, on the host before and after. judges:
+    one may be `optional`, left out with a line where a package is missing.
     Raises UserError for a name that cannot be found or a setting that the reward does not have.
     """
 
@@ -65,6 +71,7 @@ class Rewards:
         config: Mapping[Any, float | Mapping],
         device: str | None = None,
         waits_on_host: bool = False,
+        judges: bool = False,
     ):
         self._device, self._waits_on_host = device or default_device(), waits_on_host
         self.weights = {name: _weight(value) for name, value in named(config).items()}
@@ -73,7 +80,17 @@ class Rewards:
         self._accepted: dict[tuple[str, str], bool] = {}  # by name and prompt
         for given, value in config.items():
             name = name_of(given)
-            reward, engine = load(given, value if isinstance(value, Mapping) else {})
+            settings = value if isinstance(value, Mapping) else {}
+            try:
+                reward, engine = load(given, settings)
+            except MissingPackage as error:
+                if not judges or settings.get(OPTIONAL) is not True:
+                    raise
+                logger.warning("judge %s is left out: %s", name, error)
+                del self.weights[name]
+                continue
+            if engine.pop(OPTIONAL, False) and not judges:
+                raise UserError(f"reward {name}: {OPTIONAL}: expected of judges (eval_rewards) alone")
             if hasattr(reward, "setup"):
                 waits = waits_on_host and hasattr(reward, "to")
                 with answers_for(name):
@@ -292,7 +309,8 @@ def named(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
 
 
 def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict]:
-    """A reward with its settings, and the engine's: `timeout`, `retries`, `workers`, `skip_others`.
+    """A reward with its settings, and the engine's: `timeout`, `retries`, `workers`, `skip_others` and
+    `optional`.
 
     With workers it is not made here but in each of them, when `setup` is called.
     name: as in a recipe, or the reward itself. Raises UserError for an unknown name (the nearest is named),
@@ -320,7 +338,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
         key: _engine_setting(name, key, settings.pop(key))
-        for key in ("timeout", "retries", "workers", SKIP)
+        for key in ("timeout", "retries", "workers", SKIP, OPTIONAL)
         if key in settings and key not in names
     }
     unknown = [key for key in settings if key not in names]
@@ -359,9 +377,9 @@ def _engine_setting(name: str, key: str, value):
         raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
     if key == "retries" and not (number and value >= 0 and value == int(value)):
         raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
-    if key == SKIP:
+    if key in (SKIP, OPTIONAL):
         if not isinstance(value, bool):
-            raise UserError(f"reward {name}: {SKIP}: expected true or false, got {value!r}")
+            raise UserError(f"reward {name}: {key}: expected true or false, got {value!r}")
         return value
     if key == "workers" and value == "auto":
         return max(1, cores() - 1)

@@ -122,7 +122,8 @@ def table(study: Study, records: list[dict]) -> str:
                 format(statistics.median(end[key] for end in ends), form) for key, form in SPENT.items()
             ]
             for measure in measures:
-                cells_.append(with_error([end[measure] for end in ends]))
+                judged = [end[measure] for end in ends if measure in end]  # a judge may not be installed
+                cells_.append(with_error(judged) if judged else "")
             cells_ += [_paired(ends, task.measure)] if paired else []
             end = statistics.fmean(end[f"eval/{task.measure}"] for end in ends)
             wanted = end if arm == study.baseline else wanted

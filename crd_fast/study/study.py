@@ -39,7 +39,7 @@ class Study(BaseModel):
     tasks: dict[Name, Task] = Field(min_length=1)
     arms: dict[Name, Overrides] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
-    overrides: Overrides = {}  # of every arm
+    overrides: Overrides = {}  # of every arm, before those of its task
 
     @property
     def baseline(self) -> str:
@@ -91,6 +91,6 @@ def cells(study: Study) -> Iterator[Cell]:
     for seed in study.seeds:
         for name, task in study.tasks.items():
             for arm, changes in study.arms.items():
-                values = {**task.overrides, **study.overrides, **changes, "train.seed": seed}
+                values = {**study.overrides, **task.overrides, **changes, "train.seed": seed}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
                 yield Cell(name, arm, seed, load_recipe(task.recipe, overrides))

@@ -56,11 +56,11 @@ class HeldOut:
     def __init__(self, recipe: Recipe, rewards: Rewards):
         recipe.check_own(trains=False, evaluates=True)
         self.entries = evaluation_prompts(recipe)
-        self.judges = Rewards(recipe.eval_rewards, waits_on_host=True)
+        self.judges = Rewards(recipe.eval_rewards, waits_on_host=True, judges=True)
         self.asked = [(self.entries, rewards), (self.entries, self.judges)]
         for entries, judge in self.asked:
             judge.check(entries, every=judge is rewards)
-        if recipe.eval_rewards:
+        if self.judges.weights:
             self.judges.try_out(self.entries, recipe.evaluation_size)
 
 
@@ -145,7 +145,7 @@ class Evaluation:
         reward = self.rewards.combined(values)
         each = {"reward": reward, **per_image}
         each |= {f"reward/{name}": of for name, of in values.items()}
-        if self.recipe.eval_rewards:
+        if self.judges.weights:
             judged = self.judges.score(images, self.metadata)
             metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
             each |= {f"judge/{name}": of for name, of in judged.items()}

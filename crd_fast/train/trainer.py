@@ -20,7 +20,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
-from crd_fast.rewards.advantage import advantages, combine, kinds
+from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
 from crd_fast.rewards.foreign import OPTION
 from crd_fast.run import profiling
 from crd_fast.run.gpu_memory import GpuMemory
@@ -86,6 +86,11 @@ class Trainer:
         self.checkpoints = Checkpoints(output, recipe, self.ranks, resume)
         newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
+        if recipe.loss.anchor_uncertain < 1 and all(self.rewards.weights.values()):
+            raise UserError(
+                "loss.anchor_uncertain: expected 1.0 without a reward of weight 0, got "
+                f"{recipe.loss.anchor_uncertain:g}"
+            )
         self.prompts = IterationPrompts(recipe, self.ranks, self.observer)
         refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
@@ -245,7 +250,10 @@ class Trainer:
         clock.append(time.perf_counter())
         reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
         advantage_PK = advantages(reward_PK, self.recipe.advantage.std, kinds(scores_PK))
-        updates = self._update(latents_N, advantage_PK, embeddings, negatives)
+        strength_PK = self.updater.objective.anchor_strength(advantage_PK)
+        if self.recipe.loss.anchor_uncertain < 1:
+            strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
+        updates = self._update(latents_N, advantage_PK, strength_PK, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             with self.observer.phase("snapshots"):
@@ -266,10 +274,9 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _update(self, latents_N, advantage_PK, embeddings, negatives) -> dict[str, float]:
+    def _update(self, latents_N, advantage_PK, strength_PK, embeddings, negatives) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
-        strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         signal = self.signal.sizes() if self.signal else None
         shares, own = self.prompts.shares, self.prompts.own
         pairs_by_step = [
