@@ -53,6 +53,8 @@ class Tracked:
 
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+        if name == "wandb":  # else its files would be in the folder that the command is called from
+            where = {"dir": str(folder), "name": folder.name}
         self._tracker = kind("crd-fast", **where)
         self._tracker.start()
         self._tracker.store_init_configuration(settings)

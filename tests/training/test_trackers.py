@@ -1,5 +1,7 @@
 """What a run says to trackers."""
 
+import json
+import struct
 import sys
 
 import pytest
@@ -7,6 +9,7 @@ from accelerate import tracking
 
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
+from crd_fast.run.metrics import read_metrics
 from crd_fast.run.trackers import check_trackers
 from crd_fast.train.trainer import Trainer
 from tests.training.test_resuming import SETTINGS
@@ -66,6 +69,56 @@ def test_a_tracker_of_accelerates_hears_what_metrics_say(tmp_path, monkeypatch):
     assert "reward_mean" in logged[1] and "iteration" not in logged[1]
     assert heard[-1] == "finish"
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def records(file):
+    """The messages in an offline run of W&B: a log as LevelDB's, blocks of 32 KiB, 7 bytes before a part."""
+    data, at, message = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, part = struct.unpack_from("<HB", data, at + 4)
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # whole, or the last part
+            yield message
+            message = b""
+
+
+def history(file):
+    """The values that it has kept, by step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for data in records(file):
+        record = Record.FromString(data)
+        if record.HasField("history"):
+            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            found.setdefault(record.history.step.num, {}).update(values)
+    return found
+
+
+def test_weights_and_biases_has_the_metrics_and_pictures(tmp_path, monkeypatch):
+    """Offline, in the run's folder, whatever folder the command is called from."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = load_recipe("builtin", [*SETTINGS, "train.iterations=2", "train.trackers=[wandb]"])
+    assert Trainer(recipe, tmp_path / "run").run()
+    wandb.teardown()  # as at the process's end: then all is written
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (file,) = (tmp_path / "run" / "wandb").rglob("run-*.wandb")
+    found = history(file)
+    for record in read_metrics(tmp_path / "run"):
+        kept = found[record["iteration"]]
+        for name, value in record.items():
+            assert name == "iteration" or json.loads(kept[name]) == pytest.approx(value), name
+        assert any(name.startswith("samples") for name in kept) == ("eval/reward_mean" in record), kept.keys()
+    pictures = list((tmp_path / "run" / "wandb").rglob("*.png"))
+    assert len(pictures) == sum("eval/reward_mean" in record for record in read_metrics(tmp_path / "run")) > 0
 
 
 def test_trackers_that_cannot_be_used(monkeypatch):
