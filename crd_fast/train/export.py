@@ -23,7 +23,7 @@ from crd_fast.models import FAMILIES, checks, family, find_pipeline
 from crd_fast.models.components import with_weights
 from crd_fast.once import hush
 from crd_fast.train.places import check_base, recipe_of
-from crd_fast.weights import checkpoint, durable
+from crd_fast.weights import checkpoint
 from crd_fast.worlds import WORLDS
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a LoRA's rank and alpha in its file
@@ -152,7 +152,7 @@ def with_set(trained: Trained, name: str, folder: Path) -> Trained:
 
 def find_checkpoint(source: Path, which: str | None) -> Path:
     """The whole checkpoint that is meant, by its own name. which: as of `Trained.of`. UserError if none."""
-    if any((source / name).exists() for name in (checkpoint.STATE, durable.MANIFEST)):
+    if any((source / name).exists() for name in checkpoint.MARKS):
         if which is not None:
             raise UserError(f"--checkpoint: {source} is a checkpoint already; expected a run with it")
         return checkpoint.find(source).resolve()

@@ -77,6 +77,11 @@ class Source:
 
     @classmethod
     def _trained(cls, path: Path, base: str | None) -> Source:
+        files = sorted(path.glob("*.safetensors"))
+        if files and not any((path / name).exists() for name in ("checkpoints", *checkpoint.MARKS)):
+            raise UserError(
+                f"{path}: weights alone; expected the model that they go with: MODEL --lora {files[0]}"
+            )
         folder = checkpoint.find(path)
         recipe = recipe_of(checkpoint.read_state(folder), folder, base)
         check_base(recipe, folder)

@@ -28,6 +28,7 @@ from crd_fast.weights.base import OptimizerState, Saved, Weights
 FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before: taken as it is
 STATE, TENSORS = "state.json", "training.safetensors"
+MARKS = (STATE, durable.MANIFEST)  # files that say that a folder is a checkpoint
 PARTIAL, DAMAGED, BEST = "partial-", "damaged-", "best"
 NAME = re.compile(r"iteration-(\d{6,})")
 
@@ -133,7 +134,7 @@ def newest(folder: Path, put_aside: bool = False) -> Path | None:
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if none."""
-    if any((path / name).exists() for name in (STATE, durable.MANIFEST)):
+    if any((path / name).exists() for name in MARKS):
         reason = _damage(path)
         if reason is not None:
             raise UserError(f"{path}: {reason}")

@@ -88,9 +88,11 @@ def test_sample_of_a_pipeline(inside, tiny, recipe, tmp_path, prompts_file):
             "nowhere: no such",
         ),
         (("no-model",), "no such folder"),
+        (("LORA",), "weights alone; expected the model that they go with: MODEL --lora "),
     ],
 )
-def test_what_cannot_be_evaluated(inside, tiny, prompts_file, arguments, message):
-    places = {"PIPELINE": tiny("sd3"), "FILE": prompts_file}
+def test_what_cannot_be_evaluated(inside, tiny, prompts_file, tmp_path, arguments, message):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    places = {"PIPELINE": tiny("sd3"), "FILE": prompts_file, "LORA": tmp_path}
     code, _, err = inside("eval", *(places.get(argument, argument) for argument in arguments))
     assert code == 2 and message in err, err
