@@ -10,9 +10,9 @@ from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import read_scores, scores_path
-from crd_fast.study.results import _reached, with_error
+from crd_fast.study.results import _reached, table, with_error
 from crd_fast.study.run import FLOPS, Ledger
-from crd_fast.study.study import cells, load_study, study_names
+from crd_fast.study.study import Study, cells, load_study, study_names
 from crd_fast.train.trainer import Trainer
 
 PROMPTS, SAMPLES, STEPS = 2, 4, 2
@@ -155,6 +155,28 @@ def test_mistakes_are_one_line(study, inside, tmp_path):
         study.write_text(yaml.safe_dump(STUDY | change, sort_keys=False))
         with pytest.raises(UserError, match=message):
             load_study(str(study))
+
+
+def test_settings_of_a_task_come_after_the_studys_and_those_of_an_arm_last():
+    task = STUDY["tasks"]["shapes"] | {"overrides": {"train.iterations": 3, "eval_rewards.diversity": {}}}
+    judged = {"eval_rewards": {"colorfulness": {}}, "train.iterations": 2}
+    arms = {"whole": {}, "long": {"train.iterations": 5}}
+    found = cells(Study(**STUDY | {"tasks": {"shapes": task}, "overrides": judged, "arms": arms}))
+    whole, long, *_ = (cell.recipe for cell in found)
+    assert (whole.train.iterations, long.train.iterations) == (3, 5)
+    assert list(whole.eval_rewards) == ["colorfulness", "diversity"]
+
+
+def test_a_judge_that_was_not_installed_has_an_empty_cell():
+    task = STUDY["tasks"]["shapes"] | {"judges": ["judge/easyocr"]}
+    study = Study(**STUDY | {"tasks": {"shapes": task}})
+    spent = {"pflop": 1.0, "samples": 8, "seconds": 2.0, "cpu": "one", "threads": 1, "commit": "abc"}
+    records = [
+        {"task": "shapes", "arm": arm, "seed": 1, "iteration": 2, "eval/overall": 0.5, **spent, **judged}
+        for arm, judged in (("whole", {}), ("half", {"eval/judge/easyocr": 0.25}))
+    ]
+    text = table(study, records)
+    assert "| whole | 1 | 1 | 8 | 2 | 0.5 |  |" in text and "| half | 1 | 1 | 8 | 2 | 0.5 | 0.25 |" in text
 
 
 def test_a_value_is_reached_where_the_line_crosses_it():
