@@ -16,6 +16,7 @@ from tests.cli.conftest import metrics
 from tests.forked import main_of, two_ranks
 
 FULL = ["model.method=full", "rollout.prompts_per_iteration=4", "train.steps_per_iteration=2"]
+FULL += ["snapshots.ema=0.9"]
 # Ranks must meet in every forward: here a rank may have no anchored pair in a micro-batch, groups are more
 # than a micro-batch, and of 5 pictures in micro-batches of 2 one rank has a micro-batch less than the other.
 UNEVEN = [
@@ -53,7 +54,7 @@ def test_two_sharded_processes_are_one(inside, small, tmp_path, snapshots):
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
     expected, found = tensors(one, 2), tensors(two, 2)
     start = load_file(one / "checkpoints" / "iteration-000001" / "training.safetensors")
-    for name in ("policy", "old", "sampler"):
+    for name in ("policy", "old", "sampler", "ema"):
         names = [key for key in expected if key.startswith(f"weights/{name}/")]
         assert names == [key for key in found if key.startswith(f"weights/{name}/")]
         moved = torch.cat([(expected[key] - start[key]).flatten() for key in names]).norm()
