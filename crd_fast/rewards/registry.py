@@ -12,7 +12,6 @@ import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import NoneType
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
-from crd_fast.rewards.workers import RewardFailed, Workers, cores
+from crd_fast.rewards.workers import Workers, cores, refuses
 from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for
@@ -121,7 +120,13 @@ class Rewards:
             fits = call.fitting(metadata)
             left &= ~fits
             if call.fits is None:
-                self._check(call.name, metadata)
+                try:
+                    self._check(call.name, metadata)
+                except UserError as error:
+                    if len(self._calls) < 2 or not refuses(error):
+                        raise
+                    hint = f"{call.name}: {{{SKIP}: true}} leaves such prompts to the other rewards"
+                    raise UserError(f"{error}; {hint}") from error.__cause__
             elif not fits.any():
                 raise UserError(f"reward {call.name}: expected prompts that it scores, got none")
         if every and self._calls and left.any():
@@ -146,8 +151,8 @@ class Rewards:
                 self._check(name, [entry])
                 self._accepted[key] = True
             except UserError as error:
-                if isinstance(error, RewardFailed) or not isinstance(error.__cause__, (ValueError, NoneType)):
-                    raise  # it did not refuse, it failed
+                if not refuses(error):
+                    raise
                 self._accepted[key] = False
         return self._accepted[key]
 

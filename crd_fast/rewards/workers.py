@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing import connection, resource_tracker, util
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ log = logging.getLogger(__name__)
 
 class RewardFailed(UserError):
     """The reward raised, or its workers died or hung: nothing that is wrong with what it was given."""
+
+
+def refuses(error: UserError) -> bool:
+    """Whether a reward's check has refused what it was given, and not failed itself."""
+    return not isinstance(error, RewardFailed) and isinstance(error.__cause__, (ValueError, NoneType))
 
 
 class _Lost(Exception):

@@ -172,6 +172,10 @@ def test_a_run_of_two_kinds_of_prompts(inside, parts):
             ("rewards={geneval: {skip_others: true}}", "rollout.prompts={builtin: 1, plain.txt: 1}"),
             "expected at least one that scores pictures of 'a red circle'",
         ),
+        (
+            ("rewards={geneval: 1, 'parts:plain': 1}",),
+            "; geneval: {skip_others: true} leaves such prompts to the other rewards",
+        ),
         (("rewards={'parts:plain': {skip_others: true}}",), "expected of a reward that checks prompts"),
         (("rewards={geneval: {skip_others: 3}}",), "skip_others: expected true or false, got 3"),
     ],
