@@ -21,7 +21,6 @@ import torch
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.machine import cpu_name, git_commit
-from crd_fast.run.observer import NOBODY
 from crd_fast.train.evaluate import Evaluation
 from crd_fast.train.inference import Source, asked
 from crd_fast.train.micro_batch import MicroBatch
@@ -95,7 +94,7 @@ def main() -> None:
         sampling = replace(own, solver=solver, steps=steps)
         for threshold in THRESHOLDS:
             evaluation.model = cached = Cached(model, threshold)
-            found = evaluation._run(sampling, NOBODY)
+            found = evaluation.run_with(sampling)
             few = [
                 generate(
                     cached,

@@ -110,7 +110,7 @@ class Evaluation:
 
     def run(self, observer: Observer = NOBODY) -> Evaluated:
         """With the active weights. Each rank makes its part of the images; the main process scores them."""
-        return self._run(
+        return self.run_with(
             Sampling.of(self.recipe, self.recipe.evaluate, self.empty, self.micro_batch), observer
         )
 
@@ -120,9 +120,10 @@ class Evaluation:
         size = max(1, self.micro_batch.size // 2)
         config = self.recipe.evaluate.model_copy(update={"guidance_scale": guidance_scale})
         micro_batch = MicroBatch(size, self.micro_batch.fixed)
-        return self._run(Sampling.of(self.recipe, config, self.empty, micro_batch), observer)
+        return self.run_with(Sampling.of(self.recipe, config, self.empty, micro_batch), observer)
 
-    def _run(self, sampling: Sampling, observer: Observer) -> Evaluated:
+    def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
+        """The same, sampled otherwise."""
         # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
         each = -(-len(self) // self.ranks.count)
         own = (torch.arange(each) + each * self.ranks.rank).clamp(max=len(self) - 1)
