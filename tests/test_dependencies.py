@@ -62,7 +62,8 @@ def test_the_package_imports_what_it_declares():
 def test_tests_and_tools_import_what_a_developer_installs():
     known = declared("pyproject.toml", "ocr", "server", "docs", "notebook", "dev") | {"kernels"}
     written = {"served_rewards"}  # by a test, before it imports it
-    assert not undeclared(outside("tests", "tools", "benchmarks") - written, known)
+    where_installed = {"wandb"}  # its test is skipped elsewhere
+    assert not undeclared(outside("tests", "tools", "benchmarks") - written - where_installed, known)
 
 
 LIGHT = ["crd_fast.train.update", "crd_fast.train.trainer", "crd_fast.prompts.source", "crd_fast.rewards"]
