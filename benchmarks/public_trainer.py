@@ -2,8 +2,8 @@
 
 Nothing of it is in this repository: a checkout is imported from where it lies. What computes is its own:
 `SD3_5Adapter`, `CRDTrainer.optimize`, and all that they call. Its data, rewards and log files are left out.
-Replaced are the timesteps that it draws, by those that are given, and its autocast, which is bfloat16 whatever
-the precision, by none.
+Replaced are the timesteps that it draws, by those that are given, and its autocast, which is bfloat16
+whatever the precision, by none.
 """
 
 from __future__ import annotations
