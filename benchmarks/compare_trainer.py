@@ -6,10 +6,10 @@ CHECKOUT: of Flow-Factory, whose CRD trainer is compared (public_trainer.py). Eq
 Diffusion 3 of the real classes, fp32, with the same base and adapters, old and policy unlike; the same 4
 prompts x 8 samples x timesteps, two by default, each with the forwards of old, of the policy and of the
 guided reference, the loss, the backward pass; one step of AdamW; both with activation checkpointing or both
-without. The public trainer centers over its micro-batch. At the group's size that is the same, and
-gradients must agree to rounding before anything is timed. Below, it computes something else, at 1 no policy
-gradient at all, by as many forwards as this trainer has where it keeps graphs. `bare` are these forwards
-and backward passes of the network and nothing else: no loss, no noise.
+without. The public trainer centers over its micro-batch. At the group's size that is the same, and gradients
+must agree to rounding before anything is timed. Below, it computes something else, at 1 no policy gradient
+at all, by as many forwards as this trainer has where it keeps graphs. `bare` are these forwards and backward
+passes of the network and nothing else: no loss, no noise.
 
 CPU seconds. Two take turns (crd_turns.py); what counts is the median of the rounds' ratios.
 """

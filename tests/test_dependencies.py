@@ -78,6 +78,21 @@ def test_light_modules_import_nothing_heavy(module):
     assert not loaded & HEAVY
 
 
+PLAN = """
+import gc, sys, torch
+from crd_fast.cli import app
+compile = torch.compile
+app(["plan", "builtin-lora"], standalone_mode=False)
+assert "bitsandbytes" in sys.modules  # which has functions compiled
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile is compile and gc.isenabled()
+"""
+
+
+def test_a_plan_does_not_load_the_compiler():
+    subprocess.run([sys.executable, "-c", PLAN], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 # diffusers itself imports peft where it finds it, and peft bitsandbytes: here it finds neither
 FULL = """
 import sys

@@ -9,6 +9,7 @@ import typer
 
 from crd_fast.commands.terminal import Overrides, console, plain, say
 from crd_fast.errors import UserError
+from crd_fast.quick_imports import quick_imports
 from crd_fast.run.new_files import check_new, write_new
 
 
@@ -54,8 +55,9 @@ def plan(
     """
     import json
 
-    from crd_fast.config import build_recipe, load_recipe
-    from crd_fast.plan.gpus import parse_gpu
+    with quick_imports():
+        from crd_fast.config import build_recipe, load_recipe
+        from crd_fast.plan.gpus import parse_gpu
 
     if json_ is not None:
         check_new(json_, "--json")
@@ -66,9 +68,10 @@ def plan(
     if hours is not None and card is None:
         raise UserError("--hours: goes with the name of a card, like --gpu rtx-4090")
     with console.status("planning"):
-        from crd_fast.plan import fit as fitting
-        from crd_fast.plan import text
-        from crd_fast.plan.cost import EFFICIENCY, cost
+        with quick_imports():
+            from crd_fast.plan import fit as fitting
+            from crd_fast.plan import text
+            from crd_fast.plan.cost import EFFICIENCY, cost
 
         efficiency = EFFICIENCY if efficiency is None else efficiency
         fits: list[fitting.Fit] = []

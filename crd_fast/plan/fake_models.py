@@ -147,13 +147,14 @@ def fake_embeddings(model: FlowModel, prompts: int, mode: FakeTensorMode) -> dic
 def fake_encoders(model: PipelineModel, mode: FakeTensorMode) -> dict[str, tuple[nn.Module, int]]:
     """The pipeline's text encoders, each with the number of tokens it reads."""
     import transformers
+    from transformers.initialization import no_init_weights
 
     encoders = {}
     for name, (kind, tokens) in model.text_encoders().items():
         config = transformers.AutoConfig.from_pretrained(model.folder / name)
         if hasattr(config, "projection_dim") and hasattr(config, "text_config"):
             config = config.text_config
-        with fakes(mode):
+        with fakes(mode), no_init_weights():  # they have initializers of their own
             encoder = getattr(transformers, kind)(config).to(model.dtype).eval()
         encoders[name] = encoder, tokens
     return encoders

@@ -148,7 +148,8 @@ class Planner:
         with fakes(self.mode), self.live.in_part("snapshots"):
             with watched:
                 self.weights = make_weights(self.model, recipe)
-            self.live.add(self.weights.state())
+            state = self.weights.state()
+            self.live.add(state)
             self.trained = self.weights.trained()
             if adapted:
                 self.live.move(self.trained, "adapters")
@@ -162,7 +163,7 @@ class Planner:
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
         self.encoding, self.encoder_numbers = encoding(self.model, self.mode)
-        self.sizes = self._sizes()
+        self.sizes = self._sizes(state)
         self.forwards: dict[
             tuple, tuple[int, int, torch.Size, torch.dtype]
         ] = {}  # peak, FLOPs, shape and dtype of those without gradient
@@ -203,10 +204,10 @@ class Planner:
     def network(self) -> torch.nn.Module:
         return self.model.transformer
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self, state: dict[str, torch.Tensor]) -> dict[str, int]:
         """Bytes: of one prompt's embeddings; of a checkpoint; of the VAE; of the published weights, which are
         in bfloat16 but for those that are known to be wider."""
-        tensors = {**self.weights.state(), **{f"optimizer/{i}": t for i, t in enumerate(self.optimizer)}}
+        tensors = {**state, **{f"optimizer/{i}": t for i, t in enumerate(self.optimizer)}}
         # the policy once more in the format of diffusers, and an adapter in that of peft too
         copies = 2 if self.recipe.model.method == "lora" else 1
         saved = copies * sum(parameter.nbytes for parameter in self.trained)

@@ -68,12 +68,13 @@ class LoraWeights(Weights):
             layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
         self._parameters = {name: self._adapter(name) for name in ("policy", *snapshots)}
         for parameters in self._parameters.values():
-            for key, parameter in parameters.items():
+            for parameter in parameters.values():
                 parameter.data = parameter.data.to(device, torch.float32)
-                parameter.data.copy_(self._parameters["policy"][key])
                 # only the policy is ever given to an optimizer, but torch.matmul chooses its algorithm by
                 # this flag, and snapshots should round as the policy does
                 parameter.requires_grad_(True)
+        for name in SNAPSHOTS:
+            self.blend(name, 0.0)
         self._activate("policy")
 
     @classmethod
