@@ -103,8 +103,10 @@ def table(study: Study, records: list[dict]) -> str:
         if not arms:
             continue
         wanted = None
-        measures = [f"eval/{name}" for name in (task.measure, *task.judges)] + task.watched
-        shown = [measure.removeprefix("eval/").removeprefix("judge/") for measure in measures]
+        held_out = (task.measure, *task.judges)
+        measures = [f"eval/{name}" for name in held_out] + task.watched
+        shown = [name.removeprefix("judge/") for name in held_out]
+        shown += [f"{name} in training" if name in held_out else name for name in task.watched]
         head = ["arm", "seeds", "PFLOP", "samples", "seconds", *shown]
         paired = any(f"paired/{task.measure}" in run[-1] for runs in arms.values() for run in runs.values())
         head += [f"{task.measure} from {study.baseline}'s"] if paired else []
