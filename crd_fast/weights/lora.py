@@ -7,12 +7,14 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
 from peft import LoraConfig
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -62,9 +64,9 @@ class LoraWeights(Weights):
                 for name in ("policy", *SNAPSHOTS):
                     network.add_adapter(self.config, adapter_name=name)
         self._layers: list[Any] = list(_layers_of(network).values())
-        for layer in self._layers:  # for good: compiled code does not notice a hook that comes later
+        for layer in self._layers:  # for good: compiled code does not notice what comes later
             layer.adapters_of_rows = None
-            layer.register_forward_pre_hook(_choose_rows, with_kwargs=True)
+            layer.forward = partial(_forward, layer, type(layer) is Linear)
         self._parameters = {name: self._adapter(name) for name in ("policy", *SNAPSHOTS)}
         for parameters in self._parameters.values():
             for parameter in parameters.values():
@@ -210,11 +212,22 @@ class LoraWeights(Weights):
         )
 
 
-def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
-    """Before a layer's forward: which adapter each row has, where they differ."""
-    if layer.adapters_of_rows is None:
-        return None
-    return args, kwargs | {"adapter_names": layer.adapters_of_rows}
+def _forward(layer: Any, plain: bool, x: torch.Tensor) -> torch.Tensor:
+    """A layer's forward, which knows what peft's asks each time, for one adapter the same operators.
+
+    plain: of a base layer that is not quantized.
+    """
+    if layer.adapters_of_rows is not None:
+        return type(layer).forward(layer, x, adapter_names=layer.adapters_of_rows)
+    if not plain:
+        return type(layer).forward(layer, x)
+    result = layer.base_layer(x)
+    if layer._disable_adapters:
+        return result
+    (name,) = layer._active_adapter
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    change = up(down(layer._cast_input_dtype(x, down.weight.dtype))) * layer.scaling[name]
+    return (result + change).to(result.dtype)
 
 
 def _adapters_of(
