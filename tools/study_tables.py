@@ -1,8 +1,9 @@
 """The tables of the pages, from the studies': `python -m tools.study_tables [FOLDER]`.
 
 `docs/studies/NAME` has what `crd-fast study NAME` wrote. With a folder that has studies by their names it is
-taken from there first. Then the tables between `<!-- table: NAME TASK -->` and `<!-- end -->` in pages are
-those of `docs/studies/NAME/table.md`, and say on which machines and at which commits they were made.
+taken from there first. Then the tables between `<!-- table: NAME TASK: column, column -->` and `<!-- end -->`
+in pages are those of `docs/studies/NAME/table.md`, of the columns that are named and the arm, and say on which
+machines and at which commits they were made.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from crd_fast.study.results import PLOT, RAW, TABLE
 
 DOCS = Path(__file__).parent.parent / "docs"
 STUDIES = DOCS / "studies"
-MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (\S+) ([^\s:]+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MADE = re.compile(r"^(.*), (\d+) thread\(s\), commit (\w+)$", re.MULTILINE)
 
 
-def table(study: str, task: str) -> str:
-    """Markdown. KeyError where the study has no such task."""
+def table(study: str, task: str, columns: list[str]) -> str:
+    """Markdown. KeyError where the study has no such task or column."""
     text = (STUDIES / study / TABLE).read_text(encoding="utf-8")
     tables = dict(re.findall(r"^(\S+), held out:\n\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[task].splitlines()]
+    places = {name: place for place, name in enumerate(rows[0])}
+    chosen = [places[name] for name in ("arm", *columns)]
+    kept = "\n".join("| " + " | ".join(row[place] for place in chosen) + " |" for row in rows)
     machines: dict[tuple[str, str], list[str]] = {}
     for cpu, threads, commit in MADE.findall(text):
         machines.setdefault((cpu, threads), []).append(commit[:7])
@@ -31,11 +36,14 @@ def table(study: str, task: str) -> str:
     for (cpu, threads), commits in machines.items():
         several = ["s" if count > 1 else "" for count in (int(threads), len(commits))]
         made += f"{cpu}, {threads} thread{several[0]}, commit{several[1]} {', '.join(commits)}.\n"
-    return f"\n{tables[task]}\n\n{made}\n"
+    whole = f"[All columns](studies/{study}/{TABLE}). "
+    return f"\n{kept}\n\n{whole}{made}\n"
 
 
 def with_tables(page: str) -> str:
-    return MARKED.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], page)
+    return MARKED.sub(
+        lambda found: found[1] + table(found[2], found[3], found[4].split(", ")) + found[5], page
+    )
 
 
 def main() -> None:
