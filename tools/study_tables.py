@@ -2,8 +2,8 @@
 
 `docs/studies/NAME` has what `crd-fast study NAME` wrote. With a folder that has studies by their names it is
 taken from there first. Then the tables between `<!-- table: NAME TASK: column, column -->` and `<!-- end -->`
-in pages are those of `docs/studies/NAME/table.md`, of the columns that are named and the arm, and say on which
-machines and at which commits they were made.
+in pages are those of `docs/studies/NAME/table.md`, of the columns that are named and the arm. They say on
+which machines and at which commits they were made.
 """
 
 from __future__ import annotations
