@@ -50,11 +50,16 @@ def options(
     """Options of crd-fast itself."""
 
 
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also ask the hub whether it gives you this one: a short name or a hub id."),
+    ] = None,
+) -> None:
     """Say what this machine has, what will be used, what is missing and how to get it."""
     from crd_fast.doctor import render
 
-    raise typer.Exit(render(console))
+    raise typer.Exit(render(console, model))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

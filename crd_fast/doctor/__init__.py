@@ -68,10 +68,13 @@ def choices() -> dict[str, str]:
     }
 
 
-def render(console: Console) -> int:
-    """Prints `checks`, what will be used and what can be trained. Returns 0 if training can run, else 2."""
+def render(console: Console, model: str | None = None) -> int:
+    """Prints `checks`, what will be used and what can be trained. Returns 0 if training can run, else 2.
+
+    model: whose access at the hub is looked at as well.
+    """
     with console.status("looking at this machine"):
-        found = checks()
+        found = checks() + ([] if model is None else [hub.access(model)])
         missing = [check.name for check in found if check.status == "missing"]
         used = {} if missing else choices()
         last = outlook(found, gpu_here())

@@ -1,7 +1,11 @@
-"""Checks of what downloads need: a login at the Hugging Face hub, and room in its cache. Nothing is sent."""
+"""Checks of what downloads need: a login at the Hugging Face hub, room in its cache, access to a model.
+
+Nothing is sent but where a model is named: the hub is then asked for that one.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -42,3 +46,35 @@ def cache() -> Check:
         note = "HF_HOME names another disk; crd-fast plan says how much a model takes"
         return Check("model cache", "warning", found, note)
     return Check("model cache", "ok", found)
+
+
+def access(model: str) -> Check:
+    """Whether the hub gives this person a model's files. model: a short name, a recipe's, or a hub id."""
+    path = hub_id(model)
+    if Path(path).expanduser().is_dir():
+        return Check("model", "ok", f"a folder here, {path}")
+    hub, reason = attempt("huggingface_hub")
+    if hub is None:
+        return Check("model", "warning", f"{path}: unknown", reason)
+    errors, page = hub.errors, f"https://huggingface.co/{path}"
+    try:
+        hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT")).auth_check(path)
+    except errors.GatedRepoError:
+        return Check(
+            "model", "missing", f"{path}: gated", f"accept the licence at {page}, then hf auth login"
+        )
+    except errors.RepositoryNotFoundError:
+        note = "look at the name, or hf auth login where it is private"
+        return Check("model", "missing", f"{path}: not on the hub", note)
+    except Exception as error:  # no network, a proxy, a hub that does not answer
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        return Check("model", "warning", f"{path}: unknown", f"the hub did not say: {why}")
+    return Check("model", "ok", f"{path}: may be downloaded")
+
+
+def hub_id(model: str) -> str:
+    """Of a model's short name or a recipe's; anything else is taken for one."""
+    from crd_fast.config import load_recipe, recipe_names, recipes_by_model  # where pydantic is missing, too
+
+    name = next(iter(recipes_by_model().get(model, {}).values()), model)
+    return load_recipe(name).model.path if name in recipe_names() else model

@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,11 +24,11 @@ from crd_fast.doctor.outlook import LARGEST_FIRST, Gpu, outlook, recipes_for
 from crd_fast.worlds import FILES
 
 
-def rendered(monkeypatch, found):
+def rendered(monkeypatch, found, model=None):
     """Exit code and text of `render` when `checks` finds `found`."""
     monkeypatch.setattr(doctor, "checks", lambda: found)
     console = Console(width=200, record=True, file=io.StringIO())
-    return doctor.render(console), console.export_text()
+    return doctor.render(console, model), console.export_text()
 
 
 @pytest.fixture
@@ -262,6 +265,52 @@ def test_a_gated_model_wants_a_login(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     assert not any("One thing" in line for line in outlook(OK, card(16)))
     assert "hf_of_a_test" not in str(hub.login())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub answers when it is asked for access: a status, and the reason in a header."""
+
+    answers: ClassVar = {
+        "my/open": (200, ""),
+        "my/gated": (403, "GatedRepo"),
+        "my/none": (404, "RepoNotFound"),
+    }
+
+    def do_GET(self):
+        name = self.path.removeprefix("/api/models/").removesuffix("/auth-check")
+        status, code = self.answers.get(name, (500, ""))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_access_to_a_named_model(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setitem(Hub.answers, load_recipe("flux.1-dev-12gb").model.path, (403, "GatedRepo"))
+    try:
+        found = {name: hub.access(name) for name in ("my/open", "my/gated", "my/none", "my/odd")}
+        found["flux"], found["here"] = hub.access("flux.1-dev"), hub.access(str(tmp_path))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [check.status for check in found.values()] == [
+        *("ok", "missing", "missing", "warning"),
+        *("missing", "ok"),
+    ]
+    assert (
+        found["my/gated"].note == "accept the licence at https://huggingface.co/my/gated, then hf auth login"
+    )
+    assert "black-forest-labs/FLUX.1-dev" in found["flux"].note
+    assert hub.access("my/open").status == "warning"  # nobody answers any more
+
+    code, text = rendered(monkeypatch, [], model=str(tmp_path))
+    assert code == 0 and f"a folder here, {tmp_path}" in text.replace("\n", "")
 
 
 @pytest.mark.parametrize(
