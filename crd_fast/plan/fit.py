@@ -83,15 +83,15 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             overrides = tried
         saved = _with(recipe, overrides)
         assert saved is not None  # it was built before
-        found = _largest(saved, memory)
-        if found.missing and found.phase == "decode" and TILES not in overrides:
+        found, settings = _largest(saved, memory), overrides
+        if found.missing and found.phase == "decode":  # tiles change pictures: no later saving keeps them
             tiled = _with(recipe, [*overrides, TILES])
             if tiled is not None and tiled != saved:
-                overrides, saved = [*overrides, TILES], tiled
+                settings, saved = [*overrides, TILES], tiled
                 found = _largest(saved, memory)
         if not saving:
             found = _faster(saved, found, memory)
-        found.overrides = overrides + found.overrides
+        found.overrides = settings + found.overrides
         yield found
         if not found.missing:
             return

@@ -1,13 +1,15 @@
 """Settings that fit a GPU, through the command line too."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from crd_fast.errors import UserError
-from crd_fast.plan.fit import RESERVED, fit, for_training
+from crd_fast.plan.fit import RESERVED, Fit, fit, for_training
 from crd_fast.plan.gpus import GIB, parse_memory
 from crd_fast.plan.planner import Planner
+from tools.card_recipes import published
 
 
 def sizes(recipe):
@@ -60,6 +62,21 @@ def test_the_cheapest_setting_comes_first(recipe):
     message = "too much; it fits with --set train.checkpointing=true --set train.micro_batch=1"
     with pytest.raises(UserError, match=message):
         for_training(settings, memory)
+
+
+def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
+    """Peaks as of a large model: unquantised nothing fits, in 4 bits all does."""
+
+    def largest(settings, memory):
+        small, tiled = settings.model.quantization == "nf4", settings.model.vae_tiling == "always"
+        peaks = {"decode": 2 if small else 4 if tiled else 6, "update": 3 if small else 5}
+        phases = {name: SimpleNamespace(bytes=peak) for name, peak in peaks.items()}
+        return Fit([], SimpleNamespace(phases=phases), memory)
+
+    monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
+    first, second = fit(published("flux.1-dev"), 3 + RESERVED, ("model.quantization=nf4",))
+    assert first.missing and first.overrides == ["model.vae_tiling=always"]
+    assert not second.missing and second.overrides == ["model.quantization=nf4"]
 
 
 @pytest.mark.parametrize("text", ["much", "", "-3GB", "0", "24TB"])
