@@ -19,6 +19,12 @@ class MissingPackage(UserError):
     """A package of an extra is not installed."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception of another library says, in one line of at most 200 characters; its type's name where
+    it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'loss'?` for `lsos`; nothing where no known word is near."""
     from rapidfuzz import fuzz, process

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.models import checks
 
 
@@ -24,7 +24,7 @@ def with_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the two raise for a config or for files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"model.path: {folder}: cannot be loaded: {reason}") from error
     lacking = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in info[name])
     if lacking:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP, which OpenCLIP and BLIP use as well
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -157,7 +157,7 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
 
             file = Path(hf_hub_download(path, name))
         except Exception as error:  # no network, no such repository, refused
-            line = " ".join(str(error).split())[:200] or type(error).__name__
+            line = reason_of(error)
             raise UserError(
                 f"reward {reward}: {name} of {path} cannot be had: {line}; it is {source}"
             ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.prompts.source import read_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.rgb import to_rgb
@@ -197,5 +197,5 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(BytesIO(path.read_bytes())) as image:
             return to_rgb(image)
     except Exception as error:  # whatever a decoder raises on a damaged file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path}: cannot be read as a picture: {reason}") from None
