@@ -81,8 +81,9 @@ class Recipe(Section):
             micro_batch = getattr(self, section).micro_batch
             if micro_batch != "auto" and micro_batch < 1:
                 raise ValueError(f"{section}.micro_batch: expected auto or at least 1, got {micro_batch}")
-        if self.model.streaming and not self.train.checkpointing:
-            raise ValueError("train.checkpointing: expected true with model.streaming, got false")
+        if self.model.streaming and self.train.checkpointing != 1:
+            got = str(self.train.checkpointing).lower()
+            raise ValueError(f"train.checkpointing: expected true with model.streaming, got {got}")
         if self.model.streaming and self.train.compile and self.model.quantization == "nf4":
             # the compiled code of some networks keeps the copies of 4-bit weights alive: all blocks at once
             raise ValueError("train.compile: expected false with nf4 weights that are streamed, got true")
@@ -308,7 +309,7 @@ def _first_mistake(error: ValidationError) -> str:
     path = [
         str(part)
         for part in mistake["loc"]
-        if part not in ("int", "list[str]") and "literal" not in str(part)
+        if part not in ("int", "float", "bool", "list[str]") and "literal" not in str(part)
     ]
     where = ".".join(path)
     if mistake["type"] == "extra_forbidden":
@@ -321,7 +322,8 @@ def _first_mistake(error: ValidationError) -> str:
     if mistake["type"] == "value_error":
         return f"{where}: {message}" if where and where not in message.split(":")[0] else message
     expected = [m["msg"] for m in error.errors() if m["loc"][: len(path)] == mistake["loc"][: len(path)]]
-    wanted = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in expected))
+    expected = [m.removeprefix("Input should be ").partition(", unable to")[0] for m in expected]
+    wanted = " or ".join(dict.fromkeys(expected))
     return f"{where}: expected {wanted}, got {_short(mistake['input'])}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -324,8 +324,9 @@ class TrainConfig(Section):
     micro_batch: Literal["auto"] | int = "auto"
     """Samples that are trained at once. Any gives the same gradient, to rounding. `auto` begins with a group
     and halves where memory runs out."""
-    checkpointing: bool = True
-    """Activations are computed again in the backward pass: much less memory for a third more time."""
+    checkpointing: bool | Annotated[float, Field(ge=0, le=1)] = True
+    """Activations are computed again in the backward pass: much less memory for a third more time. A number
+    is the share of the blocks that do so; `plan --gpu` finds the smallest that fits. Same numbers."""
     compile: bool = False
     """`torch.compile` of the blocks that repeat."""
     profile: bool = False

@@ -21,7 +21,7 @@ class Section(BaseModel):
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
         if not kinds & {int, float}:
             return value
-        if isinstance(value, bool):
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError(f"expected a number, got {str(value).lower()}")
         if isinstance(value, str) and re.fullmatch(r"[-+]?0[\d_]+", value):
             raise ValueError(f"expected a number without zeros before it, got {value}")

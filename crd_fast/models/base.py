@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from crd_fast.models.checkpointing import enable_checkpointing
 from crd_fast.models.norms import keep_dtypes
 from crd_fast.models.streaming import Streaming
 from crd_fast.schema import ModelConfig
@@ -56,7 +57,7 @@ class FlowModel(ABC):
     def device(self) -> torch.device:
         return self.transformer.device
 
-    def place(self, network, config: ModelConfig, device: torch.device, checkpointing: bool) -> None:
+    def place(self, network, config: ModelConfig, device: torch.device, checkpointing: float) -> None:
         """The transformer goes to the device, or its blocks are streamed there, or sharding will bring it."""
         keep_dtypes(network)
         if config.streaming:
@@ -64,7 +65,7 @@ class FlowModel(ABC):
         elif config.sharding == "none":
             network.to(device)
         if checkpointing:
-            network.enable_gradient_checkpointing()
+            enable_checkpointing(network, checkpointing)
 
     @abstractmethod
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:

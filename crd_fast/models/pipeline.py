@@ -307,7 +307,7 @@ class PipelineModel(FlowModel):
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def load(self, checkpointing: bool, quantize: Callable[..., None] | None = None) -> None:
+    def load(self, checkpointing: float, quantize: Callable[..., None] | None = None) -> None:
         """Transformer and VAE, as the recipe wants them.
 
         quantize: in place of `crd_fast.models.quantize.quantize`, and called like it.

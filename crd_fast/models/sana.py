@@ -38,7 +38,7 @@ class SanaModel(PipelineModel):
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
     }
 
-    def load(self, checkpointing: bool, quantize: Callable[..., None] | None = None) -> None:
+    def load(self, checkpointing: float, quantize: Callable[..., None] | None = None) -> None:
         super().load(checkpointing, quantize)
         for module in self.transformer.modules():
             if isinstance(module, Attention) and isinstance(module.processor, SanaLinearAttnProcessor2_0):

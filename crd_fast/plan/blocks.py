@@ -46,11 +46,19 @@ class Forward:
 class Blocks:
     """The repeated blocks of a network, whose `forward` is replaced while a plan is made.
 
-    streamed: their weights come when a block runs. layers: tells sets of weights apart whose layers differ,
-    adapted or not. flops: where they are counted.
+    streamed: their weights come when a block runs. recomputed: the blocks that are checkpointed. layers:
+    tells sets of weights apart whose layers differ, adapted or not. flops: where they are counted.
     """
 
-    def __init__(self, network: nn.Module, mode: FakeTensorMode, live: LiveBytes, flops: Any, streamed: bool):
+    def __init__(
+        self,
+        network: nn.Module,
+        mode: FakeTensorMode,
+        live: LiveBytes,
+        flops: Any,
+        streamed: bool,
+        recomputed: list[nn.Module],
+    ):
         self.mode, self.live, self.flops = mode, live, flops
         self.layers: Callable[[], object] = lambda: None
         self.forwards: dict[tuple, Forward] = {}
@@ -58,7 +66,7 @@ class Blocks:
         self._open: tuple[str, Peak] | None = None  # the phase's peak before a span of the backward pass
         self._last: dict[int, tuple[tuple, bool]] = {}  # by block: its recomputation is as its forward was
         blocks = repeated_blocks(network)
-        signatures = [_signature(block) for block in blocks]
+        signatures = [(block in recomputed, *_signature(block)) for block in blocks]
         counts = Counter(signatures)
         # the backward pass begins at the last, whose weights, where they are streamed, are not there yet; the
         # one before it is what the others are like

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.models import check_builtin
+from crd_fast.models.checkpointing import recomputed_blocks
 from crd_fast.models.pipeline import encodes_on_gpu
 from crd_fast.plan.gpus import GIB
 from crd_fast.plan.planner import Plan, Planner
@@ -89,24 +90,49 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             if tiled is not None and tiled != saved:
                 settings, saved = [*overrides, TILES], tiled
                 found = _largest(saved, memory)
-        if not saving:
-            found = _faster(saved, found, memory)
-        found.overrides = settings + found.overrides
+        found = _faster(saved, found, memory)
+        anew = {o.partition("=")[0] for o in found.overrides}
+        found.overrides = [o for o in settings if o.partition("=")[0] not in anew] + found.overrides
         yield found
         if not found.missing:
             return
 
 
 def _faster(recipe: Recipe, found: Fit, memory: int) -> Fit:
-    """Without activation checkpointing, where there is room for that and it computes less."""
-    quick = _with(recipe, ["train.checkpointing=false"])
-    if 2 * found.needed > memory or not recipe.train.checkpointing or quick is None:
+    """With as few checkpointed blocks as there is room for at the smallest micro-batches of whole groups.
+
+    Larger micro-batches compute nothing less, and blocks that are not checkpointed do.
+    """
+    none = _with(recipe, ["train.checkpointing=false"])
+    if found.missing or recipe.train.checkpointing != 1 or none is None:
         return found
-    other = _largest(quick, memory)
-    if other.missing or sum(other.plan.flops.values()) >= sum(found.plan.flops.values()):
+    planner = Planner(none)
+    other = _largest(none, memory, planner)
+    if not other.missing and sum(other.plan.flops.values()) < sum(found.plan.flops.values()):
+        other.overrides.insert(0, "train.checkpointing=false")
+        return other
+    if found.plan.kept_graphs != "none":
         return found
-    other.overrides.insert(0, "train.checkpointing=false")
-    return other
+    group, rollout = recipe.rollout.samples_per_prompt, found.plan.rollout_micro_batch
+    update, whole = found.plan.micro_batch, found.plan
+    if recipe.train.micro_batch == "auto" and update > group:
+        update = group
+        whole = Planner(recipe).plan(update, rollout)
+    blocks, peak = len(recomputed_blocks(planner.network, 1)), whole.phases["update"].bytes
+    each = (planner.plan(update, rollout).phases["update"].bytes - peak) / (blocks - 1)
+    kept = min(1 + int((memory - RESERVED - peak) / each), blocks - 1)
+    for count in range(kept, 0, -1):
+        override = f"train.checkpointing={1 - count / blocks:.2f}"
+        fewer = _with(recipe, [override, f"train.micro_batch={update}", f"rollout.micro_batch={rollout}"])
+        assert fewer is not None  # as without checkpointing
+        plan = Planner(fewer).plan()
+        sizes = [o for o in found.overrides if not o.startswith("train.micro_batch=")]
+        if update != recipe.train.micro_batch:
+            sizes.insert(0, f"train.micro_batch={update}")
+        result = Fit([override, *sizes], plan, memory)
+        if not result.missing:
+            return result
+    return found
 
 
 def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
@@ -120,9 +146,9 @@ def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     return changed
 
 
-def _largest(recipe: Recipe, memory: int) -> Fit:
-    """The largest micro-batches that fit, and if none does 1."""
-    planner = Planner(recipe)
+def _largest(recipe: Recipe, memory: int, planner: Planner | None = None) -> Fit:
+    """The largest micro-batches that fit, and if none does 1. planner: the recipe's, if there is one."""
+    planner = planner or Planner(recipe)
 
     def at(update: int, rollout: int) -> Fit:
         return Fit([], planner.plan(update, rollout), memory)
@@ -158,10 +184,13 @@ def _largest(recipe: Recipe, memory: int) -> Fit:
 
 
 def _kept(recipe: Recipe, planner: Planner, found: Fit, memory: int) -> Fit:
-    """The graphs of a split group's micro-batches are kept where there is room: a forward less."""
+    """The graphs of a split group's micro-batches are kept where there is room: a forward less.
+
+    On the host only where they are the inputs of checkpointed blocks, and not all activations.
+    """
     train = recipe.train
     if found.plan.rows.get("policy") and train.backward_fraction == 1 and train.kept_graphs == "none":
-        for where in ("device", "host"):
+        for where in ("device", "host") if train.checkpointing == 1 else ("device",):
             plan = planner.plan(found.plan.micro_batch, found.plan.rollout_micro_batch, where)
             kept = Fit([*found.overrides, f"train.kept_graphs={where}"], plan, memory)
             if not kept.missing:

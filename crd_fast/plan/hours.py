@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from crd_fast.config import Recipe, build_recipe
@@ -25,7 +26,7 @@ FEWER = {
     "train.iterations": (300, 200, 150, 100),
     "rollout.resolution": (384, 256),
 }
-MICRO_BATCHES = ("train.micro_batch", "rollout.micro_batch", "train.kept_graphs")
+ROOM = ("train.micro_batch", "rollout.micro_batch", "train.kept_graphs", "train.checkpointing")
 
 
 def within(
@@ -38,17 +39,16 @@ def within(
 ) -> Fit:
     """The recipe with as few changes as bring its estimate under `hours`, or with all of them.
 
-    Memory comes first: what does not fit has no hours. Micro-batches are found anew at the end. Raises
-    UserError where the recipe has no estimate.
+    Memory comes first: what does not fit has no hours. Micro-batches and what is checkpointed are found anew
+    at the end. Raises UserError where the recipe has no estimate.
     """
     *_, found = fit(recipe, memory, savings)
-    fitting = [o for o in found.overrides if o.partition("=")[0] not in MICRO_BATCHES]
+    fitting = [o for o in found.overrides if o.partition("=")[0] not in ROOM]
     base = build_recipe(recipe.model_dump(), fitting)
     planner, planned = Planner(base), base
-    chosen: list[str] = []
-    for overrides in (chosen, *_rungs(base)):
-        chosen = overrides
-        changed = build_recipe(base.model_dump(), chosen)
+    rungs = [[], *_rungs(base)]
+    for overrides in rungs:
+        changed = build_recipe(base.model_dump(), overrides)
         if changed.rollout.resolution != planned.rollout.resolution:
             planner, planned = Planner(changed), changed
         planner.recipe = changed
@@ -59,10 +59,26 @@ def within(
             raise UserError("--hours: expected train.precision bf16, got fp32, which has no estimate")
         if takes.hours <= hours:
             break
-    anew = ["train.micro_batch=auto", "rollout.micro_batch=auto"]
-    *_, last = fit(build_recipe(base.model_dump(), [*chosen, *anew]), memory, savings)
-    last.overrides = [*fitting, *chosen, *last.overrides]
-    return last
+
+    def fitted(overrides: list[str]) -> Fit:
+        anew = [*overrides, "train.micro_batch=auto", "rollout.micro_batch=auto"]
+        *_, found = fit(build_recipe(base.model_dump(), anew), memory, savings)
+        found.overrides = [*fitting, *overrides, *found.overrides]
+        return found
+
+    chosen = fitted(overrides)
+    for fewer in reversed(rungs[: rungs.index(overrides)]):  # enough where fewer blocks are checkpointed
+        found = fitted(fewer)
+        if _takes(recipe, found, card, efficiency) > hours:
+            break
+        chosen = found
+    return chosen
+
+
+def _takes(recipe: Recipe, found: Fit, card: Card, efficiency: float) -> float:
+    changed = build_recipe(recipe.model_dump(), found.overrides)
+    hours = cost(changed, found.plan, card, efficiency).hours
+    return math.inf if found.missing or hours is None else hours
 
 
 def _rungs(recipe: Recipe) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
+from crd_fast.models.checkpointing import recomputed_blocks
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.streaming import pinned_bytes
 from crd_fast.plan.blocks import Blocks
@@ -158,7 +159,10 @@ class Planner:
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
-        self.blocks = Blocks(self.network, self.mode, self.live, self.flops, recipe.model.streaming)
+        recomputed = recomputed_blocks(self.network, recipe.train.checkpointing)
+        self.blocks = Blocks(
+            self.network, self.mode, self.live, self.flops, recipe.model.streaming, recomputed
+        )
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")

@@ -40,6 +40,15 @@ def test_plans_are_the_same_to_the_byte(monkeypatch, overrides):
     assert once == each
 
 
+@pytest.mark.slow
+def test_with_some_blocks_checkpointed(monkeypatch):
+    """Seven of thirteen equal blocks compute again: they are told from the other six."""
+    values = {"model": {"path": "sd3.5-medium"}, "rollout": {"resolution": 64, "prompts_per_iteration": 2}}
+    settings = build_recipe(values, ["train.checkpointing=0.3", "rollout.samples_per_prompt=2"])
+    once, each = both(settings, (2,), monkeypatch)
+    assert once == each
+
+
 def test_equal_blocks_are_run_once(monkeypatch):
     values = {"model": DEEP, "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 6, "steps": 3}}
     replayed = []

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.fit import RESERVED, Fit, fit, for_training
 from crd_fast.plan.gpus import GIB, parse_memory
@@ -51,6 +52,27 @@ def test_what_is_faster_is_taken_where_there_is_room(recipe):
     assert "train.checkpointing=false" not in first.overrides
 
 
+def test_as_many_blocks_as_fit_are_not_checkpointed(recipe):
+    """The last one for nothing, and each further one where its activations have room. Groups stay whole."""
+    settings = recipe("builtin", "train.precision=fp32", "rollout.micro_batch=1")
+    group = settings.rollout.samples_per_prompt
+    peaks = {
+        share: Planner(recipe("builtin", "train.precision=fp32", f"train.checkpointing={share}"))
+        .plan(group, 1)
+        .phases["update"]
+        .bytes
+        for share in ("true", "0.8", "0.6", "false")
+    }
+    assert peaks["true"] >= peaks["0.8"] < peaks["0.6"] < peaks["false"]
+    for memory, share in ((peaks["0.6"], 0.6), (peaks["0.6"] - 1, 0.8), (2 * peaks["false"], False)):
+        (found,) = fit(settings, memory + RESERVED)
+        chosen = build_recipe(settings.model_dump(), found.overrides).train
+        assert (chosen.checkpointing, chosen.micro_batch) == (share, 2 * group if share is False else group)
+        assert found.needed <= memory + RESERVED
+    named = recipe("builtin", "train.precision=fp32", "rollout.micro_batch=1", "train.checkpointing=0.8")
+    assert for_training(named, peaks["false"] + RESERVED).train.checkpointing == 0.8
+
+
 def test_the_cheapest_setting_comes_first(recipe):
     settings = recipe("builtin", "train.checkpointing=false", "train.precision=fp32")
     checkpointed = recipe("builtin", "train.precision=fp32")
@@ -67,7 +89,7 @@ def test_the_cheapest_setting_comes_first(recipe):
 def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
     """Peaks as of a large model: unquantised nothing fits, in 4 bits all does."""
 
-    def largest(settings, memory):
+    def largest(settings, memory, planner=None):
         small, tiled = settings.model.quantization == "nf4", settings.model.vae_tiling == "always"
         peaks = {"decode": 2 if small else 4 if tiled else 6, "update": 3 if small else 5}
         phases = {name: SimpleNamespace(bytes=peak) for name, peak in peaks.items()}

@@ -47,6 +47,7 @@ def assert_close(recipe, micro_batches, tolerance=0.02):
     [
         pytest.param(("train.precision=fp32", "train.checkpointing=false"), id="fp32"),
         pytest.param(("train.precision=bf16",), id="bf16-checkpointed"),
+        pytest.param(("train.checkpointing=0.4",), id="two-of-five-blocks-checkpointed"),
         pytest.param(FULL, id="full", marks=pytest.mark.slow),
         pytest.param(NARROW, id="full-bf16-host", marks=pytest.mark.slow),
     ],
