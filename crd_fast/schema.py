@@ -374,6 +374,10 @@ class EvaluateConfig(Section):
     anyway; `ema` wants a decay in `snapshots.ema`."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
+    drift: float | None = Field(None, ge=1)
+    """A guidance scale, like that which the model is used with: evaluations also measure how far the weights
+    are from the pretrained model with it and without, whatever `loss` is anchored to. 1: without alone; null:
+    neither. Three forwards a picture."""
 
     @field_validator("resolution", mode="before")
     @classmethod
