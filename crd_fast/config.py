@@ -36,7 +36,7 @@ from crd_fast.yaml_files import parse_yaml, read_yaml
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
 # they read pictures of the built-in world alone
-WORLD_REWARDS = ("geneval", "geneval_strict", "texture_fooled")
+WORLD_REWARDS = ("geneval", "geneval_correct", "geneval_strict", "texture_fooled")
 
 
 class Recipe(Section):
