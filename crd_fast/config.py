@@ -36,7 +36,7 @@ from crd_fast.yaml_files import parse_yaml, read_yaml
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
 # they read pictures of the built-in world alone
-WORLD_REWARDS = ("geneval", "geneval_strict", "texture_fooled")
+WORLD_REWARDS = ("geneval", "geneval_correct", "geneval_strict", "texture_fooled")
 
 
 class Recipe(Section):
@@ -167,8 +167,10 @@ class Recipe(Section):
 
     @property
     def guides_evaluation(self) -> bool:
-        """Whether an evaluation's pictures, or those of the base at the start, are guided."""
-        return self.evaluate.guidance_scale > 1 or self.guided_base is not None
+        """Whether an evaluation's pictures, those of the base at the start, or what drift is measured to, are
+        guided."""
+        scales = self.evaluate.guidance_scale, self.evaluate.drift
+        return any(scale is not None and scale > 1 for scale in scales) or self.guided_base is not None
 
     def training_steps(self) -> list[int]:
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the

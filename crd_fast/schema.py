@@ -99,6 +99,9 @@ class RolloutConfig(Section):
     prompts: Place | dict[Place, float] = "builtin"
     """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`) or the name of a list that ships; or several with
     weights, `{a.jsonl: 3, b.txt: 1}`: then three quarters of an iteration's prompts are the first one's."""
+    without_categories: list[str] = Field([])
+    """Categories of these prompts (their `tag`, like `counting`) that are never trained on. Evaluations keep
+    them, to see whether what is learned carries over."""
     prompts_per_iteration: int = Field(48, ge=1)
     """Groups of one iteration. More make steadier steps; fewer make more of them."""
     samples_per_prompt: int = Field(24, ge=2)
@@ -372,6 +375,10 @@ class EvaluateConfig(Section):
     anyway; `ema` wants a decay in `snapshots.ema`."""
     max_prompts: int | None = Field(None, ge=1)
     """The first so many of them; null: all."""
+    drift: float | None = Field(None, ge=1)
+    """A guidance scale, like that which the model is used with: evaluations also measure how far the weights
+    are from the pretrained model with it and without, whatever `loss` is anchored to. 1: without alone; null:
+    neither. Three forwards a picture."""
 
     @field_validator("resolution", mode="before")
     @classmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-ROLLOUT, TIMESTEPS, ANCHOR, NOISE, BACKWARD, SIZES = range(6)  # streams of random numbers within an iteration
+# streams of random numbers within an iteration; of those of an evaluation the last one
+ROLLOUT, TIMESTEPS, ANCHOR, NOISE, BACKWARD, SIZES, DRIFT = range(7)
 
 
 def seeded_noise(seeds: torch.Tensor, shape: tuple[int, ...], device="cpu") -> torch.Tensor:

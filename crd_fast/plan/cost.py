@@ -182,6 +182,8 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     first = min(recipe.checkpoint.every, iterations)
     evaluated = _evaluated(recipe) if every else 0
     forwards = recipe.evaluate.steps * (2 if recipe.evaluate.guidance_scale > 1 else 1)
+    if recipe.evaluate.drift is not None:
+        forwards += 3 if recipe.evaluate.drift > 1 else 2
     row_flops = plan.evaluation_row_flops or plan.row_flops
     flops = row_flops["sampler"] * forwards + row_flops["decode"]
     guided = row_flops["sampler"] * 2 * recipe.evaluate.steps + row_flops["decode"]

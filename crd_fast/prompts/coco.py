@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -112,9 +113,14 @@ def _split() -> tuple[dict[str, tuple[dict, ...]], dict[str, tuple[dict, ...]]]:
     return train, test
 
 
-def draw_prompts(held_out: bool, rng: np.random.Generator, count: int) -> list[dict]:
-    """`count` prompts, categories in turn, without repeats as far as a category has enough of them."""
-    tags = [TAGS[i] for i in rng.permutation(len(TAGS))]
+def draw_prompts(
+    held_out: bool, rng: np.random.Generator, count: int, without: Collection[str] = ()
+) -> list[dict]:
+    """`count` prompts, categories in turn, without repeats as far as a category has enough of them.
+
+    without: categories that are left out.
+    """
+    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] not in without]
     each = {tag: prompts(held_out)[tag] for tag in tags}
     rounds = -(-count // len(tags))
     order = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.prompts.source import EVALUATED, HELDOUT, SOURCES, PromptSource, same_prompt
+from crd_fast.prompts.source import EVALUATED, HELDOUT, SOURCES, PromptSource, category_of, same_prompt
 from crd_fast.schema import AUTO
 from crd_fast.worlds import WORLDS
 
@@ -20,11 +20,19 @@ FEWEST = 8  # prompts that are worth an evaluation
 class PromptLists:
     """Lists by weight. One list's prompts are a share of every iteration's, to within a prompt.
 
-    lists: names or files to weights; without: prompts, as `same_prompt` has them, left out of files.
+    lists: names or files to weights; without: prompts, as `same_prompt` has them, left out of files;
+    without_categories: of all. Raises UserError for a category that none has, and where no prompt is left.
     """
 
-    def __init__(self, lists: Mapping[str, float], without: frozenset[str] = frozenset()):
-        self.sources = {name: PromptSource(name, without) for name in lists}
+    def __init__(
+        self,
+        lists: Mapping[str, float],
+        without: frozenset[str] = frozenset(),
+        without_categories: Sequence[str] = (),
+    ):
+        self.sources = {name: PromptSource(name, without, without_categories) for name in lists}
+        if without_categories:
+            _check_categories(lists, without_categories)
         total = sum(map(Fraction, lists.values()))
         self._weights = [Fraction(weight) / total for weight in lists.values()]
 
@@ -70,8 +78,25 @@ class PromptLists:
 
 def training_prompts(recipe: Recipe) -> PromptLists:
     """Those of `rollout.prompts`, without what is held out of them."""
-    lists = recipe.rollout.prompt_lists
-    return PromptLists(lists, frozenset(_split(recipe)) if splits(recipe) else frozenset())
+    without = frozenset(_split(recipe)) if splits(recipe) else frozenset()
+    return PromptLists(recipe.rollout.prompt_lists, without, recipe.rollout.without_categories)
+
+
+def _check_categories(lists: Iterable[str], left_out: Sequence[str]) -> None:
+    known: dict[str, None] = {}
+    for name in lists:
+        tags = dict.fromkeys(map(category_of, PromptSource(name).entries()))
+        if not tags.keys() - set(left_out):
+            raise UserError(
+                f"rollout.without_categories: expected some prompts of {name} to be left, got none"
+            )
+        known |= tags
+    for category in left_out:
+        if category not in known:
+            listed = ", ".join(filter(None, known)) or "none"
+            raise UserError(
+                f"rollout.without_categories: expected categories of the prompts ({listed}), got {category!r}"
+            )
 
 
 def evaluation_prompts(recipe: Recipe) -> list[dict]:

@@ -38,27 +38,32 @@ class PromptSource:
     source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
     same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
     double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word.
-    without: prompts, as `same_prompt` has them, that a file is read without.
+    without: prompts, as `same_prompt` has them, that a file is read without. without_categories: of their
+    `tag`, that any source is read without.
     """
 
-    def __init__(self, source: str, without: Collection[str] = ()):
+    def __init__(self, source: str, without: Collection[str] = (), without_categories: Collection[str] = ()):
         name = source.removesuffix(HELDOUT)
         self._held_out = name != source
         self._ships = name in SOURCES
         module: Any = import_module(SOURCES[name]) if self._ships else None
         self._categories: Any = module if hasattr(module, "draw_prompts") else None
+        self._without = frozenset(without_categories)
         self._entries: list[dict] | None = None
         if module is None:
             read = read_prompts(Path(source))
             self._entries = [entry for entry in read if same_prompt(entry["prompt"]) not in without]
         elif self._categories is None:
             self._entries = module.entries(self._held_out)
+        if self._entries is not None:
+            self._entries = [entry for entry in self._entries if category_of(entry) not in self._without]
 
     def entries(self) -> list[dict]:
         """Every prompt there is."""
         if self._entries is None:
             by_tag = self._categories.prompts(self._held_out)
-            return [entry for entries in by_tag.values() for entry in entries]
+            kept = (entries for tag, entries in by_tag.items() if tag not in self._without)
+            return [entry for entries in kept for entry in entries]
         return self._entries
 
     def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
@@ -91,7 +96,12 @@ class PromptSource:
         return self._entries[:limit]
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
-        return self._categories.draw_prompts(self._held_out, rng, count)
+        return self._categories.draw_prompts(self._held_out, rng, count, self._without)
+
+
+def category_of(entry: dict) -> str:
+    """A prompt's category, "" where it has none."""
+    return str(entry.get("tag", ""))
 
 
 def same_prompt(prompt: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,10 +203,15 @@ def spell(text: str) -> str:
     return text
 
 
-def draw_prompts(held_out: bool, rng: np.random.Generator, count: int) -> list[dict]:
-    """`count` prompts, categories in turn, without repeats as far as a category has enough of them."""
+def draw_prompts(
+    held_out: bool, rng: np.random.Generator, count: int, without: Collection[str] = ()
+) -> list[dict]:
+    """`count` prompts, categories in turn, without repeats as far as a category has enough of them.
+
+    without: categories that are left out.
+    """
     by_tag = prompts(held_out)
-    tags = [TAGS[i] for i in rng.permutation(len(TAGS))]
+    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] not in without]
     queues: dict[str, list[dict]] = {tag: [] for tag in TAGS}
     drawn = []
     for i in range(count):

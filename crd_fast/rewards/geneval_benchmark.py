@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 GENEVAL = "geneval"
-GENEVAL_REWARDS = ("geneval", "geneval_strict", "geneval_mask2former")
+GENEVAL_REWARDS = ("geneval", "geneval_correct", "geneval_strict", "geneval_mask2former")
 GENEVAL_COLUMNS = {  # in the order of GenEval's own table (arXiv 2310.11513)
     "overall": "Overall",
     "single_object": "Single object",

@@ -26,6 +26,7 @@ from crd_fast.sizes import Resolution, height_width
 # name: where the class is, imported when it is asked for
 REWARDS = {
     "geneval": "crd_fast.rewards.world_geneval:WorldGenEval",
+    "geneval_correct": "crd_fast.rewards.world_geneval:WorldGenEvalCorrect",
     "geneval_strict": "crd_fast.rewards.world_geneval:WorldGenEvalStrict",
     "texture_fooled": "crd_fast.rewards.world_texture:TextureFooled",
     "ocr": "crd_fast.rewards.ocr:OCR",

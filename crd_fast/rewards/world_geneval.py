@@ -56,6 +56,17 @@ class WorldGenEval:
         }
 
 
+class WorldGenEvalCorrect(WorldGenEval):
+    """1 for an image that is correct as GenEval counts it, else 0.
+
+    Outside counting that asks for at least so many objects: more of them, and others, cost nothing and may
+    help by chance, where the partial credit asks for exactly so many of each class that the prompt names.
+    """
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+        return [float(judgement.correct) for judgement in self.judge(images, metadata)]
+
+
 class WorldGenEvalStrict(WorldGenEval):
     """1 for an image that is correct with exactly the asked-for counts, else 0."""
 

@@ -10,7 +10,7 @@ import torch
 from crd_fast.run.metrics import GPU_PEAK
 from crd_fast.run.observer import Observer
 
-PHASES = ("rollout", "rewards", "update", "evaluation", "guided base")  # none is inside another
+PHASES = ("rollout", "rewards", "update", "evaluation", "drift", "guided base")  # none is inside another
 
 
 class GpuMemory(Observer):

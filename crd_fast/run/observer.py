@@ -17,7 +17,7 @@ class Observer:
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """A part of the run, inside others: encoding; iteration; rollout (prompts, decode); rewards; update
         (old, reference, forwards in one batch, measure, center, backward, optimizer); snapshots; evaluation;
-        guided base; checkpoint.
+        drift; guided base; checkpoint.
 
         total: how many samples, pairs of sample and timestep, or prompts, it goes through, where it counts
         them by `advance`.

@@ -124,8 +124,9 @@ def table(study: Study, records: list[dict]) -> str:
                 format(statistics.median(end[key] for end in ends), form) for key, form in SPENT.items()
             ]
             for measure in measures:
-                judged = [end[measure] for end in ends if measure in end]  # a judge may not be installed
-                cells_.append(with_error(judged) if judged else "")
+                # a judge may not be installed, or newer than the run
+                judged = [end[measure] for end in ends if measure in end]
+                cells_.append(f"{with_error(judged)}{_some(judged, ends)}" if judged else "")
             cells_ += [_paired(ends, task.measure)] if paired else []
             end = statistics.fmean(end[f"eval/{task.measure}"] for end in ends)
             wanted = end if arm == study.baseline else wanted
@@ -162,8 +163,12 @@ def _paired(ends: list[dict], measure: str) -> str:
         text = f"{paired[0][f'paired/{measure}']:.3g} ± {paired[0][f'paired_error/{measure}']:.2g}"
     else:
         text = with_error([end[f"paired/{measure}"] for end in paired])
-    some = f" ({len(paired)} of {len(ends)} seeds)" if len(paired) < len(ends) else ""
-    return f"{'' if text.startswith('-') else '+'}{text}{some}"
+    return f"{'' if text.startswith('-') else '+'}{text}{_some(paired, ends)}"
+
+
+def _some(known: list, ends: list[dict]) -> str:
+    """How many of the seeds a cell is of, where it is not all."""
+    return f" ({len(known)} of {len(ends)} seeds)" if len(known) < len(ends) else ""
 
 
 def _reached(runs: Runs, measure: str, wanted: float) -> str:

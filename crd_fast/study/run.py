@@ -19,7 +19,9 @@ from crd_fast.train.changes import differences
 from crd_fast.train.trainer import Trainer
 
 FLOPS = "flops.jsonl"  # of each iteration, in a run's folder
-LOOKS_ON = ("evaluate", "eval_rewards", "checkpoint")  # sections that change no weights
+# sections and keys that change no weights
+LOOKS_ON = {"evaluate", "eval_rewards", "checkpoint"}
+LOOKS_ON |= {"train.trackers", "train.profile", "model.prompt_cache", "model.prompt_cache_gb"}
 
 
 def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: Callable[[str], None]) -> bool:
@@ -45,13 +47,16 @@ def is_whole(folder: Path, cell: Cell) -> bool:
 
 
 def other_settings(folder: Path, cell: Cell) -> str:
-    """How the arm trains now and a run in its folder did not; empty where nothing differs."""
+    """How the arm trains now and a run in its folder did not; empty where nothing differs.
+
+    What only looks on is not compared: a study may get a judge, and keep the runs that it has.
+    """
     config = folder / RECIPE
     if not config.exists():
         return ""
     before, now = load_recipe(str(config)).model_dump(), cell.recipe.model_dump()
     changed = differences(before, now)
-    return "; ".join(text for key, text in changed if key.partition(".")[0] not in LOOKS_ON)
+    return "; ".join(text for key, text in changed if not {key, key.partition(".")[0]} & LOOKS_ON)
 
 
 def run_cell(cell: Cell, folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.negative import encode_negatives
 from crd_fast.prompts.lists import evaluation_prompts
-from crd_fast.prompts.source import same_prompt
+from crd_fast.prompts.source import category_of, same_prompt
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.metrics import GUIDED_BASE
@@ -67,11 +67,21 @@ class HeldOut:
 @dataclass(frozen=True)
 class Evaluated:
     """What an evaluation found. metrics: named `eval/...`; images: uint8 (N, height, width, 3); scores: of
-    each. Metrics are empty and scores None on all processes but the main one."""
+    each. Metrics are empty and scores None on all processes but the main one. latents: of this process's own
+    pictures, where the recipe has drift measured at them."""
 
     metrics: dict[str, float]
     images: np.ndarray
     scores: Scores | None = None
+    latents: torch.Tensor | None = None
+
+    def with_values(self, values: dict[str, np.ndarray]) -> Evaluated:
+        """The same with more that each picture got, (N,) by name, and its mean as a metric."""
+        if self.scores is None:
+            return self
+        scores = replace(self.scores, values=self.scores.values | values)
+        means = {f"eval/{name}": float(of.mean()) for name, of in values.items()}
+        return replace(self, metrics=self.metrics | means, scores=scores)
 
 
 class Evaluation:
@@ -124,9 +134,7 @@ class Evaluation:
 
     def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
         """The same, sampled otherwise."""
-        # equally many on each, the last image again where they do not suffice: sharded ranks meet in forwards
-        each = -(-len(self) // self.ranks.count)
-        own = (torch.arange(each) + each * self.ranks.rank).clamp(max=len(self) - 1)
+        own = self.own_rows()
         latents = generate(
             self.model,
             self.embeddings,
@@ -138,8 +146,9 @@ class Evaluation:
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
         images = self.ranks.gather(images)[: len(self)]
+        kept = None if self.recipe.evaluate.drift is None else latents
         if not self.ranks.main:
-            return Evaluated({}, images)
+            return Evaluated({}, images, latents=kept)
         values = self.rewards.score(images, self.metadata)
         metrics, per_image = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
@@ -150,14 +159,22 @@ class Evaluation:
             judged = self.judges.score(images, self.metadata)
             metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
             each |= {f"judge/{name}": of for name, of in judged.items()}
-        return Evaluated(metrics, images, self._scores(each))
+        return Evaluated(metrics, images, self._scores(each), kept)
+
+    def own_rows(self) -> torch.Tensor:
+        """Which pictures this rank makes, int64 (n,), n the same on each.
+
+        The last one again where they do not suffice: sharded ranks meet in forwards.
+        """
+        each = -(-len(self) // self.ranks.count)
+        return (torch.arange(each) + each * self.ranks.rank).clamp(max=len(self) - 1)
 
     def _scores(self, values: dict[str, np.ndarray]) -> Scores:
         return Scores(
             index=self.prompt_index.tolist(),
             prompts=[entry["prompt"] for entry in self.metadata],
             seeds=self.seeds.tolist(),
-            categories=[str(entry.get("tag", "")) for entry in self.metadata],
+            categories=[category_of(entry) for entry in self.metadata],
             trained=self.trained,
             values=values,
         )

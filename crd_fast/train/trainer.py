@@ -32,6 +32,7 @@ from crd_fast.run.scores import guided_base_path, scores_path
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.train.checkpoints import Checkpoints
+from crd_fast.train.drift import Drift
 from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import IterationRollout
@@ -317,6 +318,7 @@ class Trainer:
             used = self.weights.use(self.recipe.evaluate.weights)
             with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
+            found = self._with_drift(evaluation, found)
             seconds = {"seconds_eval": time.perf_counter() - started}
             guided = self._guided_base(evaluation)
             if guided is not None:
@@ -336,6 +338,17 @@ class Trainer:
         self._log(record, grid)
         self.checkpoints.evaluated(record)
         self.observer.evaluated(record)
+
+    def _with_drift(self, evaluation: Evaluation, found: Evaluated) -> Evaluated:
+        """The same with the distance to the pretrained model, where the recipe asks for it."""
+        if found.latents is None:
+            return found
+        drift = Drift(evaluation, found.latents, self.observer)
+        with self.observer.phase("drift", 2 * len(found.latents)):
+            with self.weights.use(self.recipe.evaluate.weights):
+                drift.predict()
+            with self.weights.use("reference"):
+                return found.with_values(drift.distances())
 
     def _guided_base(self, evaluation: Evaluation) -> Evaluated | None:
         """Before training, what the pretrained model does with guidance, where the recipe asks for it."""

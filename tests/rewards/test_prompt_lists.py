@@ -162,3 +162,41 @@ def test_what_is_held_out_and_what_stands_twice_is_said_once(written, caplog):
         "warning: of 101 evaluated prompts 1 stand in rollout.prompts too: 'a 7'"
     ]
     assert not list(notes(own("geneval"))) and not list(notes(own(other, "evaluate.every=0")))
+
+
+@pytest.mark.parametrize("source", ["builtin", "geneval"])
+def test_categories_can_be_left_out_of_training(source):
+    left_out = ["counting", "position"]
+    recipe = build_recipe(
+        {
+            "model": {"path": source if source == "builtin" else "org/name"},
+            "rollout": {"prompts": source, "without_categories": left_out},
+        }
+    )
+    lists = training_prompts(recipe)
+    drawn = [entry["tag"] for iteration in range(3) for entry in lists.draw(8, 0, iteration)]
+    others = ["single_object", "two_object", "colors", "color_attr"]
+    assert [drawn.count(tag) for tag in others] == [6] * 4  # as many of each
+    assert {entry["tag"] for entry in lists.entries()} == set(others)
+    assert {entry["tag"] for entry in evaluation_prompts(recipe)} == {*others, *left_out}
+
+
+def test_categories_of_a_file_can_be_left_out(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "one", "tag": "a"}\n{"prompt": "two", "tag": "b"}\n{"prompt": "three"}\n')
+
+    def drawn(*left_out):
+        lists = training_prompts(
+            own(str(path), "evaluate.every=0", f"rollout.without_categories={[*left_out]}")
+        )
+        assert sorted(texts(lists.draw(3, 0, 0))) == sorted(
+            texts(lists.entries()) * (3 // len(lists.entries()))
+        )
+        return texts(lists.entries())
+
+    assert drawn() == ["one", "two", "three"] and drawn("a", "b") == ["three"]
+    with pytest.raises(UserError, match=r"without_categories: expected categories .*\(a, b\), got 'c'"):
+        drawn("c")
+    path.write_text('{"prompt": "one", "tag": "a"}\n')
+    with pytest.raises(UserError, match=r"expected some prompts of .* to be left, got none"):
+        drawn("a")

@@ -117,6 +117,33 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     assert "| whole | 1 |" in (output / "table.md").read_text()
 
 
+def test_runs_are_kept_where_the_study_looks_on_otherwise(study, inside, tmp_path):
+    """As a run that was made before the judges and evaluations that the study has now."""
+    output = tmp_path / "out"
+    asked = ("study", study, "--output", output, "--arm", "whole", "--seed", "1")
+    assert inside(*asked)[0] == 0
+    before = (output / "shapes" / "whole" / "seed-1" / "metrics.jsonl").read_bytes()
+    shapes = STUDY["tasks"]["shapes"]
+    newer = {
+        "eval_rewards": {"diversity": 1.0},
+        "evaluate.drift": 4.5,
+        "checkpoint.keep": 1,
+        "train.trackers": [],
+    }
+    task = shapes | {"judges": ["clean", "drift/guided"], "overrides": shapes["overrides"] | newer}
+    study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": task}}, sort_keys=False))
+    code, text, err = inside(*asked)
+    assert code == 0 and "run 1" not in text, err
+    assert (output / "shapes" / "whole" / "seed-1" / "metrics.jsonl").read_bytes() == before
+    head, _, row = (output / "table.md").read_text().split("\n\n")[2].splitlines()
+    by_name = dict(zip(head.split("|"), row.split("|")))
+    assert by_name[" drift/guided "].strip() == "" and float(by_name[" overall "]) >= 0
+    task = task | {"overrides": task["overrides"] | {"rollout.without_categories": ["counting"]}}
+    study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": task}}, sort_keys=False))
+    code, _, err = inside(*asked)
+    assert code == 2 and "made with other settings: rollout.without_categories [] -> ['counting']" in err
+
+
 def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):
     output = tmp_path / "out"
     assert inside("study", study, "--output", output, "--seed", "2")[0] == 0
@@ -175,6 +202,12 @@ def test_a_judge_that_was_not_installed_has_an_empty_cell():
         {"task": "shapes", "arm": arm, "seed": 1, "iteration": 2, "eval/overall": 0.5, **spent, **judged}
         for arm, judged in (("whole", {}), ("half", {"eval/judge/easyocr": 0.25}))
     ]
+    text = table(
+        study, [*records, records[1] | {"seed": 2, "eval/judge/easyocr": 0.75}, records[0] | {"seed": 2}]
+    )
+    assert "| 0.5 ± 0.25 |" in text
+    later = {key: value for key, value in records[1].items() if "easyocr" not in key} | {"seed": 2}
+    assert "| 0.25 (1 of 2 seeds) |" in table(study, [*records, later])
     text = table(study, records)
     assert "| whole | 1 | 1 | 8 | 2 | 0.5 |  |" in text and "| half | 1 | 1 | 8 | 2 | 0.5 | 0.25 |" in text
 

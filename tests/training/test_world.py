@@ -5,6 +5,7 @@ import pytest
 
 from crd_fast.prompts import world
 from crd_fast.rewards.geneval import judge
+from crd_fast.rewards.registry import Rewards
 from crd_fast.rewards.world_detector import detect
 from tools import pretrain_builtin
 
@@ -124,3 +125,24 @@ def test_metadata_is_in_genevals_format():
         "prompt": "a photo of three crosses",
     }
     assert world.position(0, "ring", "left of", "circle")["include"][1]["position"] == ["left of", 0]
+
+
+def test_genevals_own_rule_rewards_a_full_picture_that_is_not_clean():
+    rng = np.random.default_rng(5)
+    entries = list(world.prompts(False)["two_object"])
+    colors = rng.integers(0, len(world.COLORS), (len(entries), world.NUM_SLOTS))
+    full = rng.integers(0, len(world.SHAPES), colors.shape)  # whatever was asked for
+    half = np.where(np.arange(world.NUM_SLOTS) < 2, full, -1)
+    by_rule = {}
+    for name in ("geneval_correct", "geneval"):
+        reward = Rewards({name: 1.0})
+        for shapes in (half, full):
+            images = (world.render(shapes, colors) * 255).round().astype(np.uint8)
+            values = reward.score(images, entries)
+            by_rule.setdefault(name, []).append(values[name].mean())
+            metrics, per_image = reward.report(images, entries, values)
+        assert metrics["clean"] == 0 < metrics["overall"]
+        if name == "geneval_correct":
+            assert (values[name] == per_image["overall"]).all()
+    gained = {name: (after - before) / before for name, (before, after) in by_rule.items()}
+    assert gained["geneval_correct"] > 1 > 0.5 > gained["geneval"]
