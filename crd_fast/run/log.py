@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.run.hacking import planned_evaluations
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
 from crd_fast.run.new_files import write_atomically
@@ -70,7 +70,7 @@ class RunLog:
             recipe.rollout.samples_per_prompt,
             recipe.rewards,
             read_metrics(output),
-            math.ceil(recipe.train.iterations / (recipe.evaluate.every or recipe.train.iterations)),
+            planned_evaluations(recipe.train.iterations, recipe.evaluate.every),
         )
         self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), after)
 

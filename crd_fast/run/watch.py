@@ -18,7 +18,8 @@ import numpy as np
 
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
-from crd_fast.run.scores import LEVEL, compare_metric, mean_and_error, scores_of, units_of
+from crd_fast.run.hacking import falls, said_of
+from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
 CONSTANT_IMAGES = 32  # so many images in a row with one value make a reward look broken
@@ -27,7 +28,6 @@ WINDOW, MIN_GROUPS, EQUAL_SHARE = (
     20,
     0.5,
 )  # iterations looked back on, groups among them, share that is too often
-TRAINED = {"overall": "overall correctness", "reward_mean": "the trained reward"}  # what is to rise
 
 logger = logging.getLogger("crd_fast")
 
@@ -147,58 +147,6 @@ class Watch:
         }
 
     def _hacking(self, record: dict) -> dict[str, str]:
-        """Judges that fell since the first evaluation, or since their best one, while the reward rose.
-
-        By more than chance makes one of them fall in one run of twenty, which takes Bonferroni's correction
-        for all that is compared in it: each judge, in each evaluation, with the first and with each before it
-        of which one is the best.
-        """
-        names = [key.removeprefix("eval/") for key in record if key.startswith("eval/")]
-        judges = [name for name in names if name == "clean" or name.startswith("judge/")]
-        judges = [name for name in judges if name.removeprefix("judge/") not in self.rewards]
-        fallen, risen = [], []
-        for judge in judges:
-            since = self._fell(judge, record, len(judges))
-            if since:
-                before, trained = since
-                values = " to ".join(f"{each[f'eval/{judge}']:.3f}" for each in (before, record))
-                name = judge.removeprefix("judge/")
-                fallen.append(f"{name} {values} since iteration {before['iteration']}")
-                risen.append(f"{TRAINED[trained]} rises to {record[f'eval/{trained}']:.3f}")
+        fallen = falls(self._evaluations, record, self.rewards, self.evaluations, self._scores)
         self._evaluations.append(record)
-        if not fallen:
-            return {}
-        return {
-            "hacking": f"iteration {record['iteration']}: {' and '.join(dict.fromkeys(risen))} while "
-            f"held-out judges fall ({'; '.join(fallen)}): this may be reward hacking"
-        }
-
-    def _fell(self, judge: str, record: dict, judges: int) -> tuple[dict, str] | None:
-        """Since which evaluation a judge fell, and what rose since then; None where it did not."""
-        known = [past for past in self._evaluations if f"eval/{judge}" in past]
-        if not known:
-            return None
-        best = max(known, key=lambda past: past[f"eval/{judge}"])
-        compared = 2 * judges * max(self.evaluations, len(known))
-        for before, among in ((best, compared * len(known)), (known[0], compared)):
-            trained = next((name for name in TRAINED if self._change(before, record, name) > 0), None)
-            if trained and self._change(before, record, judge, among) < 0:
-                return before, trained
-        return None
-
-    def _change(self, before: dict, after: dict, name: str, among: int = 1) -> int:
-        """-1, 0 or 1: whether a metric of two evaluations fell, held or rose, by chance one of so many.
-
-        Picture by picture where the run has kept what each got, by the two means' errors where it has not.
-        """
-        paired = compare_metric(self._scores(before["iteration"]), self._scores(after["iteration"]), name)
-        if paired is not None:
-            return paired.direction(among)
-        error = f"standard_error/{'reward' if name == 'reward_mean' else name}"
-        if error not in before or error not in after:
-            return 0
-        difference = after[f"eval/{name}"] - before[f"eval/{name}"]
-        size = math.hypot(before[error], after[error])
-        if not size or math.erfc(abs(difference) / (size * math.sqrt(2))) >= LEVEL / among:
-            return 0
-        return 1 if difference > 0 else -1
+        return {"hacking": said_of(fallen)} if fallen else {}

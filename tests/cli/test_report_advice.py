@@ -6,7 +6,7 @@ import pytest
 
 from crd_fast.run.report import write_report
 from crd_fast.run.report.advice import RULES, advice
-from crd_fast.run.report.held_out import changes, judged
+from crd_fast.run.report.held_out import changes
 from crd_fast.run.report.run import read_run
 from tests.cli.report_runs import CONFIG, Page, fake_run, guided_base, metrics
 
@@ -16,8 +16,7 @@ DONE = CONFIG | {"train": CONFIG["train"] | {"iterations": 40}}
 
 def advised(folder):
     run = read_run(folder)
-    found = changes(run)
-    return {one.metric: one for one in advice(run, found, judged(run))}
+    return {one.metric: one for one in advice(run, changes(run))}
 
 
 def changed(rows, **values):
@@ -101,7 +100,7 @@ def test_evaluations_that_say_what_is_off(tmp_path):
             row["eval/judge/quality"] = 50 - 6 * row["iteration"] / 40
     exploited = advised(fake_run(tmp_path / "a", rows, config=DONE | {"eval_rewards": {"quality": {}}}))
     assert exploited.keys() == {"eval/judge/quality"}
-    assert exploited["eval/judge/quality"].value == "50.0 to 44.0"
+    assert exploited["eval/judge/quality"].value == "50.000 to 47.000 from iteration 0 to 20"
 
     rows = metrics(40)
     rows[20] |= {key: value for key, value in metrics(20)[20].items() if key.startswith("eval/")}

@@ -62,8 +62,8 @@ def test_what_the_evaluation_is_and_its_prompts_are_said(full):
 def test_reward_hacking_is_named(tmp_path, no_charts):
     page = report(tmp_path, metrics(120, clean_gain=-0.12))
     assert (
-        "Clean correctness fell by 0.120 while overall correctness rose by 0.183: possible reward"
-        in page.text
+        "overall correctness rises to 0.523 while held-out judges fall (clean 0.360 to 0.320 since iteration "
+        "0): this may be reward hacking. Clean correctness fell: look for extra objects" in page.text
     )
 
 
@@ -103,8 +103,11 @@ def test_judges_stand_beside_the_reward_with_the_gap(tmp_path, no_charts, qualit
     assert difference == f"{quality:+.1f} ± {error:.1f}".replace("-", "−")
     assert shown == f"{gap.mean():.2f} ± {stats.sem(gap):.2f}".replace("-", "−")
     assert page.direction("Quality") == direction
-    warning = "Judge Quality fell by 6.0 while overall correctness rose by 0.183: possible reward hacking."
-    assert (warning in page.text) == said
+    warning = (
+        "Iteration 20: overall correctness rises to 0.553 while held-out judges fall (quality 50.000 to "
+    )
+    assert (f"{warning}47.000 since iteration 0): this may be reward hacking." in page.text) == said
+    assert ("hacking" in page.text) == said
     assert "Reward" in page.cells and "Clean" in page.cells
 
 

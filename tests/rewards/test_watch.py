@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from crd_fast.rewards.advantage import advantages, combine
-from crd_fast.run.report.held_out import changes, judged
+from crd_fast.run.report.advice import advice
+from crd_fast.run.report.held_out import changes, compared, ends
 from crd_fast.run.report.run import read_run
 from crd_fast.run.report.warnings import warnings
+from crd_fast.run.report.words import sentence
 from crd_fast.run.scores import Scores, scores_path, write_scores
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
@@ -133,13 +136,19 @@ def test_clean_pictures_are_a_judge(watch, tmp_path):
 JUDGES, EVALUATIONS = 4, 12
 
 
-def watched(folder, run, falls=lambda number: 0.0):
-    """What is warned of in a run in which the reward rises and one of the judges falls, the others do not."""
-    folder.mkdir()
-    watch = Watch(folder, 4, 4, evaluations=EVALUATIONS - 1)
+def evaluated(folder, falls, run=0):
+    """The evaluations of a run in which the reward rises and one of the judges falls, the others do not."""
     for number in range(EVALUATIONS):
         gains = {f"judge/{i}": 0.0 for i in range(JUDGES)} | {"judge/2": falls(number)}
-        watch.see(by_picture(folder, number + EVALUATIONS * run, **gains))
+        yield by_picture(folder, number + EVALUATIONS * run, **gains)
+
+
+def watched(folder, run, falls=lambda number: 0.0):
+    """What is warned of in it."""
+    folder.mkdir()
+    watch = Watch(folder, 4, 4, evaluations=EVALUATIONS - 1)
+    for record in evaluated(folder, falls, run):
+        watch.see(record)
     return watch.given.get("hacking", "")
 
 
@@ -161,19 +170,35 @@ def test_errors_that_are_not_known_say_nothing(watch):
     assert watch.see(evaluation(1, 0.5, {"a": 0.4}, error=0.0)) == []
 
 
-@pytest.mark.parametrize("fall", [0.0, -0.005, -0.03])
-def test_the_report_says_the_same(watch, tmp_path, fall):
-    """Of the first and the last evaluation, which are all there are."""
-    records = [by_picture(tmp_path, n, **{"judge/a": n * fall / 10, "judge/b": 0.0}) for n in (0, 10)]
-    for record in records:
-        watch.see(record)
-    (tmp_path / "config.yaml").write_text("rewards: {ocr: 1.0}\neval_rewards: {a: {}, b: {}}\n")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = read_run(tmp_path)
-    run.warned.clear()  # what was warned of while it ran is on the page as it is
-    said = any("possible reward hacking" in line for line in warnings(run, changes(run), judged(run)))
-    assert said == ("hacking" in watch.given)
-    assert said == (fall == -0.03)
+CONFIG = {"rewards": {"ocr": 1.0}, "train": {"iterations": 110}, "evaluate": {"every": 10}}
+# of one judge, in a run by its seed, and whether it is hacking
+FALLS = {
+    "nothing": (0, lambda number: 0.0, False),
+    "no more than so many comparisons": (54, lambda number: -0.004 * (number == 11), False),
+    "between": (0, lambda number: -0.03 * (4 <= number < 8), True),
+    "at the end": (0, lambda number: -0.03 * (number >= 9), True),
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_the_report_says_the_same(tmp_path, name):
+    """With and without what was warned of while it ran: the same sentence, once, or none."""
+    seed, fall, hacking = FALLS[name]
+    text = watched(tmp_path / "run", seed, fall)
+    assert bool(text) == hacking
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    records = evaluated(tmp_path / "run", fall, seed)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    run = read_run(tmp_path / "run")
+    assert [line for line in run.warned if "hacking" in line] == [text] * hacking
+    for warned in (run.warned, []):
+        run.warned = warned
+        found = [line for line in warnings(run, changes(run)) if "hacking" in line]
+        assert found == [sentence(text)] * hacking
+    assert hacking == any(one.metric == "eval/judge/2" for one in advice(run, changes(run)))
+    if seed:  # of the first and the last evaluation alone one would call it a fall
+        first, last = (row["iteration"] for row in ends(run))
+        assert compared(run, first, last, "judge/2").direction(among=JUDGES) < 0
 
 
 def test_a_resumed_run_knows_what_was_given(watch, tmp_path):

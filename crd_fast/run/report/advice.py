@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crd_fast.run.report.held_out import Change, Judged, best_before, exploited
+from crd_fast.run.report.held_out import Change, best_before, exploited
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits
 from crd_fast.run.scores import LEVEL, p_value
@@ -43,7 +43,6 @@ class Seen:
     run: Run
     rows: Sequence[dict]
     main: Change | None
-    judges: Sequence[Judged]
 
     def fifths(self, key: str) -> list[list[float]]:
         """The metric's finite values in five parts of the run; [] where it is in too few iterations."""
@@ -71,9 +70,9 @@ class Seen:
         return before, after, after > before and _by_chance(parts[0], parts[-1]) < LEVEL
 
 
-def advice(run: Run, found: Sequence[Change], judges: Sequence[Judged]) -> list[Advice]:
+def advice(run: Run, found: Sequence[Change]) -> list[Advice]:
     """What is off and what to try, the most general first."""
-    seen = Seen(run, run.trained, found[0] if found else None, judges)
+    seen = Seen(run, run.trained, found[0] if found else None)
     given = [rule(seen) for rule in RULES]
     return [one for one in given if one is not None]
 
@@ -212,13 +211,13 @@ def gradient_jumps(seen: Seen) -> Advice | None:
 
 
 def reward_is_exploited(seen: Seen) -> Advice | None:
-    both = exploited([seen.main] if seen.main else [], seen.judges)
-    if both is None:
+    fallen = exploited(seen.run)
+    if not fallen:
         return None
-    worst = both[1][0].change
+    fall = fallen[0]
     return Advice(
-        f"eval/{worst.name}",
-        f"{worst.before:.{worst.digits}f} to {worst.after:.{worst.digits}f}",
+        f"eval/{fall.judge}",
+        f"{fall.values} from iteration {fall.before['iteration']} to {fall.after['iteration']}",
         "a judge falls while the reward rises: the reward is being exploited",
         (
             f"a larger {seen.setting('loss.kl_beta')}",

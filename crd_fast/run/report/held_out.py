@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crd_fast.run.hacking import Fall, first_falls, planned_evaluations
 from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
@@ -283,13 +283,12 @@ def _behind(run: Run, name: str) -> tuple[float | None, Comparison | None]:
     return rise, behind
 
 
-def exploited(found: Sequence[Change], judges: Sequence[Judged]) -> tuple[Change, list[Judged]] | None:
-    """What the run is to raise, where it rose, and the judges that fell; None where none did."""
-    measures = [
-        *(change for change in found if change.name == "overall"),
-        *(row.change for row in judges[:1]),
-    ]
-    risen = next((change for change in measures if change.direction == "up"), None)
-    others = [row for row in judges if not row.trained]
-    fallen = [row for row in others if row.change.fell(among=len(others))]
-    return (risen, fallen) if risen and fallen else None
+def exploited(run: Run) -> list[Fall]:
+    """The judges that fell while what the run trains on rose, where the alarm first finds any in this run."""
+    rewards, train, evaluate = (run.config.get(name) or {} for name in ("rewards", "train", "evaluate"))
+    iterations, every = train.get("iterations"), evaluate.get("every")
+    evaluations = 1
+    if isinstance(iterations, int) and isinstance(every, int) and iterations > 0:
+        evaluations = planned_evaluations(iterations, every)
+    records = [row for row in run.evaluated if f"eval/{REWARD}" in row]
+    return first_falls(records, rewards, evaluations, run.scores.get)

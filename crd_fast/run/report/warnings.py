@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 
+from crd_fast.run.hacking import said_of
 from crd_fast.run.report.held_out import (
     NOT_CATEGORIES,
     Change,
-    Judged,
     best_before,
     ends,
     exploited,
@@ -18,7 +18,7 @@ from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import digits, label, sentence
 
 
-def warnings(run: Run, found: list[Change], judges: list[Judged]) -> list[str]:
+def warnings(run: Run, found: list[Change]) -> list[str]:
     """Sentences, the most general first."""
     said = list(run.problems)
     if run.planned and run.metrics and run.metrics[-1]["iteration"] < run.planned:
@@ -29,7 +29,7 @@ def warnings(run: Run, found: list[Change], judges: list[Judged]) -> list[str]:
             f"{shared} of the evaluated prompts {'is' if shared == 1 else 'are'} among those for training: "
             "what is said of them does not show what the model does with others."
         )
-    said += _not_paired(run) + [sentence(line) for line in run.warned] + _hacking(found, judges)
+    said += _not_paired(run) + _warned(run)
     categories = [change for change in found if change.name not in NOT_CATEGORIES]
     for change in categories:
         if change.fell(among=len(categories)):
@@ -52,21 +52,13 @@ def _not_paired(run: Run) -> list[str]:
     return []
 
 
-def _hacking(found: list[Change], judges: list[Judged]) -> list[str]:
-    """What the reward does not ask for fell while it rose."""
-    both = exploited(found, judges)
-    if both is None:
-        return []
-    risen, fallen = both
-    said = []
-    for row in fallen:
-        clean = row.change.name == "clean"
-        said.append(
-            f"{'Clean correctness' if clean else f'Judge {row.label}'} fell by {_size(row.change)} while "
-            f"{'overall correctness' if risen.name == 'overall' else 'the reward'} rose by "
-            f"{_size(risen)}: possible reward hacking."
-            f"{' Look for extra objects in the samples.' if clean else ''}"
-        )
+def _warned(run: Run) -> list[str]:
+    """While it ran, and of hacking also where the run's file of warnings has nothing of it."""
+    fallen = exploited(run)
+    alarm = [said_of(fallen)] if fallen else []
+    said = [sentence(line) for line in [*run.warned, *(line for line in alarm if line not in run.warned)]]
+    if any(fall.judge == "clean" for fall in fallen):
+        said.append("Clean correctness fell: look for extra objects in the samples.")
     return said
 
 
