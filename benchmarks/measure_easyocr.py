@@ -1,9 +1,9 @@
 """What a second reader, `easyocr`, reads beside `ocr`: `python -m benchmarks.measure_easyocr`.
 
 The 200 words of benchmarks/measure_ocr.py, and 500 held-out signs as `builtin-ocr` was taught them, 20 pixels
-high; with `--scenes` instead, so many of the words on larger canvases, which both have to find first. Exact is
-without case, as the scores are. Seconds are processor time of one core in batches of 24; `--no-time` leaves
-them out.
+high. With `--scenes 100` so many of the words instead, on larger canvases, where both readers have to find
+them. Exact is without case, as the scores are. Seconds are processor time of one core in batches of 24;
+`--no-time` leaves them out.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def compare(images: list[np.ndarray], wanted: list[str], **settings) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-time", action="store_true", help="leave the seconds out: the machine is busy")
-    parser.add_argument("--scenes", type=int, default=0, help="words that are looked for on larger canvases")
+    parser.add_argument("--scenes", type=int, default=0, help="words looked for on larger canvases")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"cpu": cpu_name(), "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
+    result: dict = {"cpu": cpu_name(), "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
     chosen = cases()
     if arguments.scenes:
         path, kinds, settings = SCENES, ["scenes"], {"mode": "scene", "side": min(CANVAS)}

@@ -41,17 +41,17 @@ class Craft(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
                 channels = width
             layers.append(nn.MaxPool2d(2))
-        self.basenet = nn.Module()  # named as in the file
+        self.basenet = nn.ModuleDict()  # named as in the file
         for i, (start, stop) in enumerate(itertools.pairwise((0, 12, 19, 29, 39)), start=1):
             named = OrderedDict((str(k), layers[k]) for k in range(start, stop))
-            self.basenet.add_module(f"slice{i}", nn.Sequential(named))
-        self.basenet.slice5 = nn.Sequential(
+            self.basenet[f"slice{i}"] = nn.Sequential(named)
+        self.basenet["slice5"] = nn.Sequential(
             nn.MaxPool2d(3, stride=1, padding=1),
             nn.Conv2d(512, 1024, 3, padding=6, dilation=6),
             nn.Conv2d(1024, 1024, 1),
         )
-        for i, (wide, narrow) in enumerate(((1536, 512), (768, 256), (384, 128), (192, 64)), start=1):
-            self.add_module(f"upconv{i}", Joined(wide, narrow))
+        widths = ((1536, 512), (768, 256), (384, 128), (192, 64))
+        self.upconv1, self.upconv2, self.upconv3, self.upconv4 = (Joined(*both) for both in widths)
         self.conv_cls = nn.Sequential(
             *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
@@ -61,14 +61,15 @@ class Craft(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        base = self.basenet
-        quarter = base.slice2(half := base.slice1(pixels))
-        sixteenth = base.slice4(eighth := base.slice3(quarter))
-        x = self.upconv1(torch.cat([base.slice5(sixteenth), sixteenth], dim=1))
+        finer = []
+        for of_slice in self.basenet.values():
+            finer.append(pixels := of_slice(pixels))
+        half, quarter, eighth, sixteenth, last = finer
+        x = self.upconv1(torch.cat([last, sixteenth], dim=1))
         # the first layer of the next slice is a ReLU that works in place where this was trained
-        for joined, finer in ((self.upconv2, eighth), (self.upconv3, quarter), (self.upconv4, half)):
-            x = interpolate(x, finer.shape[2:], mode="bilinear", align_corners=False)
-            x = joined(torch.cat([x, relu(finer)], dim=1))
+        for joined, skip in ((self.upconv2, eighth), (self.upconv3, quarter), (self.upconv4, half)):
+            x = interpolate(x, skip.shape[2:], mode="bilinear", align_corners=False)
+            x = joined(torch.cat([x, relu(skip)], dim=1))
         return self.conv_cls(x)
 
 
