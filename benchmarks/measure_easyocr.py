@@ -1,7 +1,8 @@
 """What a second reader, `easyocr`, reads beside `ocr`: `python -m benchmarks.measure_easyocr`.
 
 The 200 words of benchmarks/measure_ocr.py, and 500 held-out signs as `builtin-ocr` was taught them, 20 pixels
-high. Exact is without case, as the scores are. Seconds are processor time of one core in batches of 24;
+high. With `--scenes 100` so many of the words instead, on larger canvases, where both readers have to find
+them. Exact is without case, as the scores are. Seconds are processor time of one core in batches of 24;
 `--no-time` leaves them out.
 """
 
@@ -21,7 +22,8 @@ from crd_fast.rewards.ocr import OCR, TextReward, normalized, text_score
 from crd_fast.run.machine import cpu_name, git_commit
 
 SIGNS = 500
-RESULT = RESULTS / "easyocr.json"
+CANVAS = (256, 384)
+RESULT, SCENES = RESULTS / "easyocr.json", RESULTS / "easyocr-scenes.json"
 
 
 def read(reward: TextReward, images: list[np.ndarray]) -> tuple[list[str], float]:
@@ -32,9 +34,10 @@ def read(reward: TextReward, images: list[np.ndarray]) -> tuple[list[str], float
     return texts, (time.process_time() - started) / len(images)
 
 
-def compare(images: list[np.ndarray], wanted: list[str]) -> dict:
+def compare(images: list[np.ndarray], wanted: list[str], **settings) -> dict:
+    """settings: of both readers."""
     exact, found = {}, {}
-    for name, reward in (("ocr", OCR(mode="word")), ("easyocr", EasyOCR())):
+    for name, reward in (("ocr", OCR(**settings)), ("easyocr", EasyOCR(**settings))):
         texts, seconds = read(reward, images)
         pairs = [(normalized(text), normalized(word)) for text, word in zip(texts, wanted)]
         exact[name] = np.array([text == word for text, word in pairs])
@@ -51,26 +54,33 @@ def compare(images: list[np.ndarray], wanted: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-time", action="store_true", help="leave the seconds out: the machine is busy")
+    parser.add_argument("--scenes", type=int, default=0, help="words looked for on larger canvases")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    result: dict = {"cpu": cpu_name(), "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
     chosen = cases()
-    rng = np.random.default_rng(0)
-    words = [str(word) for word in rng.choice(signs.words(held_out=True), SIGNS)]
-    result = {
-        "cpu": cpu_name(),
-        "commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "words": compare([render(**case) for case in chosen], [case["text"] for case in chosen]),
-        "signs": compare([signs.render(word, None, None, rng) for word in words], words),
-    }
-    empty, reward = blanks_and_noise(), EasyOCR()
+    if arguments.scenes:
+        path, kinds, settings = SCENES, ["scenes"], {"mode": "scene", "side": min(CANVAS)}
+        chosen = chosen[: arguments.scenes]
+        images = [render(**case, canvas=CANVAS) for case in chosen]
+        result |= {"canvas": CANVAS, "side": min(CANVAS)}
+        result["scenes"] = compare(images, [case["text"] for case in chosen], **settings)
+    else:
+        path, kinds, settings = RESULT, ["words", "signs"], {"mode": "word"}
+        rng = np.random.default_rng(0)
+        words = [str(word) for word in rng.choice(signs.words(held_out=True), SIGNS)]
+        images = [render(**case) for case in chosen]
+        result["words"] = compare(images, [case["text"] for case in chosen], **settings)
+        images = [signs.render(word, None, None, rng) for word in words]
+        result["signs"] = compare(images, words, **settings)
+    empty, reward = blanks_and_noise(), EasyOCR(**settings)
     scores = [reward.score(image[None], ['a sign that says "CAT"'], [{}])[0] for image in empty]
     result |= {"blank_and_noise_images": len(empty), "blank_and_noise_highest_score": max(scores)}
     if arguments.no_time:
-        for kind in ("words", "signs"):
+        for kind in kinds:
             for name in ("ocr", "easyocr"):
                 del result[kind][name]["cpu_seconds_a_picture"]
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

