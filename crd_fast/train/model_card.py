@@ -23,7 +23,6 @@ from crd_fast.run.report.held_out import (
     change_of,
     changes,
     headline,
-    judged,
     prompts_note,
 )
 from crd_fast.run.report.run import Run, read_run
@@ -128,10 +127,10 @@ def said_of(run: Run | None) -> dict[str, Any]:
     """Headline, table, notes, warnings and facts of a run."""
     if run is None or not run.metrics:
         return {"headline": "", "rows": [], "notes": [], "warnings": [], "facts": []}
-    found, judges = changes(run), judged(run)
+    found = changes(run)
     notes = [prompts_note(run), base_note(run)] if run.evaluated else []
     # that it went on after this checkpoint is no fault of the checkpoint's
-    said = [line for line in warnings(run, found, judges) if not line.startswith("This run has done")]
+    said = [line for line in warnings(run, found) if not line.startswith("This run has done")]
     return {
         "headline": without_folders(headline(run, found)),
         "rows": rows(run),
