@@ -18,6 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from crd_fast.config import Recipe
+from crd_fast.models.checkpointing import recomputed_blocks
 from crd_fast.models.streaming import repeated_blocks
 from crd_fast.plan.live_bytes import LiveBytes, Peak
 
@@ -46,19 +48,10 @@ class Forward:
 class Blocks:
     """The repeated blocks of a network, whose `forward` is replaced while a plan is made.
 
-    streamed: their weights come when a block runs. recomputed: the blocks that are checkpointed. layers:
-    tells sets of weights apart whose layers differ, adapted or not. flops: where they are counted.
+    layers: tells sets of weights apart whose layers differ, adapted or not. flops: where they are counted.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        mode: FakeTensorMode,
-        live: LiveBytes,
-        flops: Any,
-        streamed: bool,
-        recomputed: list[nn.Module],
-    ):
+    def __init__(self, network: nn.Module, recipe: Recipe, mode: FakeTensorMode, live: LiveBytes, flops: Any):
         self.mode, self.live, self.flops = mode, live, flops
         self.layers: Callable[[], object] = lambda: None
         self.forwards: dict[tuple, Forward] = {}
@@ -66,11 +59,12 @@ class Blocks:
         self._open: tuple[str, Peak] | None = None  # the phase's peak before a span of the backward pass
         self._last: dict[int, tuple[tuple, bool]] = {}  # by block: its recomputation is as its forward was
         blocks = repeated_blocks(network)
+        recomputed = recomputed_blocks(network, recipe.train.checkpointing)
         signatures = [(block in recomputed, *_signature(block)) for block in blocks]
         counts = Counter(signatures)
         # the backward pass begins at the last, whose weights, where they are streamed, are not there yet; the
         # one before it is what the others are like
-        ends = 2 if streamed else 1
+        ends = 2 if recipe.model.streaming else 1
         left = Counter(counts)
         for index, (block, signature) in enumerate(zip(blocks, signatures)):
             left[signature] -= 1

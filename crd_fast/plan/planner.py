@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
-from crd_fast.models.checkpointing import recomputed_blocks
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.streaming import pinned_bytes
 from crd_fast.plan.blocks import Blocks
@@ -159,10 +158,7 @@ class Planner:
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
-        recomputed = recomputed_blocks(self.network, recipe.train.checkpointing)
-        self.blocks = Blocks(
-            self.network, self.mode, self.live, self.flops, recipe.model.streaming, recomputed
-        )
+        self.blocks = Blocks(self.network, recipe, self.mode, self.live, self.flops)
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
