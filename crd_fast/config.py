@@ -106,6 +106,11 @@ class Recipe(Section):
             )
         if self.evaluate.weights == "ema" and self.snapshots.ema is None:
             raise ValueError("evaluate.weights: ema needs a decay in snapshots.ema, like 0.99; got null")
+        if self.evaluate.features is not None and (self.evaluate.drift or 1) <= 1:
+            raise ValueError(
+                "evaluate.features: expected null without a guidance scale above 1 in evaluate.drift, got "
+                f"{self.evaluate.features}"
+            )
         count = self.train.timesteps
         if count != "all" and not 1 <= count <= len(self.training_steps()):
             raise ValueError(

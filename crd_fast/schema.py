@@ -379,6 +379,9 @@ class EvaluateConfig(Section):
     """A guidance scale, like that which the model is used with: evaluations also measure how far the weights
     are from the pretrained model with it and without, whatever `loss` is anchored to. 1: without alone; null:
     neither. Three forwards a picture."""
+    features: Place | None = None
+    """`random`, or a CLIP model, whose features of the pictures are compared with those of the pretrained
+    model at the guidance scale `drift`, which are drawn once; null: not compared."""
 
     @field_validator("resolution", mode="before")
     @classmethod

@@ -44,7 +44,7 @@ class Cost:
     evaluations: int  # in the whole run
     evaluated: int  # pictures of one evaluation
     evaluation_flops: float  # of one
-    guided_base_flops: float  # of the base with guidance, evaluated once; 0 where it is not
+    guided_base_flops: float  # of the base with guidance, drawn once; 0 where it is not
     checkpoint_evaluations: int  # up to the first checkpoint
     reward_seconds: float  # of one picture, on the CPU
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
@@ -187,6 +187,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     row_flops = plan.evaluation_row_flops or plan.row_flops
     flops = row_flops["sampler"] * forwards + row_flops["decode"]
     guided = row_flops["sampler"] * 2 * recipe.evaluate.steps + row_flops["decode"]
+    of_guided_base = bool(recipe.guided_base) + (recipe.evaluate.features is not None and every > 0)
     return Cost(
         plan,
         card,
@@ -198,7 +199,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         evaluations=evaluations(every, iterations, iterations),
         evaluated=evaluated,
         evaluation_flops=evaluated * flops,
-        guided_base_flops=evaluated * guided if recipe.guided_base else 0.0,
+        guided_base_flops=evaluated * guided * of_guided_base,
         checkpoint_evaluations=evaluations(every, first, iterations),
         reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
         prompts=_encoded_prompts(recipe),

@@ -9,12 +9,25 @@ import torch
 
 from crd_fast.run.observer import Observer
 from crd_fast.seeds import DRIFT, generator, seed_table, seeded_noise
-from crd_fast.train.evaluate import EVALUATION_SEED, Evaluation
+from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity, unconditional
 from crd_fast.train.micro_batch import MicroBatch, release_memory
+from crd_fast.weights.base import Weights
 
 LEVELS = 4  # noise levels, spread over the evaluation's own steps
 GUIDED, UNGUIDED = "drift/guided", "drift/unguided"
+
+
+def with_drift(found: Evaluated, evaluation: Evaluation, weights: Weights, observer: Observer) -> Evaluated:
+    """The same with the distance to the pretrained model, where the recipe asks for it."""
+    if found.latents is None:
+        return found
+    drift = Drift(evaluation, found.latents, observer)
+    with observer.phase("drift", 2 * len(found.latents)):
+        with weights.use(evaluation.recipe.evaluate.weights):
+            drift.predict()
+        with weights.use("reference"):
+            return found.with_values(drift.distances())
 
 
 class Drift:

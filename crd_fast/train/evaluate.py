@@ -126,14 +126,17 @@ class Evaluation:
 
     def run_guided(self, guidance_scale: float, observer: Observer = NOBODY) -> Evaluated:
         """The same with another guidance scale, of which the recipe's own evaluations know nothing."""
+        return self.run_with(self.guided(guidance_scale), observer)
+
+    def guided(self, guidance_scale: float) -> Sampling:
+        """As evaluations are sampled, but for the guidance."""
         # guided forwards are twice as large; whether these fit says nothing about others
         size = max(1, self.micro_batch.size // 2)
         config = self.recipe.evaluate.model_copy(update={"guidance_scale": guidance_scale})
-        micro_batch = MicroBatch(size, self.micro_batch.fixed)
-        return self.run_with(Sampling.of(self.recipe, config, self.empty, micro_batch), observer)
+        return Sampling.of(self.recipe, config, self.empty, MicroBatch(size, self.micro_batch.fixed))
 
-    def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
-        """The same, sampled otherwise."""
+    def pictures(self, sampling: Sampling, observer: Observer = NOBODY) -> tuple[np.ndarray, torch.Tensor]:
+        """All pictures, uint8 (N, height, width, 3), and the latents of this rank's own."""
         own = self.own_rows()
         latents = generate(
             self.model,
@@ -145,7 +148,11 @@ class Evaluation:
         )
         # a few at a time: as floats, the images of an evaluation would take gigabytes
         images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
-        images = self.ranks.gather(images)[: len(self)]
+        return self.ranks.gather(images)[: len(self)], latents
+
+    def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
+        """The same, sampled otherwise."""
+        images, latents = self.pictures(sampling, observer)
         kept = None if self.recipe.evaluate.drift is None else latents
         if not self.ranks.main:
             return Evaluated({}, images, latents=kept)

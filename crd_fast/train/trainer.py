@@ -32,8 +32,9 @@ from crd_fast.run.scores import guided_base_path, scores_path
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.train.checkpoints import Checkpoints
-from crd_fast.train.drift import Drift
+from crd_fast.train.drift import with_drift
 from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics
+from crd_fast.train.features import FeatureDistance
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import IterationRollout
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
@@ -97,6 +98,9 @@ class Trainer:
         self.rewards.check(self.prompts.entries())
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
+        self.features = None
+        if evaluates and recipe.evaluate.features is not None:
+            self.features = FeatureDistance(recipe, output, self.ranks, self.observer)
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(
@@ -318,7 +322,9 @@ class Trainer:
             used = self.weights.use(self.recipe.evaluate.weights)
             with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
-            found = self._with_drift(evaluation, found)
+            found = with_drift(found, evaluation, self.weights, self.observer)
+            if self.features is not None:
+                found = self.features.measured(evaluation, self.weights, found)
             seconds = {"seconds_eval": time.perf_counter() - started}
             guided = self._guided_base(evaluation)
             if guided is not None:
@@ -338,17 +344,6 @@ class Trainer:
         self._log(record, grid)
         self.checkpoints.evaluated(record)
         self.observer.evaluated(record)
-
-    def _with_drift(self, evaluation: Evaluation, found: Evaluated) -> Evaluated:
-        """The same with the distance to the pretrained model, where the recipe asks for it."""
-        if found.latents is None:
-            return found
-        drift = Drift(evaluation, found.latents, self.observer)
-        with self.observer.phase("drift", 2 * len(found.latents)):
-            with self.weights.use(self.recipe.evaluate.weights):
-                drift.predict()
-            with self.weights.use("reference"):
-                return found.with_values(drift.distances())
 
     def _guided_base(self, evaluation: Evaluation) -> Evaluated | None:
         """Before training, what the pretrained model does with guidance, where the recipe asks for it."""

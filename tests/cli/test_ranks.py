@@ -17,7 +17,7 @@ from crd_fast.run.metrics import MEASURED
 from tests.forked import main_of, two_ranks
 
 SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
-SETTINGS += ("--set", "evaluate.drift=4.5")
+SETTINGS += ("--set", "evaluate.drift=4.5", "--set", "evaluate.features=random")
 
 
 def records(run):

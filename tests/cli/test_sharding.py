@@ -16,7 +16,7 @@ from tests.cli.conftest import metrics
 from tests.forked import main_of, two_ranks
 
 FULL = ["model.method=full", "rollout.prompts_per_iteration=4", "train.steps_per_iteration=2"]
-FULL += ["snapshots.ema=0.9", "evaluate.drift=4.5"]
+FULL += ["snapshots.ema=0.9", "evaluate.drift=4.5", "evaluate.features=random"]
 # Ranks must meet in every forward: here a rank may have no anchored pair in a micro-batch, groups are more
 # than a micro-batch, and of 5 pictures in micro-batches of 2 one rank has a micro-batch less than the other.
 UNEVEN = [

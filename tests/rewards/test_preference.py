@@ -13,6 +13,7 @@ from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.clip import MEAN, STD, Clip, preprocess
 from crd_fast.rewards.preference import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
+from crd_fast.train.features import AT_ONCE, picture_features
 from tests.rewards.preference_models import (
     SIDE,
     OpenClip,
@@ -273,3 +274,13 @@ def test_settings_are_checked():
     for kind in (PickScore, CLIPScore, Aesthetic, HPSv2, ImageReward):
         with pytest.raises(UserError, match="batch: expected at least 1, got 0"):
             kind(batch=0)
+
+
+def test_pictures_of_evaluations_have_clips_features(clip_folder, images):
+    clip = Clip("some", str(clip_folder), None, "cpu")
+    many = np.concatenate([images] * (AT_ONCE // len(images) + 1))  # more than go through at once
+    found = picture_features(str(clip_folder))(many)
+    with torch.no_grad():
+        expected = clip.images(preprocess(images, clip.size))
+    assert found.shape == (len(many), 16) and found.dtype == np.float64
+    assert found[-len(images) :] == pytest.approx(expected.numpy(), abs=1e-5)

@@ -11,7 +11,7 @@ from crd_fast.models import load_model
 from crd_fast.run.metrics import MEASURED
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.seeds import seeded_noise
-from crd_fast.train.drift import Drift
+from crd_fast.train.drift import Drift, with_drift
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 from tests.training.test_ema import KINDS
@@ -40,7 +40,7 @@ def test_it_is_the_mean_squared_distance_to_the_pretrained_velocities(kind, tmp_
         for parameter in trainer.weights.trained():
             parameter.add_(0.02 * torch.randn_like(parameter))
     trainer.weights.stepped()
-    found = trainer._with_drift(evaluation, evaluation.run())
+    found = with_drift(evaluation.run(), evaluation, trainer.weights, trainer.observer)
 
     pretrained = load_model(settings, [])
     drift = Drift(evaluation, found.latents, trainer.observer)
@@ -101,7 +101,7 @@ def test_where_memory_runs_out_it_goes_on_with_less(tmp_path, monkeypatch):
         for parameter in trainer.weights.trained():
             parameter.add_(0.02 * torch.randn_like(parameter))
     evaluated, velocity = trainer.evaluation.run(), trainer.model.velocity
-    expected = trainer._with_drift(trainer.evaluation, evaluated)
+    expected = with_drift(evaluated, trainer.evaluation, trainer.weights, trainer.observer)
 
     def small(x, *rest):
         if len(x) > 2:
@@ -109,6 +109,6 @@ def test_where_memory_runs_out_it_goes_on_with_less(tmp_path, monkeypatch):
         return velocity(x, *rest)
 
     monkeypatch.setattr(trainer.model, "velocity", small)
-    found = trainer._with_drift(trainer.evaluation, evaluated)
+    found = with_drift(evaluated, trainer.evaluation, trainer.weights, trainer.observer)
     for name in ("drift/guided", "drift/unguided"):
         assert found.scores.values[name] == pytest.approx(expected.scores.values[name], rel=1e-4)
