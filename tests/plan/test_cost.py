@@ -97,6 +97,12 @@ def test_hours_are_flops_over_the_cards_peak(recipe):
     without = run_cost(recipe, None, "h100", "evaluate.guided_base=false", efficiency=0.25)
     assert without.hours == pytest.approx(found.hours - guided / 3600)
     assert found.flops - without.flops == pytest.approx(40 * 22e13)
+    # drift takes three forwards a picture, or two; features draw the guided base's pictures once
+    drifts = [run_cost(recipe, None, "h100", f"evaluate.drift={scale}") for scale in (4.5, 1)]
+    of_one = [drift.evaluation_flops - found.evaluation_flops for drift in drifts]
+    assert of_one == pytest.approx([40 * 3e13, 40 * 2e13])
+    asked = ("evaluate.drift=4.5", "evaluate.features=random", "evaluate.guided_base=false")
+    assert run_cost(recipe, None, "h100", *asked).guided_base_flops == pytest.approx(40 * 22e13)
     # the first one comes after 20 minutes, or after 10 iterations
     first = math.ceil(20 * 60 / found.iteration)
     assert first < 10
