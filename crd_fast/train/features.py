@@ -109,7 +109,7 @@ def random_features(images: np.ndarray) -> np.ndarray:
     found = []
     for start in range(0, len(images), AT_ONCE):
         x = torch.from_numpy(images[start : start + AT_ONCE]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = F.adaptive_avg_pool2d(x, tuple(min(side, SIDE) for side in x.shape[2:]))
+        x = F.adaptive_avg_pool2d(x, (min(x.shape[2], SIDE), min(x.shape[3], SIDE)))
         for place, weight in enumerate(weights):
             x = F.relu(F.conv2d(F.avg_pool2d(x, 2, ceil_mode=True) if place else x, weight, padding=1))
         found.append(F.adaptive_avg_pool2d(x, CELLS).flatten(1))
