@@ -4,6 +4,7 @@ NVIDIA: from the cubin, with the cuobjdump and nvdisasm that ship with triton. A
 binary was made of.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -55,10 +56,11 @@ def write(kernel, folder, label):
             content = content.encode() if isinstance(content, str) else content
             (folder / f"{label}.{kind}").write_bytes(content)
     if "cubin" in kernel.asm:
-        (folder / f"{label}.sass").write_text(_tool("nvdisasm", [], kernel.asm["cubin"]))
+        (folder / f"{label}.sass").write_text(_tool("nvdisasm", kernel.asm["cubin"]))
 
 
-def _tool(name, options, cubin):
+@functools.cache  # one kernel is read and written, and cases share some
+def _tool(name, cubin, *options):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -74,11 +76,11 @@ def nvidia_accesses(code):
 
 
 def _nvidia(kernel, target):
-    usage = _tool("cuobjdump", ["-res-usage"], kernel.asm["cubin"])
+    usage = _tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
     registers, stack, local = (
         int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "LOCAL")
     )
-    code = _tool("nvdisasm", [], kernel.asm["cubin"])
+    code = _tool("nvdisasm", kernel.asm["cubin"])
     loads, stores = Counter(), Counter()
     for kind, bits in nvidia_accesses(code):
         (loads if kind == "LDG" else stores)[bits] += 1

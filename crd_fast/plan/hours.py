@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from crd_fast.config import Recipe, build_recipe
@@ -20,6 +21,7 @@ LESS = (
     "rollout.steps=5",
 )
 # Then the batch, down to a group of 8, iterations and pictures, each value where the recipe has more.
+# Pictures come last: smaller ones are another task, where the rest makes the same one noisier or shorter.
 FEWER = {
     "rollout.samples_per_prompt": (16, 12, 8),
     "rollout.prompts_per_iteration": (32, 24, 16, 12),
@@ -27,6 +29,7 @@ FEWER = {
     "rollout.resolution": (384, 256),
 }
 ROOM = ("train.micro_batch", "rollout.micro_batch", "train.kept_graphs", "train.checkpointing")
+FEWEST = 75  # iterations, where that spares the pictures a step; where it does not, the run keeps its 100
 
 
 def within(
@@ -45,33 +48,36 @@ def within(
     *_, found = fit(recipe, memory, savings)
     fitting = [o for o in found.overrides if o.partition("=")[0] not in ROOM]
     base = build_recipe(recipe.model_dump(), fitting)
-    planner, planned = Planner(base), base
     rungs = [[], *_rungs(base)]
-    for overrides in rungs:
-        changed = build_recipe(base.model_dump(), overrides)
-        if changed.rollout.resolution != planned.rollout.resolution:
-            planner, planned = Planner(changed), changed
+    planners: dict[str, Planner] = {}  # by size of picture: the rest of a rung is no part of the model
+
+    def suffices(rung: list[str]) -> bool:
+        changed = build_recipe(base.model_dump(), rung)
+        size = str(changed.rollout.resolution)
+        planner = planners[size] = planners.get(size) or Planner(changed)
         planner.recipe = changed
         group = changed.rollout.samples_per_prompt
         plan = planner.plan(min(found.plan.micro_batch, group), found.plan.rollout_micro_batch)
         takes = cost(changed, plan, card, efficiency)
         if takes.hours is None:
             raise UserError("--hours: expected train.precision bf16, got fp32, which has no estimate")
-        if takes.hours <= hours:
-            break
+        return takes.hours <= hours
 
-    def fitted(overrides: list[str]) -> Fit:
-        anew = [*overrides, "train.micro_batch=auto", "rollout.micro_batch=auto"]
+    def fitted(rung: list[str]) -> Fit:
+        anew = [*rung, "train.micro_batch=auto", "rollout.micro_batch=auto"]
         *_, found = fit(build_recipe(base.model_dump(), anew), memory, savings)
-        found.overrides = [*fitting, *overrides, *found.overrides]
+        found.overrides = [*fitting, *rung, *found.overrides]
         return found
 
-    chosen = fitted(overrides)
-    for fewer in reversed(rungs[: rungs.index(overrides)]):  # enough where fewer blocks are checkpointed
-        found = fitted(fewer)
-        if _takes(recipe, found, card, efficiency) > hours:
+    # each rung computes less than those before it: the first that suffices is found by halves
+    first = 0 if suffices(rungs[0]) else 1 + bisect_left(rungs[1:-1], True, key=suffices)
+    first = min(first, len(rungs) - 1)
+    chosen = fitted(rungs[first])
+    for rung in reversed(rungs[:first]):  # enough where fewer blocks are checkpointed
+        above = fitted(rung)
+        if _takes(recipe, above, card, efficiency) > hours:
             break
-        chosen = found
+        chosen = above
     return chosen
 
 
@@ -91,6 +97,9 @@ def _rungs(recipe: Recipe) -> Iterator[list[str]]:
         before, current = list(taken), getattr(getattr(recipe, section), name)
         for value in values if isinstance(current, int) else ():  # pictures that are not square stay
             if value < current:
+                if name == "resolution" and recipe.train.iterations > FEWEST:
+                    others = [override for override in taken if not override.startswith("train.iterations=")]
+                    yield [*others, f"train.iterations={FEWEST}"]
                 taken = [*before, f"{key}={value}"]
                 yield list(taken)
 

@@ -1,8 +1,8 @@
 """Every public function under torch.compile with Inductor, and exported.
 
-test_compiled.py runs this in a process of its own, since what goes wrong there may end the process.
+test_compiled.py runs this in processes of its own, since what goes wrong there may end the process.
 
-    python compiled_ops.py NAME
+    python compiled_ops.py NAME ...
 """
 
 import sys
@@ -131,8 +131,9 @@ def main(name):
 
     exported = torch.export.export(Module(), (x["policy"], x)).module()
     same(exported(x["policy"], x), function(x["policy"], x), "export")
-    print("ok")
+    print(name, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        main(name)

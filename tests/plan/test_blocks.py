@@ -1,14 +1,15 @@
 """Equal blocks that are run once, against the same network with every block run."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from crd_fast.config import build_recipe
 from crd_fast.plan import blocks
-from crd_fast.plan.fit import SAVINGS, fit
+from crd_fast.plan.fit import SAVINGS, Fit, fit
 from crd_fast.plan.planner import Planner
-from tests.models.conftest import own_cache, tiny  # noqa: F401
+from tools.card_recipes import published
 
 DEEP = {"path": "builtin", "lora_rank": 4}
 
@@ -36,7 +37,7 @@ def both(settings, micro_batches, monkeypatch):
 def test_plans_are_the_same_to_the_byte(monkeypatch, overrides):
     """The built-in model has five blocks, of which four are equal."""
     values = {"model": DEEP, "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 6, "steps": 3}}
-    once, each = both(build_recipe(values, overrides), (1, 4, 6), monkeypatch)
+    once, each = both(build_recipe(values, overrides), (4, 6), monkeypatch)
     assert once == each
 
 
@@ -60,13 +61,18 @@ def test_equal_blocks_are_run_once(monkeypatch):
     assert len(replayed) > 5
 
 
-def test_a_verdict_names_no_setting_twice(tiny):  # noqa: F811
+def test_a_verdict_names_no_setting_twice(monkeypatch):
     """int8 and then nf4: the second takes the place of the first."""
-    values = {"model": {"path": str(tiny("sd3")), "text_length": 8}, "rollout": {"resolution": 64}}
-    fits = list(fit(build_recipe(values), 1 << 20))
+
+    def largest(settings, memory):
+        phases = {"update": SimpleNamespace(bytes=2 * memory)}
+        return Fit(["train.micro_batch=1", "rollout.micro_batch=1"], SimpleNamespace(phases=phases), memory)
+
+    monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
+    fits = list(fit(published("flux.1-dev"), 1 << 20))
     settings = [[override.partition("=")[0] for override in found.overrides] for found in fits]
     assert all(len(set(names)) == len(names) for names in settings)
-    assert "model.quantization=int8" in fits[1].overrides
+    assert any("model.quantization=int8" in found.overrides for found in fits)
     assert "model.quantization=nf4" in fits[-1].overrides and "model.streaming=true" in fits[-1].overrides
     assert {saving for saving in SAVINGS if "quantization" in saving} == {
         "model.quantization=int8",
@@ -74,10 +80,10 @@ def test_a_verdict_names_no_setting_twice(tiny):  # noqa: F811
     }
 
 
-@pytest.mark.parametrize("path, method", [("builtin", "full"), ("builtin", "lora"), ("sd3.5-medium", "lora")])
-def test_a_second_plan_is_the_first(recipe, path, method):
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_second_plan_is_the_first(recipe, method):
     """The first block, whose inputs need no gradient where adapters are trained, is replayed then as well."""
-    planner = Planner(recipe(path, f"model.method={method}", "train.precision=fp32"))
+    planner = Planner(recipe("builtin", f"model.method={method}", "train.precision=fp32"))
     first, second = planner.plan(2, 2), planner.plan(2, 2)
     assert second.to_json() == first.to_json()
     assert first.row_flops["backward"] > first.row_flops["policy_with_gradient"]

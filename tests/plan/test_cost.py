@@ -39,10 +39,16 @@ def counted(real, recipe, micro_batch):
     return rows.rows, flops.total
 
 
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
-@pytest.mark.parametrize("micro_batch", [GROUP, 4])
 @pytest.mark.parametrize(
-    "less", ["train.kept_graphs=none", "train.kept_graphs=device", "train.backward_fraction=0.5"]
+    "micro_batch, checkpointing, less",
+    [
+        (GROUP, "true", "train.kept_graphs=none"),
+        (GROUP, "false", "train.backward_fraction=0.5"),
+        (4, "false", "train.kept_graphs=none"),
+        (4, "true", "train.kept_graphs=none"),
+        (4, "true", "train.kept_graphs=device"),  # a group that is not split has one graph anyway
+        (4, "true", "train.backward_fraction=0.5"),
+    ],
 )
 def test_rows_and_their_flops_are_those_of_a_real_update(recipe, micro_batch, checkpointing, less):
     settings = recipe("builtin", *PLAIN[:1], f"train.checkpointing={checkpointing}", less)

@@ -28,11 +28,6 @@ def test_micro_batches_are_the_largest_that_fit(recipe):
     assert update >= 3
 
 
-def test_whole_groups_where_there_is_room(recipe):
-    update, rollout = sizes(for_training(recipe("builtin"), parse_memory("24GB")))
-    assert (update, rollout) == (96, 96)
-
-
 def test_named_micro_batches_stay(recipe):
     sizes = ("train.micro_batch=2", "rollout.micro_batch=3")
     named = recipe("builtin", *sizes, "train.checkpointing=false", "train.kept_graphs=device")
@@ -78,9 +73,6 @@ def test_the_cheapest_setting_comes_first(recipe):
     checkpointed = recipe("builtin", "train.precision=fp32")
     memory = Planner(checkpointed).plan(1, 1).peak + RESERVED
     assert memory < Planner(settings).plan(1, 1).peak + RESERVED
-    first, second = fit(settings, memory)
-    assert first.missing and not second.missing
-    assert second.overrides[0] == "train.checkpointing=true"
     message = "too much; it fits with --set train.checkpointing=true --set train.micro_batch=1"
     with pytest.raises(UserError, match=message):
         for_training(settings, memory)
@@ -117,7 +109,7 @@ def test_commands(inside, tmp_path):
 
     sized = ("train", "builtin-lora", *small, "--print-config", "--gpu-memory")
     code, out, _ = inside(*sized, "24GB")
-    assert code == 0 and "micro_batch: 96" in out
+    assert code == 0 and out.count("micro_batch: 96") == 2  # whole groups where there is room
     code, _, err = inside(*sized, "0.7GB")
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert "GB too much" in err and "nearest with --set train.checkpointing=true" in err

@@ -8,7 +8,7 @@ from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.cost import cost
 from crd_fast.plan.gpus import BY_NAME, GIB
-from crd_fast.plan.hours import LESS, within
+from crd_fast.plan.hours import LESS, _rungs, within
 from crd_fast.plan.planner import Planner
 
 CARD = BY_NAME["rtx-4090"]
@@ -17,8 +17,13 @@ CARD = BY_NAME["rtx-4090"]
 def run(tiny, *overrides):
     values = {
         "model": {"path": str(tiny("sd3")), "lora_rank": 4, "text_length": 24},
-        "rollout": {"resolution": 64, "prompts_per_iteration": 24, "samples_per_prompt": 12},
-        "train": {"iterations": 400, "checkpointing": False},
+        "rollout": {
+            "resolution": 64,
+            "prompts_per_iteration": 24,
+            "samples_per_prompt": 12,
+            "micro_batch": 12,
+        },
+        "train": {"iterations": 400, "checkpointing": False, "micro_batch": 12},
         "evaluate": {"every": 0},
     }
     return build_recipe(values, overrides)
@@ -32,23 +37,27 @@ def test_each_change_is_made_only_when_those_before_it_do_not_suffice(tiny):
     recipe = run(tiny)
     whole = hours(recipe)
     assert not [o for o in within(recipe, 24 * GIB, CARD, 1.01 * whole).overrides if "micro_batch" not in o]
-    less = build_recipe(recipe.model_dump(), LESS)
-    found = within(recipe, 24 * GIB, CARD, 1.01 * hours(less)).overrides
-    assert [o for o in found if "micro_batch" not in o] == list(LESS)
-    fewer = build_recipe(
-        less.model_dump(), ["rollout.samples_per_prompt=8", "rollout.prompts_per_iteration=16"]
-    )
-    wanted = 1.01 * hours(fewer)
-    found = within(recipe, 24 * GIB, CARD, wanted).overrides
-    assert "rollout.samples_per_prompt=8" in found and "rollout.prompts_per_iteration=16" in found
-    assert not any(o.startswith("train.iterations") for o in found)
-    chosen = build_recipe(recipe.model_dump(), found)
-    assert hours(chosen) <= wanted < whole / 4
+    wanted = ["rollout.samples_per_prompt=8", "rollout.prompts_per_iteration=16"]
+    enough = hours(build_recipe(recipe.model_dump(), [*LESS, *wanted]))
+    found = within(recipe, 24 * GIB, CARD, 1.01 * enough).overrides
+    assert [o for o in found if "micro_batch" not in o] == [*LESS, *wanted]
+    assert enough < whole / 4
 
 
-def test_what_cannot_be_reached_takes_all(tiny):
-    found = within(run(tiny), 24 * GIB, CARD, 1e-9).overrides
-    assert {"train.iterations=100", "rollout.samples_per_prompt=8"} <= set(found)
+def test_pictures_become_smaller_last(tiny):
+    """Where fewer iterations spare them a step they do; where they do not the run keeps more of them."""
+    recipe = build_recipe(run(tiny).model_dump(), ["rollout.resolution=512"])
+    taken = []
+    for rung in _rungs(recipe):
+        changed = build_recipe(recipe.model_dump(), rung)
+        assert len({override.partition("=")[0] for override in rung}) == len(rung)
+        taken.append((changed.rollout.resolution, changed.train.iterations))
+    steps = [(512, 100), (512, 75), (384, 100), (384, 75), (256, 100)]
+    assert taken[-5:] == steps
+    assert all(resolution == 512 and iterations >= 100 for resolution, iterations in taken[:-5])
+
+
+def test_no_estimate_for_float32(tiny):
     with pytest.raises(UserError, match=r"expected train\.precision bf16"):
         within(run(tiny, "train.precision=fp32"), 24 * GIB, CARD, 1.0)
 
@@ -67,7 +76,8 @@ def test_commands(tiny, inside, tmp_path):
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["hours"]["estimate"] <= whole / 4 and set(LESS) <= set(written["overrides"])
     assert all(f"--set {override}" in out for override in LESS)
-    code, out, _ = inside(*options, whole / 1e6)
+    code, out, _ = inside(*options, whole / 1e6)  # which all that there is does not suffice for
     assert code == 1 and "not reached" in out
+    assert all(f"--set {o}" in out for o in ("train.iterations=100", "rollout.samples_per_prompt=8"))
     code, _, err = inside("plan", path, "--gpu", "24GB", "--hours", "1")
     assert code == 2 and "--hours: goes with the name of a card" in err
