@@ -17,8 +17,9 @@ from crd_fast.run.scores import Scores, scores_path, write_scores
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 
-def iteration(number, equal=0.0, std=1.0):
-    return {"iteration": number, "groups_equal": equal, "reward/ocr": 0.5, "reward_std/ocr": std}
+def iteration(number, equal=0.0, std=1.0, reward=0.5):
+    rewards = {"reward_mean": reward, "reward/ocr": reward, "reward_std/ocr": std}
+    return {"iteration": number, "groups_equal": equal, **rewards}
 
 
 def evaluation(number, reward, judges, error=0.01):
@@ -52,6 +53,29 @@ def test_a_constant_reward_is_named_once(watch, tmp_path, caplog):
 def test_a_reward_that_varies_again_is_not_broken(watch):
     for i, std in enumerate([0.0, 0.1, 0.0, 0.1]):
         assert watch.see(iteration(i, std=std)) == []
+
+
+def test_trained_pictures_that_get_worse_are_named_once(tmp_path):
+    """As a run does whose rollout has too few steps for what it has learned: up to 0.9, and down to 0.7."""
+    noise = np.random.default_rng(3).normal(0, 0.05, 120)
+    rewards = np.interp(np.arange(120), [0, 40, 60, 110], [0.5, 0.9, 0.9, 0.7]) + noise
+    records = [iteration(i, reward=float(reward)) for i, reward in enumerate(rewards, start=1)]
+    watch = Watch(tmp_path, prompts=4, samples=4)
+    found = [warning for record in records for warning in watch.see(record)]
+    assert len(found) == 1 and "rollout.steps" in found[0]
+    assert found[0].startswith("iteration 100: the pictures that are trained on had a mean reward of 0.7")
+    resumed = Watch(tmp_path / "resumed", prompts=4, samples=4, records=records[:95])
+    (tmp_path / "resumed").mkdir()
+    assert [warning for record in records[95:] for warning in resumed.see(record)] == found
+
+
+def test_a_reward_that_goes_up_and_down_by_chance_is_no_fall(tmp_path):
+    rng, alarms = np.random.default_rng(5), 0
+    for _ in range(300):
+        watch = Watch(tmp_path, prompts=4, samples=4)
+        for i, reward in enumerate(rng.normal(0.5, 0.2, 400)):
+            alarms += len(watch.see(iteration(i, reward=float(reward))))
+    assert alarms <= 4
 
 
 def test_groups_without_a_signal(watch):
