@@ -49,7 +49,8 @@ to your own. Run one with `crd-fast train flux.1-dev-12gb`, look at it with `--p
 Each is what `crd-fast plan --gpu CARD --hours {hours}` makes of the published shape (48 prompts of 24
 samples, all 10 timesteps, every pair anchored, 400 iterations, 512 x 512; `MODEL-paper`) on the common card
 of its size: first what [costs no reward](cost.md), then smaller groups, down to 8, fewer prompts, fewer
-iterations, smaller pictures. Where all that does not suffice the hours say so.
+iterations, smaller pictures; 75 iterations where that spares the pictures a step, otherwise at least 100.
+Where all that does not suffice the hours say so.
 
 Written by `python -m tools.card_recipes` from [plans](../benchmarks/results/cards.json), which name their
 commits. They are plans: none of these recipes has been run on a GPU yet. GB are 2^30 bytes; `needs` is the
