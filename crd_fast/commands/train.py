@@ -195,7 +195,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     if main and finished:
         say(f"weights: {checkpoint.find(output)}")
         run = shlex.quote(str(output))
-        say(f'next: crd-fast sample {run} --prompt "..." --out grid.png, crd-fast eval {run}')
+        say(f'next: crd-fast sample {run} --prompt "..." --out grid.png, {trainer.command("eval")}')
     if not finished:
         say(f"stopped after iteration {trainer.iteration}; go on with: {trainer.resume_command}")
         raise typer.Exit(130)

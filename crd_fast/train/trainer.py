@@ -208,8 +208,12 @@ class Trainer:
     @property
     def resume_command(self) -> str:
         """What goes on with this run, as it can be typed."""
+        return self.command("train", "--resume")
+
+    def command(self, *words: str) -> str:
+        """One that loads this run, whose folder ends it, and its rewards, as it can be typed."""
         consent = [OPTION] if needs_consent(self.recipe) else []
-        return shlex.join(["crd-fast", "train", "--resume", str(self.output), *consent])
+        return shlex.join(["crd-fast", *words, str(self.output), *consent])
 
     def _run(self) -> None:
         if self._unlogged:

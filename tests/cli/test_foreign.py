@@ -1,6 +1,7 @@
 """Code that a loaded file names runs only where somebody agrees, and whatever it raises is one line."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -238,3 +239,16 @@ def test_text_of_the_user_is_printed_as_it_is(inside, foreign, tmp_path, text):
     assert shown in out
     name = f"no{text}"
     assert_refused(inside("train", name, "--output", "run"), f"no file or recipe called {name!r}")
+
+
+def test_what_a_run_says_comes_next_can_be_typed(inside, foreign, tmp_path):
+    (tmp_path / "small.yaml").write_text(OFF + "rewards: {'foreign:brightness': 1.0}\n")
+    changes = ("train.iterations=1", "evaluate.max_prompts=2", "evaluate.steps=1")
+    options = [word for change in changes for word in ("--set", change)]
+    code, out, err = inside("train", "small.yaml", "--output", "run", *options)
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("next: "))
+    command = shlex.split(line.rpartition(", ")[2])
+    assert command[:2] == ["crd-fast", "eval"]
+    code, _, err = inside(*command[1:])
+    assert code == 0, err
