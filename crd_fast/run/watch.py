@@ -161,8 +161,9 @@ class Watch:
         return {
             "trained pictures": f"iteration {end}: the pictures that are trained on had a mean reward of "
             f"{mean:.3g} in the last {WINDOW} iterations, of {best[0]:.3g} in those up to {best[2]}. If "
-            "held-out pictures do not fall, the rollout no longer makes what the model can: more rollout.steps, or "
-            "rollout.solver euler. If they do, a larger loss.kl_beta or a smaller train.learning_rate"
+            "held-out pictures do not fall, the rollout no longer makes what the model can: more "
+            "rollout.steps, or rollout.solver euler. If they do, a larger loss.kl_beta or a smaller "
+            "train.learning_rate"
         }
 
     def _hacking(self, record: dict) -> dict[str, str]:
