@@ -119,8 +119,8 @@ def _faster(recipe: Recipe, found: Fit, memory: int) -> Fit:
         update = group
         whole = Planner(recipe).plan(update, rollout)
     blocks, peak = len(recomputed_blocks(planner.network, 1)), whole.phases["update"].bytes
-    each = (planner.plan(update, rollout).phases["update"].bytes - peak) / (blocks - 1)
-    kept = min(1 + int((memory - RESERVED - peak) / each), blocks - 1)
+    each = (planner.plan(update, rollout).phases["update"].bytes - peak) // max(blocks - 1, 1)
+    kept = min(1 + (memory - RESERVED - peak) // max(each, 1), blocks - 1)
     for count in range(kept, 0, -1):
         override = f"train.checkpointing={1 - count / blocks:.2f}"
         fewer = _with(recipe, [override, f"train.micro_batch={update}", f"rollout.micro_batch={rollout}"])
