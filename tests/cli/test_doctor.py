@@ -259,11 +259,11 @@ def test_every_model_that_recipes_ship_for_is_ranked():
 def test_a_gated_model_wants_a_login(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    lines = outlook(OK, card(16))
-    assert "sd3.5-large" in lines[0] and lines[1].endswith("stable-diffusion-3.5-large, then hf auth login")
+    lines = outlook(OK, card(12))
+    assert "sd3.5-medium" in lines[0] and lines[1].endswith("stable-diffusion-3.5-medium, then hf auth login")
     assert hub.login().found == "none" and "hf auth login" in hub.login().note
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-    assert not any("One thing" in line for line in outlook(OK, card(16)))
+    assert not any("One thing" in line for line in outlook(OK, card(12)))
     assert "hf_of_a_test" not in str(hub.login())
 
 
