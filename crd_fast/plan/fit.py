@@ -106,6 +106,8 @@ def _faster(recipe: Recipe, found: Fit, memory: int) -> Fit:
     none = _with(recipe, ["train.checkpointing=false"])
     if found.missing or recipe.train.checkpointing != 1 or none is None:
         return found
+    if recipe.train.kept_graphs == "host":  # where all activations would go then
+        return found
     planner = Planner(none)
     other = _largest(none, memory, planner)
     if not other.missing and sum(other.plan.flops.values()) < sum(found.plan.flops.values()):

@@ -64,6 +64,8 @@ def test_as_many_blocks_as_fit_are_not_checkpointed(recipe):
         chosen = build_recipe(settings.model_dump(), found.overrides).train
         assert (chosen.checkpointing, chosen.micro_batch) == (share, 2 * group if share is False else group)
         assert found.needed <= memory + RESERVED
+    host = recipe("builtin", "train.precision=fp32", "train.micro_batch=2", "train.kept_graphs=host")
+    assert for_training(host, 2 * peaks["false"] + RESERVED).train.checkpointing is True
     named = recipe("builtin", "train.precision=fp32", "rollout.micro_batch=1", "train.checkpointing=0.8")
     assert for_training(named, peaks["false"] + RESERVED).train.checkpointing == 0.8
 
