@@ -69,8 +69,8 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by one that is whole, whenever the process ends."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file by one that is whole, whenever the process ends. Text is in UTF-8."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     partial.replace(path)

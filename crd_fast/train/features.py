@@ -19,6 +19,7 @@ from crd_fast.config import Recipe
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.clip import Clip, preprocess
 from crd_fast.rewards.registry import default_device
+from crd_fast.run.new_files import write_atomically
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import guided_base_path
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation
@@ -135,13 +136,11 @@ def relative_distance(features: np.ndarray, base: np.ndarray) -> float:
 
 
 def write_features(path: Path, what: str, features: np.ndarray) -> None:
-    """Replaces the file by one that is whole."""
+    """With what they depend on, for `read_features`."""
     buffer = io.BytesIO()
     np.savez(buffer, what=np.array(what), features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_atomically(path, buffer.getvalue())
 
 
 def read_features(path: Path, what: str) -> np.ndarray | None:
