@@ -84,13 +84,14 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             overrides = tried
         saved = _with(recipe, overrides)
         assert saved is not None  # it was built before
-        found, settings = _largest(saved, memory), overrides
+        planner, settings = Planner(saved), overrides
+        found = _largest(planner, memory)
         if found.missing and found.phase == "decode":  # tiles change pictures: no later saving keeps them
             tiled = _with(recipe, [*overrides, TILES])
             if tiled is not None and tiled != saved:
-                settings, saved = [*overrides, TILES], tiled
-                found = _largest(saved, memory)
-        found = _faster(saved, found, memory)
+                planner, settings = Planner(tiled), [*overrides, TILES]
+                found = _largest(planner, memory)
+        found = _faster(planner, found, memory)
         anew = {o.partition("=")[0] for o in found.overrides}
         found.overrides = [o for o in settings if o.partition("=")[0] not in anew] + found.overrides
         yield found
@@ -98,18 +99,19 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             return
 
 
-def _faster(recipe: Recipe, found: Fit, memory: int) -> Fit:
+def _faster(planner: Planner, found: Fit, memory: int) -> Fit:
     """With as few checkpointed blocks as there is room for at the smallest micro-batches of whole groups.
 
     Larger micro-batches compute nothing less, and blocks that are not checkpointed do.
     """
+    recipe = planner.recipe
     none = _with(recipe, ["train.checkpointing=false"])
     if found.missing or recipe.train.checkpointing != 1 or none is None:
         return found
     if recipe.train.kept_graphs == "host":  # where all activations would go then
         return found
-    planner = Planner(none)
-    other = _largest(none, memory, planner)
+    without = Planner(none)
+    other = _largest(without, memory)
     if not other.missing and sum(other.plan.flops.values()) < sum(found.plan.flops.values()):
         other.overrides.insert(0, "train.checkpointing=false")
         return other
@@ -119,9 +121,9 @@ def _faster(recipe: Recipe, found: Fit, memory: int) -> Fit:
     update, whole = found.plan.micro_batch, found.plan
     if recipe.train.micro_batch == "auto" and update > group:
         update = group
-        whole = Planner(recipe).plan(update, rollout)
-    blocks, peak = len(recomputed_blocks(planner.network, 1)), whole.phases["update"].bytes
-    each = (planner.plan(update, rollout).phases["update"].bytes - peak) // max(blocks - 1, 1)
+        whole = planner.plan(update, rollout)
+    blocks, peak = len(recomputed_blocks(without.network, 1)), whole.phases["update"].bytes
+    each = (without.plan(update, rollout).phases["update"].bytes - peak) // max(blocks - 1, 1)
     kept = min(1 + (memory - RESERVED - peak) // max(each, 1), blocks - 1)
     for count in range(kept, 0, -1):
         override = f"train.checkpointing={1 - count / blocks:.2f}"
@@ -148,9 +150,9 @@ def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     return changed
 
 
-def _largest(recipe: Recipe, memory: int, planner: Planner | None = None) -> Fit:
-    """The largest micro-batches that fit, and if none does 1. planner: the recipe's, if there is one."""
-    planner = planner or Planner(recipe)
+def _largest(planner: Planner, memory: int) -> Fit:
+    """The largest micro-batches that fit, and if none does 1."""
+    recipe = planner.recipe
 
     def at(update: int, rollout: int) -> Fit:
         return Fit([], planner.plan(update, rollout), memory)
@@ -159,7 +161,7 @@ def _largest(recipe: Recipe, memory: int, planner: Planner | None = None) -> Fit
     if named[0] != "auto" and named[1] != "auto" and planner.live.total + RESERVED <= memory:
         found = at(named[0], named[1])
         if not found.missing:
-            return _kept(recipe, planner, found, memory)
+            return _kept(planner, found, memory)
     one = at(1, 1)
     update = rollout = 1
     if not one.missing:
@@ -182,15 +184,15 @@ def _largest(recipe: Recipe, memory: int, planner: Planner | None = None) -> Fit
         found.overrides.append(f"train.micro_batch={update}")
     if rollout != named[1]:
         found.overrides.append(f"rollout.micro_batch={rollout}")
-    return found if found.missing else _kept(recipe, planner, found, memory)
+    return found if found.missing else _kept(planner, found, memory)
 
 
-def _kept(recipe: Recipe, planner: Planner, found: Fit, memory: int) -> Fit:
+def _kept(planner: Planner, found: Fit, memory: int) -> Fit:
     """The graphs of a split group's micro-batches are kept where there is room: a forward less.
 
     On the host only where they are the inputs of checkpointed blocks, and not all activations.
     """
-    train = recipe.train
+    train = planner.recipe.train
     if found.plan.rows.get("policy") and train.backward_fraction == 1 and train.kept_graphs == "none":
         for where in ("device", "host") if train.checkpointing == 1 else ("device",):
             plan = planner.plan(found.plan.micro_batch, found.plan.rollout_micro_batch, where)

@@ -83,14 +83,16 @@ def test_the_cheapest_setting_comes_first(recipe):
 def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
     """Peaks as of a large model: unquantised nothing fits, in 4 bits all does."""
 
-    def largest(settings, memory, planner=None):
+    def largest(planner, memory):
+        settings = planner.recipe
         small, tiled = settings.model.quantization == "nf4", settings.model.vae_tiling == "always"
         peaks = {"decode": 2 if small else 4 if tiled else 6, "update": 3 if small else 5}
         phases = {name: SimpleNamespace(bytes=peak) for name, peak in peaks.items()}
         return Fit([], SimpleNamespace(phases=phases), memory)
 
     monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
-    monkeypatch.setattr("crd_fast.plan.fit._faster", lambda recipe, found, memory: found)
+    monkeypatch.setattr("crd_fast.plan.fit._faster", lambda planner, found, memory: found)
+    monkeypatch.setattr("crd_fast.plan.fit.Planner", lambda recipe: SimpleNamespace(recipe=recipe))
     first, second = fit(published("flux.1-dev"), 3 + RESERVED, ("model.quantization=nf4",))
     assert first.missing and first.overrides == ["model.vae_tiling=always"]
     assert not second.missing and second.overrides == ["model.quantization=nf4"]
