@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -31,3 +32,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     near = process.extractOne(word, list(known), scorer=fuzz.ratio, score_cutoff=50)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def unreadable(path: Path, error: OSError, kinds: Collection[str]) -> str:
+    """Why a file cannot be read, and of one that is not there the nearest name beside it.
+
+    kinds: the suffixes of files that would do, in small letters.
+    """
+    if not isinstance(error, FileNotFoundError):
+        return f"{path}: cannot be read: {error.strerror}"
+    try:
+        beside = [file.name for file in path.parent.iterdir() if file.suffix.lower() in kinds]
+    except OSError:
+        beside = []
+    return f"{path}: no such file{did_you_mean(path.name, beside)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, unreadable
 
 
 class Loader(yaml.SafeLoader):
@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> dict:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(unreadable(path, error, (".yaml", ".yml"))) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected UTF-8 text") from None
     if values is None:

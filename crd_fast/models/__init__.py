@@ -21,8 +21,6 @@ from crd_fast.worlds import WORLDS
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from crd_fast.models.prompt_reader import PromptReader
-
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
     "StableDiffusion3Pipeline": ("sd3", "SD3Model", "Stable Diffusion 3 and 3.5"),
@@ -39,12 +37,12 @@ def load_model(
     prompts: Iterable[str] = (),
     ahead: Iterable[str] = (),
     tracked: Callable[[list[str]], Iterable[str]] = iter,
-    look: Callable[[PromptReader], object] = id,
+    look: Callable[[FlowModel], object] = id,
 ) -> FlowModel:
     """The model that `model.path` names, on the GPU if there is one.
 
     prompts, ahead, tracked: as of `FlowModel.encode`; they are encoded first, while no transformer is in
-    memory. look: is given what says how much of prompts is read, where not all may be, before that.
+    memory. look: is given the model before that, to ask it which prompts it takes and how much it reads.
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
     family, if a file of it is missing or cut short, if a tokenizer has no vocabulary, if the resolution or
     the LoRA targets do not fit, if the GPU has no bfloat16 where the recipe wants it.
@@ -53,7 +51,9 @@ def load_model(
 
     checks.check_gpu(recipe)
     if recipe.model.path in WORLDS:
-        return _load_builtin(recipe)
+        model = _load_builtin(recipe)
+        look(model)
+        return model
     import diffusers
     import transformers
 
@@ -66,7 +66,7 @@ def load_model(
     model = model_class(folder, recipe)
     if recipe.model.method == "lora":
         check_targets(model.transformer, lora_targets(model, recipe))
-    look(model.prompt_reader)
+    look(model)
     model.encode([*prompts, ""], ahead, tracked)
     model.load(recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)

@@ -40,7 +40,7 @@ class FlowModel(ABC):
     adapted by default; lora_loader: diffusers' mixin that writes their files; transformer: the network that
     is trained; device: where it runs.
     streaming: where the transformer's blocks are kept on the host. prompt_reader: how much of prompts the
-    text encoders read; None where a prompt that does not fit is refused.
+    text encoders read; None where `unreadable` names a prompt that does not fit.
 
     And for a plan, which loads nothing: `longest_embeddings(prompts)`, `text_encoders()`, `configs`.
     """
@@ -70,6 +70,10 @@ class FlowModel(ABC):
     @abstractmethod
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         """(C, h, w) of one sample for pictures of this size. UserError where that does not fit."""
+
+    def unreadable(self, prompts: Iterable[str]) -> tuple[str, str] | None:
+        """The first prompt that the model refuses, and why; None where it takes them all."""
+        return None
 
     def encode(  # noqa: B027
         self,

@@ -7,7 +7,7 @@ signs, letters). Their weights ship with the package; `tools/pretrain_builtin.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.loaders import SD3LoraLoaderMixin
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import T5Config, T5EncoderModel
 
 from crd_fast.errors import UserError
@@ -96,10 +96,8 @@ def make_transformer(kind: Kind) -> SD3Transformer2DModel:
     )
 
 
-def encode(
-    kind: Kind, tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str]
-) -> dict[str, torch.Tensor]:
-    """Token states (P, max_tokens, 128) and their mean over the real tokens (P, 128)."""
+def tokenized(kind: Kind, tokenizer: Tokenizer, prompts: list[str]) -> list[Encoding]:
+    """Raises UserError for the first prompt that is too long, has an unknown word, or cannot be spelled."""
     spelled = [kind.spell(prompt) for prompt in prompts]
     encodings = tokenizer.encode_batch([f"{text} {END}".strip() for text in spelled])
     for prompt, text, encoding in zip(prompts, spelled, encodings):
@@ -110,6 +108,14 @@ def encode(
         unknown = [word for word, token in zip(text.split(), encoding.tokens) if token == UNKNOWN]
         if unknown:
             raise UserError(f"prompt: the built-in model does not know the word {unknown[0]!r} in {prompt!r}")
+    return encodings
+
+
+def encode(
+    kind: Kind, tokenizer: Tokenizer, text_encoder: T5EncoderModel, prompts: list[str]
+) -> dict[str, torch.Tensor]:
+    """Token states (P, max_tokens, 128) and their mean over the real tokens (P, 128)."""
+    encodings = tokenized(kind, tokenizer, prompts)
     ids = torch.tensor([encoding.ids for encoding in encodings])
     mask = torch.tensor([encoding.attention_mask for encoding in encodings])
     states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
@@ -142,6 +148,15 @@ class BuiltinModel(FlowModel):
 
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         return (3, self.kind.height, self.kind.width)
+
+    def unreadable(self, prompts: Iterable[str]) -> tuple[str, str] | None:
+        assert self.tokenizer is not None
+        for prompt in map(unmarked, prompts):
+            try:
+                tokenized(self.kind, self.tokenizer, [prompt])
+            except UserError as error:
+                return prompt, str(error).removeprefix("prompt: ")
+        return None
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -123,6 +123,12 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
     return [entry for found in parts.values() for entry in found][:limit]
 
 
+def evaluated_lists(recipe: Recipe) -> list[str]:
+    """The names and files that `evaluation_prompts` reads."""
+    wanted = recipe.evaluate.prompts
+    return list(recipe.rollout.prompt_lists) if wanted == AUTO else [wanted]
+
+
 def splits(recipe: Recipe) -> bool:
     """Whether prompts are held out of the files for training."""
     own = recipe.evaluate.prompts == AUTO and recipe.model.path not in WORLDS

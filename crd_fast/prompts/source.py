@@ -12,14 +12,14 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean, unreadable
 from crd_fast.prompts.geneval_metadata import check_metadata
 from crd_fast.worlds import WORLDS
 
@@ -111,10 +111,29 @@ def same_prompt(prompt: str) -> str:
 
 def read_prompts(path: Path) -> list[dict]:
     """Raises UserError naming the line if the file is of no known kind, empty, not UTF-8 or malformed."""
+    return [entry for _, entry in _read(path)]
+
+
+def place_of(text: str, lists: Iterable[str]) -> str:
+    """Where a prompt or negative prompt stands, as `FILE line 3`; "" where it is in no file of the lists."""
+    for name in lists:
+        if name.removesuffix(HELDOUT) not in SOURCES:
+            for where, entry in _read(Path(name)):
+                if text in (entry["prompt"], entry.get("negative_prompt")):
+                    return where
+    return ""
+
+
+def _read(path: Path) -> list[tuple[str, dict]]:
+    """Each prompt behind its file and line."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompts: {path}: cannot be read: {error.strerror}") from None
+        if not path.suffix and not path.exists():  # a list that ships, with a slip of the pen
+            lists = [*SOURCES, *(name + HELDOUT for name in SOURCES)]
+            hint = did_you_mean(path.name, lists) or f"; lists that ship: {', '.join(lists)}"
+            raise UserError(f"prompts: {path}: no such file{hint}") from None
+        raise UserError(f"prompts: {unreadable(path, error, READERS)}") from None
     kind = path.suffix.lower()
     if kind not in READERS:
         raise UserError(f"prompts: {path}: expected a name that ends in {', '.join(READERS)}")
@@ -130,28 +149,31 @@ def read_prompts(path: Path) -> list[dict]:
     return entries
 
 
-def _lines(lines: list[str], path: Path) -> Iterator[dict]:
-    return ({"prompt": line.strip()} for line in lines if line.strip())
+def _lines(lines: list[str], path: Path) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path} line {number}", {"prompt": line.strip()}
 
 
-def _json_lines(lines: list[str], path: Path) -> Iterator[dict]:
+def _json_lines(lines: list[str], path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path} line {number}"
-            yield _entry(_parsed(line.strip(), where), where)
+            yield where, _entry(_parsed(line.strip(), where), where)
 
 
-def _json_list(lines: list[str], path: Path) -> Iterator[dict]:
+def _json_list(lines: list[str], path: Path) -> Iterator[tuple[str, dict]]:
     if not any(line.strip() for line in lines):
         return
     found = _parsed("".join(lines), str(path))
     if not isinstance(found, list):
         raise UserError(f"prompts: {path}: expected a list of prompts, got {type(found).__name__}")
     for number, item in enumerate(found, start=1):
-        yield _entry({"prompt": item} if isinstance(item, str) else item, f"{path} entry {number}")
+        where = f"{path} entry {number}"
+        yield where, _entry({"prompt": item} if isinstance(item, str) else item, where)
 
 
-def _table(lines: list[str], path: Path, delimiter: str) -> Iterator[dict]:
+def _table(lines: list[str], path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
     """The column `prompt`, however it is capitalised; the others are metadata, as text."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[str] = []
@@ -171,7 +193,7 @@ def _table(lines: list[str], path: Path, delimiter: str) -> Iterator[dict]:
             entry = dict(zip(columns, row)) | {"prompt": row[columns.index("prompt")].strip()}
             if not entry["prompt"]:
                 raise UserError(f"prompts: {where}: expected a prompt, got none")
-            yield _entry(entry, where)
+            yield where, _entry(entry, where)
     except csv.Error as error:
         raise UserError(f"prompts: {path} line {rows.line_num}: {error}") from None
 
@@ -181,7 +203,7 @@ def _column(name: str) -> str:
     return "prompt" if name.lower() == "prompt" else name
 
 
-READERS: dict[str, Callable[[list[str], Path], Iterator[dict]]] = {
+READERS: dict[str, Callable[[list[str], Path], Iterator[tuple[str, dict]]]] = {
     ".txt": _lines,
     ".jsonl": _json_lines,
     ".json": _json_list,

@@ -26,7 +26,7 @@ from crd_fast.sizes import Resolution
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
 from crd_fast.train.micro_batch import decoded, release_memory, resolve_micro_batch
 from crd_fast.train.places import check_base, recipe_of
-from crd_fast.train.prompt_lengths import check_lengths
+from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
 from crd_fast.weights.lora import LoraWeights
@@ -194,7 +194,7 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     for source in sources:
         asked_for = held_out.entries
         model = source.load([*texts(asked_for, source.recipe.guides_evaluation), *probe(asked_for)])
-        check_lengths(model.prompt_reader, held_out.asked)
+        check_prompts(model, source.recipe, held_out)
         micro_batch = resolve_micro_batch(source.recipe.rollout.micro_batch)
         evaluation = Evaluation(
             model,

@@ -1,4 +1,5 @@
-"""Prompts that are longer than text encoders read: said once, and refused where a reward needs the rest."""
+"""Prompts that a model refuses, and those that are longer than text encoders read: said once, and refused
+where a reward needs the rest."""
 
 from __future__ import annotations
 
@@ -7,13 +8,49 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from crd_fast.errors import UserError
-from crd_fast.models.negative import KEY
+from crd_fast.models import negative
+from crd_fast.prompts.lists import evaluated_lists
+from crd_fast.prompts.source import place_of
 
 if TYPE_CHECKING:
+    from crd_fast.config import Recipe
+    from crd_fast.models.base import FlowModel
     from crd_fast.models.prompt_reader import PromptReader
     from crd_fast.rewards import Rewards
+    from crd_fast.train.evaluate import HeldOut
 
 logger = logging.getLogger("crd_fast")
+
+
+def check_prompts(
+    model: FlowModel,
+    recipe: Recipe,
+    held_out: HeldOut | None,
+    trained: tuple[list[dict], Rewards] | None = None,
+    say: bool = True,
+) -> None:
+    """Whether the model can do with the prompts: `check_readable` and `check_lengths`.
+
+    trained: the prompts with their metadata, and who scores them.
+    """
+    if trained:
+        check_readable(model, trained[0], recipe.guides_training, recipe.rollout.prompt_lists)
+    if held_out:
+        check_readable(model, held_out.entries, recipe.guides_evaluation, evaluated_lists(recipe))
+    asked = [*([trained] if trained else []), *(held_out.asked if held_out else [])]
+    check_lengths(model.prompt_reader, asked, say)
+
+
+def check_readable(model: FlowModel, entries: list[dict], guided: bool, lists: Iterable[str]) -> None:
+    """Raises UserError, with file and line, for the first prompt that the model refuses.
+
+    entries: prompts with their metadata. guided: whether their negative prompts are needed. lists: what they
+    were read from.
+    """
+    if found := model.unreadable(negative.texts(entries, guided)):
+        text, reason = found
+        place = place_of(text, lists)
+        raise UserError(f"prompts: {place}: {reason}" if place else f"prompt: {reason}")
 
 
 def check_lengths(
@@ -30,8 +67,8 @@ def check_lengths(
         return
     asked = list(asked)
     entries = [entry for entries, _ in asked for entry in entries]
-    negative = [entry.get(KEY) or "" for entry in entries]
-    cut = reader.truncated([*(entry["prompt"] for entry in entries), *negative])
+    led_away = [entry.get(negative.KEY) or "" for entry in entries]
+    cut = reader.truncated([*(entry["prompt"] for entry in entries), *led_away])
     if not cut:
         return
     room = reader.room

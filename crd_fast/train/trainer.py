@@ -41,7 +41,7 @@ from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
-from crd_fast.train.prompt_lengths import check_lengths
+from crd_fast.train.prompt_lengths import check_prompts
 from crd_fast.train.signal import Signal
 from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
@@ -108,10 +108,8 @@ class Trainer:
                 self.prompts.first(begin, held_out.entries if held_out else []),
                 self.prompts.ahead(begin),
                 self.prompts.counted,
-                lambda reader: check_lengths(
-                    reader,
-                    [(self.prompts.entries(), self.rewards), *(held_out.asked if held_out else [])],
-                    say=self.ranks.main,
+                lambda model: check_prompts(
+                    model, recipe, held_out, (self.prompts.entries(), self.rewards), say=self.ranks.main
                 ),
             )
         if newest and state:

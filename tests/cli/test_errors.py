@@ -22,6 +22,9 @@ def run(inside):
     return call
 
 
+ALIKE = ("--set", "rewards={colorfulness: 1}")  # a reward that asks nothing of prompts
+
+
 def assert_refused(result, *words):
     code, err = result
     assert code == 2, err
@@ -45,6 +48,24 @@ def assert_refused(result, *words):
 def test_recipe_mistakes(run, small, tmp_path, override, words):
     assert_refused(run("train", small, "--output", tmp_path / "run", "--set", override), words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["rollout.prompts", "evaluate.prompts"])
+def test_a_word_that_a_builtin_model_does_not_know(run, small, tmp_path, key):
+    """Whichever iteration would have drawn the prompt: the run is refused before it begins."""
+    prompts = tmp_path / "mine.txt"
+    known = "a photo of a red circle\n"
+    prompts.write_text(3 * known + "\na photo of a red dog\n" + 40 * known)
+    result = run("train", small, "--output", tmp_path / "run", "--set", f"{key}={prompts}", *ALIKE)
+    assert_refused(result, f"{prompts} line 5: the built-in model does not know the word 'dog'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_negative_prompt_that_a_builtin_model_does_not_know(run, small, tmp_path):
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"prompt": "a photo of a red circle", "negative_prompt": "blurry"}\n')
+    result = run("train", small, "--output", tmp_path / "run", "--set", f"rollout.prompts={prompts}", *ALIKE)
+    assert_refused(result, f"{prompts} line 1: the built-in model does not know the word 'blurry'")
 
 
 OWN = ("rollout.prompts=geneval", "rewards={colorfulness: 1}", "evaluate.prompts=geneval-heldout")

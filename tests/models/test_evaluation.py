@@ -77,7 +77,7 @@ def test_held_out_prompts_of_a_file_are_evaluated_and_not_trained_on(tiny, recip
     "setting, words",
     [
         ("eval_rewards={pickscor: {}}", "did you mean 'pickscore'"),
-        ("evaluate.prompts=none.txt", "none.txt: cannot be read"),
+        ("evaluate.prompts=none.txt", "none.txt: no such file"),
         ("eval_rewards={ocr: {}}", "ocr"),  # prompts without a word to read
     ],
 )

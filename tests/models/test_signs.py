@@ -42,6 +42,10 @@ def test_prompts_it_cannot_draw(model, prompt, message):
     with pytest.raises(UserError, match=message) as raised:
         model.encode_prompts([prompt])
     assert "\n" not in str(raised.value)
+    known = 'a sign that says "CAT"'
+    refused, reason = model.unreadable([known, "", prompt, 'a violet sign that says "CAT"'])
+    assert refused == prompt and f"prompt: {reason}" == str(raised.value)
+    assert model.unreadable([known, ""]) is None
 
 
 def test_every_prompt_is_known(model):

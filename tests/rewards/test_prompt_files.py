@@ -3,7 +3,7 @@
 import pytest
 
 from crd_fast.errors import UserError
-from crd_fast.prompts.source import PromptSource, read_prompts
+from crd_fast.prompts.source import PromptSource, place_of, read_prompts
 
 BOM = b"\xef\xbb\xbf"
 CAT = {"prompt": "a red cat"}
@@ -59,3 +59,37 @@ def test_what_is_refused(tmp_path, name, content, words):
     with pytest.raises(UserError) as error:
         read_prompts(tmp_path / name)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("promts.txt", "promts.txt: no such file, did you mean 'prompts.txt'?"),
+        ("geneval-heldut", "geneval-heldut: no such file, did you mean 'geneval-heldout'?"),
+        ("xyz", "no such file; lists that ship: builtin, builtin-ocr, geneval, ocr-words, builtin-heldout"),
+        ("picture.png", "picture.png: no such file"),
+    ],
+)
+def test_a_name_that_is_none(tmp_path, name, words):
+    """The nearest of the files beside it, or of the lists that ship."""
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    with pytest.raises(UserError) as error:
+        PromptSource(str(tmp_path / name))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, where",
+    [
+        ("p.txt", "a dog\n\na red cat\n", "line 3"),
+        ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": "a red cat"}\n', "line 2"),
+        ("away.jsonl", '{"prompt": "a dog", "negative_prompt": "a red cat"}\n', "line 1"),
+        ("p.json", '["a dog", "a red cat"]', "entry 2"),
+        ("p.csv", 'prompt\n"a\ndog"\na red cat\n', "line 4"),
+    ],
+)
+def test_where_a_prompt_stands(tmp_path, name, content, where):
+    path = tmp_path / name
+    path.write_text(content)
+    assert place_of("a red cat", ["geneval-heldout", str(path)]) == f"{path} {where}"
+    assert place_of("a cat", ["geneval-heldout", str(path)]) == ""
