@@ -14,6 +14,13 @@ def height_width(resolution: Resolution) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
+def at_most(resolution: Resolution, largest: int | None) -> Resolution:
+    """The same size, or with each side that is longer cut to the largest, where there is one."""
+    if largest is None:
+        return resolution
+    return parse_size([min(side, largest) for side in height_width(resolution)])
+
+
 def pixels(resolution: Resolution) -> int:
     height, width = height_width(resolution)
     return height * width

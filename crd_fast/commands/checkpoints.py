@@ -24,7 +24,10 @@ Model = Annotated[
 
 Lora = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A LoRA to use the model with, of diffusers, kohya or ai-toolkit."),
+    typer.Option(
+        metavar="FILE",
+        help="A LoRA to use the model with, of diffusers, kohya or ai-toolkit; or the folder of one.",
+    ),
 ]
 Reward = Annotated[
     list[str] | None,

@@ -16,6 +16,7 @@ from crd_fast.run.new_files import check_new, write_new
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
+    from crd_fast.config import Recipe
     from crd_fast.plan.gpus import Card
 
 # For a folder of a pipeline: the model whose recipes are extended, by the pipeline's class.
@@ -34,8 +35,8 @@ def init(
     model: Annotated[
         str,
         typer.Option(
-            help="A model that recipes ship for, like sd3.5-medium, flux.1-dev or builtin; or a folder that "
-            "holds a pipeline."
+            help="A model that recipes ship for, like sd3.5-medium, flux.1-dev or builtin, or its hub id; or "
+            "a folder that holds a pipeline."
         ),
     ] = "sd3.5-medium",
     gpu: Annotated[
@@ -49,11 +50,12 @@ def init(
     from crd_fast.config import load_recipe
 
     path = Path(model).expanduser().resolve() if Path(model).expanduser().is_dir() else None
-    base, card = base_recipe(model if path is None else nearest(path), gpu)
+    base, card = base_recipe(short_name(model) if path is None else nearest(path), gpu)
     files, extended = chosen(model, reward), load_recipe(base)
     settings = {
         "model": model,
         "path": None if path is None else json.dumps(str(path)),  # JSON is YAML
+        "resolution": None if path is None else smaller_resolution(path, extended),
         "card": gpu,
         "reward": "your own" if reward == "mine" else reward,
         "base": base,
@@ -76,6 +78,17 @@ def init(
         say(line)
 
 
+def short_name(model: str) -> str:
+    """Of a hub id that recipes ship for; anything else as it is."""
+    from crd_fast.config import load_recipe, recipes_by_model
+
+    if "/" in model:
+        for name, recipes in recipes_by_model().items():
+            if load_recipe(next(iter(recipes.values()))).model.path.lower() == model.lower():
+                return name
+    return model
+
+
 def nearest(path: Path) -> str:
     """The model with recipes that is most like a pipeline on disk."""
     from crd_fast.models import family_of
@@ -84,6 +97,16 @@ def nearest(path: Path) -> str:
     index = read_index(path)
     family_of(str(path), index)  # raises for what is not supported
     return NEAREST[index["_class_name"]]
+
+
+def smaller_resolution(path: Path, extended: Recipe) -> str | None:
+    """`rollout.resolution` as YAML where a pipeline on disk has no pictures as large as the recipe's."""
+    from crd_fast.models import sizes_at_most
+
+    sizes = sizes_at_most(path, extended)
+    if sizes == list(extended.rollout.sizes):
+        return None
+    return json.dumps(sizes if len(sizes) > 1 else sizes[0])  # JSON is YAML
 
 
 def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
@@ -98,7 +121,8 @@ def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
     if model not in models:
         known = [*WORLDS, *models]
         hint = did_you_mean(model, known) or f"; known: {', '.join(known)}"
-        raise UserError(f"--model: no recipe ships for {model!r}{hint}")
+        folder = ", and there is no such folder" if "/" in model else ""
+        raise UserError(f"--model: no recipe ships for {model!r}{folder}{hint}")
     fitting = [name for size, name in models[model].items() if size * GIB <= memory]
     if not fitting:
         raise UserError(

@@ -16,6 +16,7 @@ from crd_fast.models.base import FlowModel
 from crd_fast.models.streaming import repeated_blocks
 from crd_fast.models.targets import check_targets, lora_targets
 from crd_fast.once import hush
+from crd_fast.sizes import Resolution, at_most
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def load_model(
     folder, model_class = find_pipeline(recipe.model.path)
     checks.check_files(folder)
     model = model_class(folder, recipe)
+    checks.check_sizes(model, recipe)
     if recipe.model.method == "lora":
         check_targets(model.transformer, lora_targets(model, recipe))
     look(model)
@@ -71,6 +73,18 @@ def load_model(
     model.load(recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)
     return model
+
+
+def sizes_at_most(folder: Path, recipe: Recipe) -> list[Resolution]:
+    """The recipe's sizes of training pictures, none of them larger than a pipeline on disk draws.
+
+    Of its configs alone. Raises UserError where one is missing, and for a family that is not supported.
+    """
+    from crd_fast.models import checks
+
+    checks.check_configs(folder)
+    model = family_of(str(folder), checks.read_index(folder))(folder, recipe, torch.device("cpu"))
+    return list(dict.fromkeys(at_most(size, model.max_size()) for size in recipe.rollout.sizes))
 
 
 def choose_attention(network: ModelMixin, backend: str) -> None:

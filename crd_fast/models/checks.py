@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.sizes import Resolution, height_width
+
+if TYPE_CHECKING:
+    from crd_fast.models.pipeline import PipelineModel
 
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # of weights, by diffusers and by transformers
@@ -64,6 +68,17 @@ def check_files(folder: Path) -> None:
         if name != "scheduler":
             _refuse_quantized(folder / name)
             _check_weights(folder / name)
+
+
+def check_configs(folder: Path) -> None:
+    """Raises UserError naming the first config that says the pipeline's shapes and is not there."""
+    for name, file in (
+        ("transformer", "config.json"),
+        ("vae", "config.json"),
+        ("scheduler", "scheduler_config.json"),
+    ):
+        _must_exist(folder / name / file)
+        _read_object(folder / name / file)
 
 
 def _refuse_quantized(folder: Path) -> None:
@@ -158,6 +173,14 @@ def _check_length(file: Path) -> None:
             raise UserError(f"model.path: {file} is damaged, it has no safetensors header") from None
     if size < 8 + length + end:
         raise UserError(f"model.path: {file} is cut short: expected {8 + length + end} bytes, got {size}")
+
+
+def check_sizes(model: PipelineModel, recipe: Recipe) -> None:
+    """Raises UserError where the model has no pictures of a size that the recipe names."""
+    for size in recipe.rollout.sizes:
+        model.latent_shape(size)
+    if recipe.evaluate.resolution:
+        model.latent_shape(recipe.evaluate.resolution, "evaluate.resolution")
 
 
 def check_size(name: str, resolution: Resolution, multiple: int, largest: int | None, key: str) -> None:

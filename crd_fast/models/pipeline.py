@@ -64,10 +64,6 @@ class PipelineModel(FlowModel):
         self.pipe = self._skeleton()
         self.lora_loader = self.pipeline
         self.size_multiple = self._size_multiple()
-        for size in recipe.rollout.sizes:
-            self.latent_shape(size)
-        if recipe.evaluate.resolution:
-            self.latent_shape(recipe.evaluate.resolution, "evaluate.resolution")
 
     # -- what a family says ---------------------------------------------------------------------------
 
@@ -75,7 +71,7 @@ class PipelineModel(FlowModel):
         """Images have sides of a multiple of this. Two latents make a token in most families."""
         return 2 * self.pipe.vae_scale_factor
 
-    def _max_size(self) -> int | None:
+    def max_size(self) -> int | None:
         """The largest side in pixels, where the network has one."""
         return None
 
@@ -151,7 +147,7 @@ class PipelineModel(FlowModel):
 
     def latent_shape(self, resolution: Resolution, key: str = "rollout.resolution") -> tuple[int, int, int]:
         """(C, h, w) for images of this size. UserError, about the recipe's `key`, if there can be none."""
-        checks.check_size(self.name, resolution, self.size_multiple, self._max_size(), key)
+        checks.check_size(self.name, resolution, self.size_multiple, self.max_size(), key)
         return self._latent(*height_width(resolution))
 
     def sigmas(self, steps: int, resolution: Resolution) -> torch.Tensor:

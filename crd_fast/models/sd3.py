@@ -26,7 +26,7 @@ class SD3Model(PipelineModel):
     def _size_multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.patch_size
 
-    def _max_size(self) -> int:
+    def max_size(self) -> int:
         return self.pipe.transformer.config.pos_embed_max_size * self.size_multiple
 
     def _steps(self, steps: int) -> dict:

@@ -27,7 +27,7 @@ class ZImageModel(PipelineModel):
         "Tongyi-MAI/Z-Image-Turbo": "z-image",
     }  # of one shape
 
-    def _max_size(self) -> int:
+    def max_size(self) -> int:
         return min(self.pipe.transformer.config.axes_lens[1:]) * self.size_multiple
 
     def _reading(self, tokenizer, tokens: int) -> Reading:

@@ -107,6 +107,7 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
     folder = config_folder(recipe.model.path)
     cpu = torch.device("cpu")
     model = family_of(str(folder), checks.read_index(folder))(folder, recipe, cpu)
+    checks.check_sizes(model, recipe)
 
     def without_weights(component: str, dtype: torch.dtype) -> nn.Module:
         cls = model.component_class(component)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from crd_fast.config import Recipe, build_recipe, load_recipe, recipe_names, recipes_by_model
 from crd_fast.errors import UserError
-from crd_fast.models import load_model
+from crd_fast.models import load_model, sizes_at_most
 from crd_fast.models.base import FlowModel
 from crd_fast.models.negative import encode_negatives, probe, texts
 from crd_fast.ranks import Ranks
@@ -29,7 +29,7 @@ from crd_fast.train.places import check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
-from crd_fast.weights.lora import LoraWeights
+from crd_fast.weights.lora import LoraWeights, lora_file
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
 
@@ -68,7 +68,11 @@ class Source:
         if path.is_dir() or (not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)):
             model = str(path.absolute()) if path.is_dir() else source
             precision = "bf16" if torch.cuda.is_available() else "fp32"
-            recipe = build_recipe({"model": {"path": model}, "train": {"precision": precision}})
+            values = {"model": {"path": model}, "train": {"precision": precision}}
+            recipe = build_recipe(values)
+            if path.is_dir():
+                (size,) = sizes_at_most(path, recipe)
+                recipe = build_recipe(values | {"rollout": {"resolution": size}})
             return cls(recipe, lora=lora, own=False)
         raise UserError(
             f"{source}: no such folder (expected a run, a checkpoint, a pipeline, a recipe, a hub id, "
@@ -92,8 +96,8 @@ class Source:
 
         prompts: those that will be needed.
         """
-        if self.lora is not None and not self.lora.is_file():
-            raise UserError(f"--lora {self.lora}: no such file")
+        if self.lora is not None:
+            lora_file(self.lora)  # before the model is loaded
         model = load_model(self.recipe, prompts)
         if self.folder is not None:
             checkpoint.check_same_model(checkpoint.read_state(self.folder), model, self.folder)

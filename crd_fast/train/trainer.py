@@ -47,6 +47,7 @@ from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
+from crd_fast.weights.lora import lora_file
 from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 
@@ -102,6 +103,8 @@ class Trainer:
         if evaluates and recipe.evaluate.features is not None:
             self.features = FeatureDistance(recipe, output, self.ranks, self.observer)
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
+        if recipe.model.init_lora is not None and not newest:
+            lora_file(Path(recipe.model.init_lora))
         with self.ranks.main_first():  # it fills the cache of encoded prompts
             self.model = load_model(
                 recipe,

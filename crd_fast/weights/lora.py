@@ -211,6 +211,20 @@ class LoraWeights(Weights):
         )
 
 
+def lora_file(path: Path) -> Path:
+    """The file itself, or the only one of a folder, as diffusers saves it. Raises UserError for neither."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(
+                f"LoRA {path}: expected a file, or a folder with one .safetensors file, got {len(files)}"
+            )
+        return files[0]
+    if not path.is_file():
+        raise UserError(f"LoRA {path}: no such file")
+    return path
+
+
 def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
     """Before a layer's forward: which adapter each row has, where they differ."""
     if layer.adapters_of_rows is None:
@@ -222,8 +236,7 @@ def _adapters_of(
     network: Any, file: Path, loader: Any
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it."""
-    if not file.is_file():
-        raise UserError(f"LoRA {file}: no such file")
+    file = lora_file(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -48,6 +48,7 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
             "stabilityai/stable-diffusion-3.5-medium",
         ),
         (("--model", "flux.1-dev", "--gpu", "20GB"), "flux.1-dev-16gb", "black-forest-labs/FLUX.1-dev"),
+        (("--model", "black-forest-labs/flux.1-dev"), "flux.1-dev-24gb", "black-forest-labs/FLUX.1-dev"),
         (("--model", "builtin-ocr", "--reward", "ocr"), "builtin-ocr", "builtin-ocr"),
         (("--model", "sana-1.6b", "--reward", "geneval_mask2former"), "sana-1.6b-24gb", None),
     ],
@@ -80,10 +81,28 @@ def test_the_folder_of_a_pipeline(inside, tiny, tmp_path, monkeypatch):  # noqa:
     assert code == 2 and "expected a diffusers pipeline, found no model_index.json" in errors
 
 
+def test_pictures_no_larger_than_the_folders_model_draws(inside, tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Where the recipe for the card has larger ones: the plan and the run take what was written."""
+    code, _, errors = inside("init", tmp_path / "mine", "--model", tiny("sd3"))
+    assert code == 0, errors
+    monkeypatch.chdir(tmp_path / "mine")
+    recipe, extended = load_recipe("recipe.yaml"), load_recipe("sd3.5-medium-24gb")
+    assert (recipe.rollout.resolution, extended.rollout.resolution) == (256, 512)
+    changed = recipe.rollout.model_copy(update={"resolution": 512, "prompts": extended.rollout.prompts})
+    assert changed == extended.rollout
+    assert Planner(recipe).plan().peak > 0
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text((tiny("sd3") / "model_index.json").read_text())
+    code, _, errors = inside("init", tmp_path / "new", "--model", tmp_path / "broken")
+    assert code == 2 and "config.json is missing" in errors
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--model", "flux1"), "--model: no recipe ships for 'flux1', did you mean 'flux.1-dev'?"),
+        (("--model", "./nowhere"), "no recipe ships for './nowhere', and there is no such folder; known: "),
         (("--gpu", "6GB"), "the smallest recipe of sd3.5-medium is for 8 GB"),
         (("--gpu", "rtx-4091"), "rtx-4090"),
         (("--reward", "picscore"), "unknown reward 'picscore', did you mean 'pickscore'?"),

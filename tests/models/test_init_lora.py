@@ -102,3 +102,11 @@ def test_files_that_are_none(tiny, recipe, tmp_path, content):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"LoRA .*file.safetensors"):
         Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+
+
+def test_a_lora_that_is_none_is_refused_before_the_model_is_looked_for(recipe, tmp_path):
+    file = tmp_path / "nowhere.safetensors"
+    with pytest.raises(UserError, match=r"LoRA .*nowhere.safetensors: no such file"):
+        Trainer(recipe(tmp_path / "no-model", f"model.init_lora={file}"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"expected a file, or a folder with one .safetensors file, got 0"):
+        Trainer(recipe(tmp_path / "no-model", f"model.init_lora={tmp_path}"), tmp_path / "run")

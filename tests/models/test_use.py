@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
@@ -31,14 +32,15 @@ def test_a_pipeline_with_a_checkpoints_lora_is_the_checkpoint(inside, tiny, reci
     for name, *arguments in [
         ("run", tmp_path / "run"),
         ("lora", tiny("sd3"), "--lora", file),
+        ("folder", tiny("sd3"), "--lora", file.parent),
         ("base", tiny("sd3")),
         ("seed", tiny("sd3"), "--seed", 1),
     ]:
         code, out, err = inside("eval", *arguments, *asked, "--json", tmp_path / f"{name}.json")
         assert code == 0, err
         assert "guidance scale 3" in " ".join(out.split())
-    found = {name: values(tmp_path / f"{name}.json") for name in ("run", "lora", "base", "seed")}
-    assert found["run"] == found["lora"] != found["base"]
+    found = {name: values(tmp_path / f"{name}.json") for name in ("run", "lora", "folder", "base", "seed")}
+    assert found["run"] == found["lora"] == found["folder"] != found["base"]
     assert found["base"] != found["seed"]
 
     both = tmp_path / "both.json"
@@ -75,6 +77,14 @@ def test_sample_of_a_pipeline(inside, tiny, recipe, tmp_path, prompts_file):
         assert f"{rows[0]['scores'][REWARD]:.4f}" in printed
         drawn.append(out.read_bytes())
     assert len(set(drawn)) == len(drawn)
+
+
+def test_pictures_of_a_pipeline_that_draws_none_as_large_as_the_default(inside, tiny, tmp_path):
+    options = ("--prompt", "a cat", "--samples", 1, "--steps", 1, "--out", tmp_path / "a.png")
+    code, _, err = inside("sample", tiny("sd3"), *options)
+    assert code == 0, err
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert drawn.size == (256, 256)
 
 
 @pytest.mark.parametrize(
