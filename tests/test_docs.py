@@ -42,6 +42,19 @@ def commands(text):
             yield words[words.index("crd-fast") + 1 :]
 
 
+@pytest.mark.parametrize("path", ["README.md", "docs/quickstart.md"])
+def test_what_the_first_steps_call_was_installed(path):
+    """Somebody who has torch alone gets pytest, for the reward's own test, from the line that installs."""
+    shell = [text for language, text in BLOCK.findall((ROOT / path).read_text()) if language == "bash"]
+    installed = [word for text in shell for line in text.splitlines() for word in installs(line)]
+    assert "pytest" in "".join(shell).partition("crd-fast init")[2] and "pytest" in installed
+
+
+def installs(line):
+    words = shlex.split(line, comments=True)
+    return words[2:] if words[:2] == ["pip", "install"] else []
+
+
 def test_settings_page_is_the_schema():
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tools.settings_page"
 

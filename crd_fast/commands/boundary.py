@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -47,12 +48,16 @@ def leaving_traceback(folder: Path | None = None) -> Iterator[None]:
 
 
 def bounded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, out of which comes nothing but UserError and what is typer's."""
+    """The command, out of which comes nothing but UserError and what is typer's. Ctrl-C ends it in a line."""
 
     @functools.wraps(command)
     def run(*arguments, **options):
-        with leaving_traceback():
-            command(*arguments, **options)
+        try:
+            with leaving_traceback():
+                command(*arguments, **options)
+        except KeyboardInterrupt:  # of which typer says nothing, or "Aborted.", by its version
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
 
     return run
 

@@ -140,7 +140,9 @@ def sample(
         write_json(json_, {"source": source, "picture": str(out), "columns": samples, "drawn": drawn})
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", metavar="RUN")],
+) -> None:
     """Write report.html: curves, before and after, every setting, in one file that needs no network."""
     from crd_fast.run.report import write_report
 

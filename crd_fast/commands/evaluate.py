@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    sources: Annotated[
-        list[str], typer.Argument(help=f"{SOURCES} Two: compared.", metavar="SOURCE [SOURCE]")
-    ],
+    sources: Annotated[list[str], typer.Argument(help=f"{SOURCES} Two: compared.", metavar="SOURCE")],
     prompts: Annotated[
         str | None, typer.Option(help="Prompts file (.jsonl with metadata, or text). Default: the recipe's.")
     ] = None,

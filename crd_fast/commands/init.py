@@ -31,7 +31,9 @@ NEAREST = {
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where to write. Nothing in it is overwritten.")] = Path("."),
+    folder: Annotated[
+        Path, typer.Argument(help="Where to write. Nothing in it is overwritten.", metavar="FOLDER")
+    ] = Path("."),
     model: Annotated[
         str,
         typer.Option(
@@ -161,7 +163,7 @@ def next_steps(folder: Path, gpu: str, reward: str, path: str, named: bool) -> l
     if any(name in path for name in GATED):
         steps += [f"# accept the licence at https://huggingface.co/{path}, once, and then", "hf auth login"]
     if reward == "mine":
-        steps += ["# write my_reward.py, and", "pytest"]
+        steps += ["# write my_reward.py, and", "pytest   # pip install pytest, where there is none"]
     if path not in WORLDS:
         steps.append(f"crd-fast plan recipe.yaml --gpu {gpu}" + ("   # memory, hours, disk" if named else ""))
     return ["next:", *(f"  {step}" for step in [*steps, "crd-fast train recipe.yaml"])]

@@ -15,7 +15,7 @@ from crd_fast.run.new_files import check_new, write_new
 
 def plan(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe file, or the name of one that ships.", metavar="[RECIPE]")
+        str | None, typer.Argument(help="A recipe file, or the name of one that ships.", metavar="RECIPE")
     ] = None,
     set_: Overrides = None,
     gpu: Annotated[

@@ -16,7 +16,8 @@ def score(
     reward: Annotated[
         str,
         typer.Option(
-            help="A reward that ships (ocr, geneval, ...), package.module:name, or a server's address."
+            help="A reward that ships (ocr, geneval, ...), my_reward.py:score, package.module:name, or a "
+            "server's address."
         ),
     ],
     images: Annotated[
@@ -87,7 +88,9 @@ def score(
 
 
 def serve_reward(
-    reward: Annotated[str, typer.Argument(help="A reward's name, or module:name.", metavar="REWARD")],
+    reward: Annotated[
+        str, typer.Argument(help="A reward's name, file.py:name or module:name.", metavar="REWARD")
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the reward. Repeatable."),

@@ -15,7 +15,7 @@ from crd_fast.errors import UserError, did_you_mean
 def study(
     name: Annotated[
         str | None,
-        typer.Argument(help="A study that ships, or a YAML file. None: say which ship.", metavar="[NAME]"),
+        typer.Argument(help="A study that ships, or a YAML file. None: say which ship.", metavar="NAME"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of its runs and results, gone on with. Default: studies/NAME.")

@@ -27,7 +27,7 @@ def train(
         typer.Argument(
             help="A recipe file, or the name of one that ships: builtin, builtin-lora, builtin-long, "
             "builtin-ocr, or of a model and a card, like flux.1-dev-12gb.",
-            metavar="[RECIPE]",
+            metavar="RECIPE",
         ),
     ] = None,
     set_: Overrides = None,
@@ -181,7 +181,9 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         )
         bars.begin(trainer.iteration)
         say(f"run folder: {output}")
-        if trainer.iteration:
+        if trainer.iteration >= recipe.train.iterations:
+            say(f"nothing is left after iteration {trainer.iteration}; --max-iterations N asks for more")
+        elif trainer.iteration:
             say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean
 from crd_fast.rewards.scoring import failure
 
 OPTION = "--allow-code"
@@ -82,7 +82,8 @@ def imported(name: str, path: str) -> Callable:
         where = f"{error.filename} line {error.lineno}"
         raise UserError(f"rewards: {name!r} cannot be imported: {where}: {error.msg}") from error
     except (ImportError, AttributeError) as error:
-        raise UserError(f"rewards: {name!r} cannot be imported: {error}") from error
+        hint = did_you_mean(attribute, _own_functions(sys.modules.get(module)))
+        raise UserError(f"rewards: {name!r} cannot be imported: {error}{hint}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"{failure(name, error)}, while it was imported") from error
     if not (inspect.isfunction(found) or inspect.isclass(found)):
@@ -109,6 +110,15 @@ def check_arguments(name: str, function: Callable, settings: Mapping) -> None:
             raise UserError(f"reward {name}: {error}") from None
 
 
+def _own_functions(module: Any) -> list[str]:
+    """The names of functions and classes that a module defines; none where it was not imported."""
+    return [
+        name
+        for name, value in (vars(module) if module else {}).items()
+        if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
+    ]
+
+
 def _refuse_pythons_own(name: str, module: str | None) -> None:
     if (module or "").partition(".")[0] in sys.stdlib_module_names:
         raise UserError(
@@ -126,5 +136,8 @@ def _module_of_file(name: str, path: Path) -> str:
         sys.path.append(folder)
     found = importlib.util.find_spec(path.stem)
     if found is None or found.origin is None or Path(found.origin).resolve() != path.resolve():
-        raise UserError(f"rewards: {name!r}: another module is called {path.stem} already; rename the file")
+        other = f" ({found.origin})" if found and found.origin else ""
+        raise UserError(
+            f"rewards: {name!r}: another module is called {path.stem} already{other}; rename the file"
+        )
     return path.stem

@@ -178,6 +178,13 @@ def find_checkpoint(source: Path, which: str | None) -> Path:
     return checkpoint.find(wanted).resolve()
 
 
+def newest_iteration(source: Path) -> int | None:
+    """Of a run's whole checkpoints; None where the source is a checkpoint itself."""
+    if any((source / name).exists() for name in checkpoint.MARKS):
+        return None
+    return checkpoint.iteration_of(find_checkpoint(source, "newest"))
+
+
 def copy_weights(trained: Trained, out: Path) -> None:
     """The LoRA's folder, for `load_lora_weights`, or the transformer's, for `from_pretrained`."""
     shutil.copytree(trained.weights, out)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 
 import pytest
+from PIL import Image
 
 from crd_fast.weights import durable
 from tests.cli.conftest import SMALL
@@ -42,6 +44,7 @@ def assert_refused(result, *words):
         ("rollout.samples_per_prompt=1", "greater than or equal to 2, got 1"),
         ("rewards.genevil=1", "unknown reward 'genevil', did you mean 'geneval'"),
         ("rewards.nothing:here=1", "'nothing:here' cannot be imported"),
+        ("rewards.tests.models.conftest:brightnes=1", "did you mean 'brightness'?"),
         ("model.lora_targets=[nothing]", "'nothing' matches no layer"),
     ],
 )
@@ -299,3 +302,23 @@ def test_nan_weights_end_the_run_and_keep_its_checkpoints(finished, tmp_path):
         trainer.run()
     assert (copied / "checkpoints" / "iteration-000001" / "state.json").exists()
     assert not (copied / "checkpoints" / "iteration-000002").exists()
+
+
+def test_ctrl_c_where_nothing_is_to_be_saved(inside, tmp_path):
+    """In a command that asks for no signals: one line, and the exit code of shells."""
+    (tmp_path / "pressed.py").write_text(
+        "import signal\n\ndef score(images, prompts, metadata):\n    signal.raise_signal(signal.SIGINT)\n"
+        "    return [0.0] * len(images)\n"
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, out, err = inside(
+            *("score", "--reward", f"{tmp_path}/pressed.py:score", "--images", tmp_path),
+            *("--prompts", tmp_path / "prompts.txt", "--json", tmp_path / "scores.json"),
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out, err) == (130, "", "stopped\n")
+    assert not (tmp_path / "scores.json").exists()

@@ -177,6 +177,18 @@ def test_signals_end_a_run_in_good_order(small, tmp_path, number):
     assert (run / "checkpoints" / f"iteration-{last:06d}").exists()
 
 
+def test_a_run_that_is_whole_says_how_to_go_on(inside, no_charts, small, tmp_path):
+    run = tmp_path / "run"
+    once = ("--max-iterations", 1, "--set", "evaluate.every=0")
+    code, _, err = inside("train", small, "--output", run, *once)
+    assert code == 0, err
+    code, out, err = inside("train", "--resume", run)
+    assert code == 0 and "nothing is left after iteration 1; --max-iterations N asks for more" in out, err
+    code, out, err = inside("train", "--resume", run, "--max-iterations", 2)
+    assert code == 0 and "resuming after iteration 1" in out and "nothing is left" not in out, err
+    assert [record["iteration"] for record in metrics(run)] == [1, 2]
+
+
 @pytest.mark.parametrize("method", ["nft", "awm", "flow_matching"])
 def test_other_methods_train_and_report_what_they_measure(inside, small, tmp_path, method):
     settings = (

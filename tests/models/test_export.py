@@ -189,7 +189,9 @@ def test_which_checkpoint(inside, run_of, tmp_path):
         (("--checkpoint", "1"), 1),
     ):
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        assert f"after iteration {iteration}" in exported(inside, run, "diffusers", out, *options)
+        said = exported(inside, run, "diffusers", out, *options)
+        assert f"after iteration {iteration}" in said
+        assert ("the best by the held-out score (--checkpoint newest: iteration 2)" in said) == (not options)
         (file,) = out.glob("*.safetensors")
         source = run / "checkpoints" / f"iteration-{iteration:06d}" / "diffusers" / file.name
         assert file.read_bytes() == source.read_bytes()
