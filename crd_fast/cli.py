@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,13 +90,29 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     try:
         with warnings_once(say_warning):
-            app()
+            code = app(prog_name="crd-fast", standalone_mode=False)
     except UserError as error:
         say_error(str(error))
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _say_usage(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_usage(error: Any) -> None:
+    """One line for what typer refuses; its class is click's or typer's own, by typer's version."""
+    message = " ".join(error.format_message().replace("Value error, ", "").split())
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "crd-fast"
+    if message:  # empty where help was printed, as nothing else was asked for
+        say_error(f"{message.rstrip('.')} ({path} --help)")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crd_fast.commands.terminal import Overrides, console, plain, say
+from crd_fast.commands.terminal import Overrides, console, plain, say, say_warning
 from crd_fast.errors import UserError
 from crd_fast.quick_imports import quick_imports
 from crd_fast.run.new_files import check_new, write_new
+
+if TYPE_CHECKING:
+    from crd_fast.config import Recipe
 
 
 def plan(
@@ -96,6 +99,8 @@ def plan(
     verdicts = [fitting.verdict(fit) for fit in fits]
     for line in [*lines, *text.space_lines(takes, on_host), *verdicts[-1:]]:
         say(line)
+    if reason := unreadable_prompts(loaded):
+        say_warning(f"training will be refused as long as this is so: {reason}")
     if json_ is not None:
         result = {"model": loaded.model.path, **found.to_json(), **takes.to_json()}
         result["host_bytes_beside_process"] = takes.host_bytes(on_host)
@@ -108,3 +113,16 @@ def plan(
         raise typer.Exit(1)
     if fits and fits[-1].missing:
         raise typer.Exit(1)
+
+
+def unreadable_prompts(recipe: Recipe) -> str | None:
+    """Why training would refuse the recipe's prompts; None where they can be read."""
+    from crd_fast.prompts.lists import evaluation_prompts, training_prompts
+
+    try:
+        training_prompts(recipe)
+        if recipe.evaluate.every:
+            evaluation_prompts(recipe)
+    except UserError as error:
+        return str(error)
+    return None

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def refuse_existing(output: Path) -> None:
         if os.path.lexists(output / name):
             if name in (METRICS, RECIPE, "checkpoints"):
                 raise UserError(
-                    f"--output {output}: already holds a run; choose another folder or --resume {output}"
+                    f"--output {output}: already holds a run; choose another folder, or go on with it: "
+                    f"crd-fast train --resume {shlex.quote(str(output))}"
                 )
             raise UserError(f"--output {output}: {name} is there already; choose another folder")
 

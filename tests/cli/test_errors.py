@@ -71,6 +71,39 @@ def test_a_negative_prompt_that_a_builtin_model_does_not_know(run, small, tmp_pa
     assert_refused(result, f"{prompts} line 1: the built-in model does not know the word 'blurry'")
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("tran",), "No such command 'tran'. Did you mean 'train'? (crd-fast --help)"),
+        (("train", "--ouput", "x"), "No such option: --ouput"),
+        (("train", "--seed", "many"), "Invalid value for '--seed': "),
+        (("export", "x", "--to", "ckpt", "--out", "x"), "Invalid value for '--to': 'ckpt' is not one of "),
+        (("export", "x", "--out", "x"), "Missing option '--to'. Choose from: diffusers, comfyui, fused, hub"),
+        (("eval",), "Missing argument 'SOURCE' (crd-fast eval --help)"),
+        (("sample", "x", "--prompt"), "Option '--prompt' requires an argument (crd-fast"),
+    ],
+)
+def test_slips_of_the_pen(run, arguments, words):
+    """One line, as for whatever else is refused, and no box."""
+    assert_refused(run(*arguments), words)
+
+
+def test_help_is_no_error(inside):
+    for arguments in (("--help",), ("train", "-h"), ()):
+        code, out, err = inside(*arguments)
+        assert "Usage: crd-fast" in out and err == ""
+        assert code == (0 if arguments else 2)
+
+
+def test_a_plan_says_what_training_will_refuse(inside, small, tmp_path):
+    """It needs no prompts itself, but is asked for before a run."""
+    code, out, err = inside("plan", small)
+    assert code == 0 and err == ""
+    code, again, err = inside("plan", small, "--set", f"rollout.prompts={tmp_path / 'nowhere.txt'}")
+    assert code == 0 and again == out and len(err.splitlines()) == 1
+    assert "training will be refused" in err and "nowhere.txt: no such file" in err
+
+
 OWN = ("rollout.prompts=geneval", "rewards={colorfulness: 1}", "evaluate.prompts=geneval-heldout")
 
 
