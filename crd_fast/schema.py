@@ -277,10 +277,11 @@ class Schedule(Section):
 
 
 class SnapshotsConfig(Section):
-    old: str = "0/0.25/0.005/0.999"
+    old: str = "0/0.25/0.005/0.9"
     """How `old` follows the policy, as begin/start/slope/end of the decay: from step `begin` on it is start +
-    slope per step, at most `end`. 0 follows at once, 1 never."""
-    sampler: str = "75/0/0.0075/0.999"
+    slope per step, at most `end`. 0 follows at once, 1 never. With an end near 1 it comes to stand still and
+    a long run may be lost; with one of 0.5 a long run drifts."""
+    sampler: str = "75/0/0.0075/0.9"
     """The same for the weights that make the pictures."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an average of the policy after each optimizer step, as diffusers' EMAModel has it, for

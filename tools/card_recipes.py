@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "cards.json", ROOT / "docs" / "cards.md"
 CARDS = {8: "rtx-4060", 12: "rtx-3060", 16: "rtx-4080", 24: "rtx-4090", 80: "h100"}  # of each size, GB
 PAPER = "paper"  # the published shape, on the largest card
+SCHEDULES = {"old": "0/0.25/0.005/0.999", "sampler": "75/0/0.0075/0.999"}  # as published, for OCR
 HOURS = 24
 SAVINGS = ("model.quantization=nf4", "model.streaming=true")
 MODELS = {  # name: title, hub id, guidance of the anchor
@@ -72,8 +73,8 @@ COLUMNS = (
 )
 
 
-def published(name: str) -> Recipe:
-    """The published shape, with the model's base in bfloat16."""
+def published(name: str, size: str) -> Recipe:
+    """The published shape, with the model's base in bfloat16, and for PAPER the published schedules."""
     _, hub_id, guidance = MODELS[name]
     return build_recipe(
         {
@@ -81,15 +82,16 @@ def published(name: str) -> Recipe:
             "rollout": {"prompts": "ocr-words", "resolution": 512},
             "rewards": {"ocr": {"mode": "scene", "workers": "auto"}},
             "loss": {"guidance_scale": guidance},
+            "snapshots": SCHEDULES if size == PAPER else {},
             "evaluate": {"prompts": "ocr-words-heldout", "max_prompts": 96},
         }
     )
 
 
-def planned(name: str, size: int | str) -> dict:
+def planned(name: str, size: str) -> dict:
     """What the recipe for this card, or the published shape, changes and takes."""
     card = BY_NAME[CARDS[max(CARDS) if size == PAPER else int(size)]]
-    start = published(name)
+    start = published(name, size)
     found: Fit
     if size == PAPER:
         *_, found = fit(start, card.memory, SAVINGS)
@@ -129,7 +131,7 @@ def recipe_name(name: str, size: str) -> str:
 
 
 def yaml_text(name: str, size: str, plan: dict) -> str:
-    recipe = build_recipe(published(name).model_dump(), plan["overrides"])
+    recipe = build_recipe(published(name, size).model_dump(), plan["overrides"])
     where = f"on a card of {size} GB, for a day" if size != PAPER else "in the published shape"
     lines = [f"# {MODELS[name][0]} {where}. The plan is in docs/cards.md."]
     for section, values in recipe.model_dump(exclude_defaults=True).items():
@@ -139,7 +141,7 @@ def yaml_text(name: str, size: str, plan: dict) -> str:
 
 
 def row(name: str, size: str, plan: dict) -> str:
-    recipe = build_recipe(published(name).model_dump(), plan["overrides"])
+    recipe = build_recipe(published(name, size).model_dump(), plan["overrides"])
     label = size + " GB" if size != PAPER else "published shape"
     if not plan["fits"]:
         return f"| {label}, {plan['card']} | does not fit |" + " |" * (len(COLUMNS) - 2)

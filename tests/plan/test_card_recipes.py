@@ -35,7 +35,7 @@ def test_recipe_is_the_one_that_was_planned(name, size):
         return
     assert path.read_text() == yaml_text(name, size, plan)
     loaded = load_recipe(recipe_name(name, size))
-    assert loaded == build_recipe(published(name).model_dump(), plan["overrides"])
+    assert loaded == build_recipe(published(name, size).model_dump(), plan["overrides"])
     assert plan["needed_bytes"] <= BY_NAME[plan["card"]].memory
     assert loaded.rollout.samples_per_prompt >= 8
     if size == PAPER:

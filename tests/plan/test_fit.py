@@ -10,7 +10,7 @@ from crd_fast.errors import UserError
 from crd_fast.plan.fit import RESERVED, Fit, fit, for_training
 from crd_fast.plan.gpus import GIB, parse_memory
 from crd_fast.plan.planner import Planner
-from tools.card_recipes import published
+from tools.card_recipes import PAPER, published
 
 
 def sizes(recipe):
@@ -93,7 +93,7 @@ def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
     monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
     monkeypatch.setattr("crd_fast.plan.fit._faster", lambda planner, found, memory: found)
     monkeypatch.setattr("crd_fast.plan.fit.Planner", lambda recipe: SimpleNamespace(recipe=recipe))
-    first, second = fit(published("flux.1-dev"), 3 + RESERVED, ("model.quantization=nf4",))
+    first, second = fit(published("flux.1-dev", PAPER), 3 + RESERVED, ("model.quantization=nf4",))
     assert first.missing and first.overrides == ["model.vae_tiling=always"]
     assert not second.missing and second.overrides == ["model.quantization=nf4"]
 
