@@ -33,6 +33,12 @@ class PromptLists:
         self.sources = {name: PromptSource(name, without, without_categories) for name in lists}
         if without_categories:
             _check_categories(lists, without_categories)
+        for name, source in self.sources.items():
+            if not source.entries():
+                raise UserError(
+                    f"rollout.prompts: expected some of {name} to be left for training, got none: all are "
+                    "held out for evaluations or of categories that are left out"
+                )
         total = sum(map(Fraction, lists.values()))
         self._weights = [Fraction(weight) / total for weight in lists.values()]
 
