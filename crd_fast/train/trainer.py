@@ -171,7 +171,7 @@ class Trainer:
             self.log = RunLog(output, recipe, after)
 
     def run(self) -> bool:
-        """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint.
+        """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.
 
         What ends a run otherwise leaves a checkpoint too, of the last iteration, where no step of the next
         one was made.
@@ -196,7 +196,7 @@ class Trainer:
                 raise
         if self.ranks.main:
             self.log.close()
-        return self.iteration >= self.recipe.train.iterations
+        return self.iteration >= self.recipe.train.iterations and not self._unlogged
 
     def _save_whole(self) -> None:
         """A checkpoint of the last iteration, unless there is one."""
@@ -219,6 +219,7 @@ class Trainer:
     def _run(self) -> None:
         if self._unlogged:
             self._conclude(dict(self._record))
+            self._unlogged = False
         while self.iteration < self.recipe.train.iterations and not self._asked_to_stop():
             with self.rollout.partial.iteration():
                 record = self.iterate()
@@ -335,6 +336,7 @@ class Trainer:
             if guided is not None:
                 seconds["seconds_guided_base"] = time.perf_counter() - started - seconds["seconds_eval"]
         except StopNow:
+            self._unlogged = True
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
