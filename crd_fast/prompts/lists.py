@@ -190,7 +190,8 @@ def notes(recipe: Recipe) -> Iterator[str]:
             )
     seen: dict[str, str] = {}
     for name in files:
-        own = dict.fromkeys(same_prompt(entry["prompt"]) for entry in PromptSource(name).entries())
+        trained = PromptSource(name, without_categories=recipe.rollout.without_categories).entries()
+        own = dict.fromkeys(same_prompt(entry["prompt"]) for entry in trained)
         if both := [prompt for prompt in own if prompt in seen]:
             many = "prompt stands" if len(both) == 1 else "prompts stand"
             yield f"warning: {len(both)} {many} in {name} and in {seen[both[0]]}: {_short(both[0])}"

@@ -197,6 +197,8 @@ def test_categories_of_a_file_can_be_left_out(tmp_path):
     assert drawn() == ["one", "two", "three"] and drawn("a", "b") == ["three"]
     with pytest.raises(UserError, match=r"without_categories: expected categories .*\(a, b\), got 'c'"):
         drawn("c")
+    evaluated = own(str(path), f"evaluate.prompts={path}", "rollout.without_categories=[a]")
+    assert "of 3 evaluated prompts 2 stand in rollout.prompts too: 'two'" in "".join(notes(evaluated))
     path.write_text('{"prompt": "one", "tag": "a"}\n')
     with pytest.raises(UserError, match=r"expected some prompts of .* to be left, got none"):
         drawn("a")
