@@ -10,10 +10,11 @@ from typing import Any
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 
-# where things are, how much goes through the network at once, how long and how often
+# where things are, how much goes through the network at once or is kept of it, how long and how often
 HONOURED = (
     *("model.path", "model.prompt_cache", "model.prompt_cache_gb"),
     *("rollout.prompts", "rollout.micro_batch", "train.micro_batch"),
+    *("train.checkpointing", "train.kept_graphs"),
     *("train.iterations", "train.learning_rate", "train.profile"),
 )
 HONOURED_SECTIONS = ("evaluate", "eval_rewards", "checkpoint")
