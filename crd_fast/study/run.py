@@ -28,7 +28,7 @@ LOOKS_ON |= {"train.trackers", "train.profile", "model.prompt_cache", "model.pro
 
 
 def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: Callable[[str], None]) -> bool:
-    """Every run that is wanted and not whole. False where Ctrl-C ended one, which goes on the next time."""
+    """Every run that is wanted and not whole. False where Ctrl-C left some, for the next time."""
     chosen = [cell for cell in cells(study) if wanted(cell)]
     for number, cell in enumerate(chosen, start=1):
         folder = output / cell.folder
@@ -40,7 +40,7 @@ def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: C
             continue
         say(f"run {number} of {len(chosen)}: {cell.folder}")
         if not run_cell(cell, folder):
-            return False
+            return all(is_whole(output / cell.folder, cell) for cell in chosen)
     return True
 
 
@@ -66,7 +66,10 @@ def other_settings(folder: Path, cell: Cell) -> str:
 
 
 def run_cell(cell: Cell, folder: Path) -> bool:
-    """One run, from its newest checkpoint if it has one. Its checkpoints are removed once it is whole."""
+    """One run, from its newest checkpoint if it has one. Its checkpoints are removed once it is whole.
+
+    False where it was asked to stop, also where that was in its last iteration, which ends first.
+    """
     trainer = Trainer(cell.recipe, folder, resume=folder.exists())
     plan, partial = Planner(cell.recipe).plan(), trainer.rollout.partial
     trainer.observer.add(
@@ -80,7 +83,7 @@ def run_cell(cell: Cell, folder: Path) -> bool:
     if not trainer.run():
         return False
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return True
+    return not trainer.stopping.requested
 
 
 class Ledger(RowCounts):

@@ -17,7 +17,7 @@ from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.study.results import _reached, plot, seeds_mean, table, with_error
-from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_cell
+from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_cell, run_study
 from crd_fast.study.study import Study, cells, load_study, study_names
 from crd_fast.train.trainer import Trainer
 from tests.training.test_stopping import Signals
@@ -181,6 +181,16 @@ def test_operations_of_a_rollout_in_two_parts_are_those_of_the_whole(study, tmp_
     assert not run_cell(cell, tmp_path / "parts") and run_cell(cell, tmp_path / "parts")
     whole, parts = (flops_by_iteration(tmp_path / name / FLOPS) for name in ("whole", "parts"))
     assert whole == parts and set(whole) == {1, 2}
+
+
+def test_ctrl_c_in_the_last_iteration_of_a_run_ends_the_study(study, tmp_path, monkeypatch):
+    once = Signals("rollout", 1, signal.SIGINT)  # in the second iteration of two
+    monkeypatch.setattr("crd_fast.study.run.Trainer", functools.partial(Trainer, observer=once))
+    found, first = load_study(str(study)), next(cells(load_study(str(study))))
+    begun = []
+    assert not run_study(found, tmp_path, lambda cell: cell.seed == 1, begun.append)
+    assert len(begun) == 1 and is_whole(tmp_path / first.folder, first)
+    assert run_study(found, tmp_path, lambda cell: cell == first, begun.append) and len(begun) == 1
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
