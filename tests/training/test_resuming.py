@@ -11,11 +11,13 @@ import sys
 import pytest
 import torch
 
-from crd_fast.config import load_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
+from crd_fast.prompts.lists import training_prompts
 from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
 from crd_fast.run.metrics import MEASURED, read_metrics
+from crd_fast.train.changes import check_changes
 from crd_fast.train.checkpoints import SCORE
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
@@ -235,6 +237,30 @@ def test_changes_that_would_make_another_run_are_refused(copied, change, words):
     with pytest.raises(UserError, match=f"made with another recipe: {words}"):
         Trainer(recipe("train.iterations=4", change), copied, resume=True)
     assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_prompts_that_are_held_out_stay_so(tmp_path):
+    """A tenth of a file is, where evaluations are of no other; without any it would be trained on."""
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(f"prompt {i}" for i in range(100)))
+    values = {
+        "model": {"path": "org/name"},
+        "rollout": {"prompts": str(path)},
+        "rewards": {"colorfulness": 1},
+    }
+    on, off, other = (
+        build_recipe(values, [change])
+        for change in ("evaluate.every=20", "evaluate.every=0", f"evaluate.prompts={path}")
+    )
+    for before, after, words in (
+        (on, off, "evaluate.every 20 -> 0, which trains on prompts that were held out"),
+        (on, other, f"evaluate.prompts 'auto' -> '{path}', which trains on prompts that were held out"),
+        (off, on, "evaluate.every 0 -> 20, which holds out what was trained on"),
+    ):
+        assert len(training_prompts(before).entries()) != len(training_prompts(after).entries())
+        with pytest.raises(UserError, match=f"made with another recipe: {words}"):
+            check_changes(before.model_dump(), after, tmp_path)
+    check_changes(other.model_dump(), off, tmp_path)
 
 
 def test_changes_that_are_honoured_are_named(copied, caplog):
