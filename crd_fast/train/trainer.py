@@ -323,18 +323,24 @@ class Trainer:
             self.weights.blend("ema", self.recipe.snapshots.ema_decay(self.step))
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
-        started = time.perf_counter()
+        clock, drawn = [time.perf_counter()], False
         try:
             used = self.weights.use(self.recipe.evaluate.weights)
             with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
             found = with_drift(found, evaluation, self.weights, self.observer)
-            if self.features is not None:
-                found = self.features.measured(evaluation, self.weights, found)
-            seconds = {"seconds_eval": time.perf_counter() - started}
+            clock.append(time.perf_counter())
             guided = self._guided_base(evaluation)
-            if guided is not None:
-                seconds["seconds_guided_base"] = time.perf_counter() - started - seconds["seconds_eval"]
+            if self.features is not None:
+                drawn = self.features.prepare(evaluation, self.weights, guided)
+            clock.append(time.perf_counter())
+            if self.features is not None:
+                found = self.features.measured(found)
+            clock.append(time.perf_counter())
+            before, of_base, after = np.diff(clock).tolist()
+            seconds = {"seconds_eval": before + after}
+            if guided is not None or drawn:
+                seconds["seconds_guided_base"] = of_base
         except StopNow:
             self._unlogged = True
             if self.iteration:
