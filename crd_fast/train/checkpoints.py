@@ -136,5 +136,7 @@ class Checkpoints:
 
 
 def _pictures(recipe: Recipe) -> dict[str, Any]:
-    """What says which pictures an evaluation scores."""
-    return recipe.evaluate.model_dump(exclude=BESIDE) | {"resolution": recipe.evaluation_size}
+    """What says which pictures an evaluation scores. A file of prompts may have moved."""
+    config = recipe.evaluate
+    own = {"prompts": Path(config.prompts).name, "resolution": recipe.evaluation_size}
+    return config.model_dump(exclude=BESIDE) | own

@@ -18,7 +18,7 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
 from crd_fast.run.metrics import MEASURED, read_metrics
 from crd_fast.train.changes import check_changes
-from crd_fast.train.checkpoints import SCORE
+from crd_fast.train.checkpoints import SCORE, _pictures
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
@@ -299,6 +299,8 @@ def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
     assert Trainer(recipe(*changed), copied, resume=True).run() and "found anew" in caplog.text
     assert best.resolve().name == "iteration-000005"
     assert Trainer(recipe(*changed), copied, resume=True).checkpoints._best[1] == -5
+    one, moved, other = (recipe(f"evaluate.prompts={path}") for path in ("/a/x.txt", "/b/x.txt", "/b/y.txt"))
+    assert _pictures(one) == _pictures(moved) != _pictures(other)
 
 
 HOLDER = """
