@@ -28,6 +28,7 @@ NEAREST = {
     "ZImagePipeline": "z-image",
     "SanaPipeline": "sana-1.6b",
 }
+JUDGES = ("colorfulness", "naturalness")  # of what is written, but for the one that is trained on
 
 
 def init(
@@ -63,6 +64,7 @@ def init(
         "base": base,
         "for_card": "" if card is None else " for this card",
         "extended": extended,
+        "judges": [judge for judge in JUDGES if judge != reward],
         **files,
     }
     written = {"recipe.yaml": rendered("recipe.yaml", settings)}
@@ -136,11 +138,15 @@ def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
 
 def chosen(model: str, reward: str) -> dict[str, str]:
     """What the recipe says of reward and prompts."""
+    from crd_fast.config import WORLD_REWARDS
     from crd_fast.rewards import REWARDS
 
     if reward != "mine" and reward not in REWARDS:
         hint = did_you_mean(reward, REWARDS) or f"; known: mine, {', '.join(REWARDS)}"
         raise UserError(f"--reward: unknown reward {reward!r}{hint}")
+    if reward in WORLD_REWARDS and model not in WORLDS:
+        instead = "; for other models: geneval_mask2former" if reward.startswith("geneval") else ""
+        raise UserError(f"--reward {reward}: scores pictures of {', '.join(WORLDS)} alone{instead}")
     own = {"prompts": "prompts.txt", "heldout": "heldout.txt", "kinds": "; also .csv, .jsonl, .json"}
     if model in WORLDS:  # a small model knows the words of its own world alone
         own = {"prompts": model, "heldout": f"{model}-heldout", "kinds": ""}
@@ -149,7 +155,7 @@ def chosen(model: str, reward: str) -> dict[str, str]:
     listed = {"key": reward, "settings": "1.0", "kinds": ""}
     if model in WORLDS:
         return own | listed | ({"settings": "{mode: word}"} if reward == "ocr" else {})
-    if reward.startswith("ocr"):
+    if reward.startswith(("ocr", "easyocr")):
         settings = "{mode: scene, workers: auto}"
         return listed | {"prompts": "ocr-words", "heldout": "ocr-words-heldout", "settings": settings}
     if reward.startswith("geneval"):

@@ -43,7 +43,11 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Same as --set train.seed=S.")] = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Choose micro-batches that fit this much, like 24GB, by the plan."),
+        typer.Option(
+            metavar="SIZE",
+            help="Choose micro-batches, and which blocks are checkpointed, by the plan, for this much, like "
+            "24GB.",
+        ),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -69,8 +73,8 @@ def train(
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
     present micro-batch. `--resume` goes on as if it had not stopped; what may be changed by `--set` or in the
     run's `config.yaml` is where things are (`--model`, prompts, addresses of rewards), iterations,
-    micro-batches, evaluation, checkpoints and the learning rate. Rewards of your own in that file run
-    only with `--allow-code`: it may have come from somebody else.
+    micro-batches, checkpointing, evaluation, checkpoints and the learning rate. Rewards of your own in that
+    file run only with `--allow-code`: it may have come from somebody else.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 
@@ -99,9 +103,14 @@ def train(
     if gpu_memory is not None:
         from crd_fast.plan.fit import for_training
         from crd_fast.plan.gpus import parse_memory
+        from crd_fast.train.changes import differences
 
+        named = loaded.model_dump()
         with console.status("planning"):
             loaded = for_training(loaded, parse_memory(gpu_memory))
+        if not print_config and int(os.environ.get("RANK", 0)) == 0:
+            for _, change in differences(named, loaded.model_dump()):
+                say(f"by the plan: {change}")
     if print_config:
         print(loaded.to_yaml(), end="")
         return

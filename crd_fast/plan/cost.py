@@ -45,6 +45,7 @@ class Cost:
     evaluated: int  # pictures of one evaluation
     evaluation_flops: float  # of one
     guided_base_flops: float  # of the base with guidance, drawn once; 0 where it is not
+    guided_base_scored: int  # pictures of it that are scored
     checkpoint_evaluations: int  # up to the first checkpoint
     reward_seconds: float  # of one picture, on the CPU
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
@@ -99,9 +100,8 @@ class Cost:
         if self.iteration is None or self.evaluation is None:
             return None
         seconds = iterations * self.iteration + evaluations * self.evaluation
-        if self.guided_base_flops:
-            seconds += self.seconds(self.guided_base_flops, self.efficiency) or 0.0
-            seconds += self.reward_seconds * self.evaluated
+        seconds += self.seconds(self.guided_base_flops, self.efficiency) or 0.0
+        seconds += self.reward_seconds * self.guided_base_scored
         return seconds / 3600
 
     @property
@@ -187,7 +187,8 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     row_flops = plan.evaluation_row_flops or plan.row_flops
     flops = row_flops["sampler"] * forwards + row_flops["decode"]
     guided = row_flops["sampler"] * 2 * recipe.evaluate.steps + row_flops["decode"]
-    of_guided_base = bool(recipe.guided_base) + (recipe.evaluate.features is not None and every > 0)
+    features = recipe.evaluate.features is not None and every > 0
+    guided_scales = {recipe.guided_base, recipe.evaluate.drift if features else None} - {None}
     return Cost(
         plan,
         card,
@@ -199,7 +200,8 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         evaluations=evaluations(every, iterations, iterations),
         evaluated=evaluated,
         evaluation_flops=evaluated * flops,
-        guided_base_flops=evaluated * guided * of_guided_base,
+        guided_base_flops=evaluated * guided * len(guided_scales),  # pictures of one scale are drawn once
+        guided_base_scored=0 if recipe.guided_base is None else evaluated,
         checkpoint_evaluations=evaluations(every, first, iterations),
         reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
         prompts=_encoded_prompts(recipe),

@@ -78,16 +78,16 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
         if saving:
             key = saving.partition("=")[0]  # of one setting only the last value counts
             tried = [*(o for o in overrides if o.partition("=")[0] != key), saving]
-            changed = _with(recipe, tried)
-            if changed is None or changed == _with(recipe, overrides):
+            changed = overridden(recipe, tried)
+            if changed is None or changed == overridden(recipe, overrides):
                 continue
             overrides = tried
-        saved = _with(recipe, overrides)
+        saved = overridden(recipe, overrides)
         assert saved is not None  # it was built before
         planner, settings = Planner(saved), overrides
         found = _largest(planner, memory)
         if found.missing and found.phase == "decode":  # tiles change pictures: no later saving keeps them
-            tiled = _with(recipe, [*overrides, TILES])
+            tiled = overridden(recipe, [*overrides, TILES])
             if tiled is not None and tiled != saved:
                 planner, settings = Planner(tiled), [*overrides, TILES]
                 found = _largest(planner, memory)
@@ -105,7 +105,7 @@ def _faster(planner: Planner, found: Fit, memory: int) -> Fit:
     Larger micro-batches compute nothing less, and blocks that are not checkpointed do.
     """
     recipe = planner.recipe
-    none = _with(recipe, ["train.checkpointing=false"])
+    none = overridden(recipe, ["train.checkpointing=false"])
     if found.missing or recipe.train.checkpointing != 1 or none is None:
         return found
     if recipe.train.kept_graphs == "host":  # where all activations would go then
@@ -127,7 +127,9 @@ def _faster(planner: Planner, found: Fit, memory: int) -> Fit:
     kept = min(1 + (memory - RESERVED - peak) // max(each, 1), blocks - 1)
     for count in range(kept, 0, -1):
         override = f"train.checkpointing={1 - count / blocks:.2f}"
-        fewer = _with(recipe, [override, f"train.micro_batch={update}", f"rollout.micro_batch={rollout}"])
+        fewer = overridden(
+            recipe, [override, f"train.micro_batch={update}", f"rollout.micro_batch={rollout}"]
+        )
         assert fewer is not None  # as without checkpointing
         plan = Planner(fewer).plan()
         sizes = [o for o in found.overrides if not o.startswith("train.micro_batch=")]
@@ -139,7 +141,7 @@ def _faster(planner: Planner, found: Fit, memory: int) -> Fit:
     return found
 
 
-def _with(recipe: Recipe, overrides: list[str]) -> Recipe | None:
+def overridden(recipe: Recipe, overrides: list[str]) -> Recipe | None:
     """None if the overrides contradict the rest of the recipe."""
     try:
         changed = build_recipe(recipe.model_dump(), overrides)

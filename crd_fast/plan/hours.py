@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.cost import EFFICIENCY, cost
-from crd_fast.plan.fit import SAVINGS, Fit, fit
+from crd_fast.plan.fit import SAVINGS, Fit, fit, overridden
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Planner
 
@@ -49,16 +49,18 @@ def within(
     fitting = [o for o in found.overrides if o.partition("=")[0] not in ROOM]
     base = build_recipe(recipe.model_dump(), fitting)
     rungs = [[], *_rungs(base)]
+    checkpointing = build_recipe(recipe.model_dump(), found.overrides).train.checkpointing
+    recomputed = [f"train.checkpointing={checkpointing}"] if checkpointing > base.train.checkpointing else []
     planners: dict[str, Planner] = {}  # by size of picture: the rest of a rung is no part of the model
 
     def suffices(rung: list[str]) -> bool:
-        changed = build_recipe(base.model_dump(), rung)
-        size = str(changed.rollout.resolution)
-        planner = planners[size] = planners.get(size) or Planner(changed)
-        planner.recipe = changed
-        group = changed.rollout.samples_per_prompt
+        less = build_recipe(base.model_dump(), [*rung, *recomputed])
+        size = str(less.rollout.resolution)
+        planner = planners[size] = planners.get(size) or Planner(less)
+        planner.recipe = less
+        group = less.rollout.samples_per_prompt
         plan = planner.plan(min(found.plan.micro_batch, group), found.plan.rollout_micro_batch)
-        takes = cost(changed, plan, card, efficiency)
+        takes = cost(less, plan, card, efficiency)
         if takes.hours is None:
             raise UserError("--hours: expected train.precision bf16, got fp32, which has no estimate")
         return takes.hours <= hours
@@ -82,21 +84,24 @@ def within(
 
 
 def _takes(recipe: Recipe, found: Fit, card: Card, efficiency: float) -> float:
-    changed = build_recipe(recipe.model_dump(), found.overrides)
-    hours = cost(changed, found.plan, card, efficiency).hours
+    fitted = build_recipe(recipe.model_dump(), found.overrides)
+    hours = cost(fitted, found.plan, card, efficiency).hours
     return math.inf if found.missing or hours is None else hours
 
 
 def _rungs(recipe: Recipe) -> Iterator[list[str]]:
-    """Overrides on top of the recipe, each with those before it."""
-    taken = [override for override in LESS if _is_less(recipe, override)]
+    """Overrides on top of the recipe, each with those before it, without what contradicts the rest of it."""
+    taken: list[str] = []
+    for override in LESS:
+        if _is_less(recipe, override) and overridden(recipe, [*taken, override]) is not None:
+            taken.append(override)
     if taken:
         yield list(taken)
     for key, values in FEWER.items():
         section, name = key.split(".")
         before, current = list(taken), getattr(getattr(recipe, section), name)
         for value in values if isinstance(current, int) else ():  # pictures that are not square stay
-            if value < current:
+            if value < current and overridden(recipe, [*before, f"{key}={value}"]) is not None:
                 if name == "resolution" and recipe.train.iterations > FEWEST:
                     others = [override for override in taken if not override.startswith("train.iterations=")]
                     yield [*others, f"train.iterations={FEWEST}"]

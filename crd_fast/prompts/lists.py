@@ -33,6 +33,12 @@ class PromptLists:
         self.sources = {name: PromptSource(name, without, without_categories) for name in lists}
         if without_categories:
             _check_categories(lists, without_categories)
+        for name, source in self.sources.items():
+            if not source.entries():
+                raise UserError(
+                    f"rollout.prompts: expected some of {name} to be left for training, got none: all are "
+                    "held out for evaluations or of categories that are left out"
+                )
         total = sum(map(Fraction, lists.values()))
         self._weights = [Fraction(weight) / total for weight in lists.values()]
 
@@ -184,7 +190,8 @@ def notes(recipe: Recipe) -> Iterator[str]:
             )
     seen: dict[str, str] = {}
     for name in files:
-        own = dict.fromkeys(same_prompt(entry["prompt"]) for entry in PromptSource(name).entries())
+        trained = PromptSource(name, without_categories=recipe.rollout.without_categories).entries()
+        own = dict.fromkeys(same_prompt(entry["prompt"]) for entry in trained)
         if both := [prompt for prompt in own if prompt in seen]:
             many = "prompt stands" if len(both) == 1 else "prompts stand"
             yield f"warning: {len(both)} {many} in {name} and in {seen[both[0]]}: {_short(both[0])}"

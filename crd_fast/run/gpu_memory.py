@@ -33,7 +33,7 @@ class GpuMemory(Observer):
         try:
             yield
         finally:
-            self._phases[name] = self._peak()
+            self._phases[name] = max(self._phases.get(name, 0), self._peak())
 
     def metrics(self) -> dict[str, int]:
         """`gpu_peak_bytes` of the process so far, and `gpu_peak_bytes/PHASE` of phases since the last call.

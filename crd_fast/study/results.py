@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from crd_fast.run.log import ENVIRONMENT
 from crd_fast.run.metrics import read_metrics
+from crd_fast.run.new_files import write_atomically
 from crd_fast.run.scores import Scores, compare_metric, scores_of
-from crd_fast.study.run import FLOPS, is_whole, other_settings
+from crd_fast.study.run import FLOPS, flops_by_iteration, is_whole, other_settings
 from crd_fast.study.study import Study, cells
 
 RAW, TABLE, PLOT = "results.jsonl", "table.md", "plot.svg"
@@ -41,7 +42,7 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
             say(f"{folder}: left out, it was made with other settings: {other}")
             continue
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        flops = {line["iteration"]: line["flops"] for line in _lines(folder / FLOPS)}
+        flops = flops_by_iteration(folder / FLOPS)
         rollout = cell.recipe.rollout
         spent, last = {"pflop": 0.0, "samples": 0, "seconds": 0.0}, None
         for record in read_metrics(folder):
@@ -63,22 +64,14 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
     return found
 
 
-def _lines(path: Path) -> Iterable[dict]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # cut off by a kill; the iteration ran again
-            continue
-
-
 def write_results(study: Study, output: Path, say: Callable[[str], None] = print) -> list[Path]:
     """Raw metrics, table and plot of what is whole. Returns the files; none where nothing is."""
     records = collect(study, output, say)
     if not records:
         return []
     files = [output / name for name in (RAW, TABLE, PLOT)]
-    files[0].write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    files[1].write_text(table(study, records), encoding="utf-8")
+    write_atomically(files[0], "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(files[1], table(study, records))
     _save_svg(plot(study, records), files[2])
     return files
 
@@ -184,10 +177,14 @@ def _reached(runs: Runs, measure: str, wanted: float) -> str:
 
 def mean_curve(runs: Runs, measure: str) -> tuple[np.ndarray, np.ndarray]:
     """PFLOP and measure of each evaluation, means over the seeds."""
-    points = list(zip(*runs.values(), strict=False))
-    spent = [statistics.fmean(record["pflop"] for record in point) for point in points]
-    value = [statistics.fmean(record[f"eval/{measure}"] for record in point) for point in points]
-    return np.array(spent), np.array(value)
+    return seeds_mean(runs, "pflop"), seeds_mean(runs, f"eval/{measure}")
+
+
+def seeds_mean(runs: Runs, key: str) -> np.ndarray:
+    """Means over the seeds, of the evaluations at the iterations that all of them have: (evaluations,)."""
+    by_iteration = [{record["iteration"]: record[key] for record in run} for run in runs.values()]
+    common = [iteration for iteration in by_iteration[0] if all(iteration in run for run in by_iteration)]
+    return np.array([statistics.fmean(run[iteration] for run in by_iteration) for iteration in common])
 
 
 def plot(study: Study, records: list[dict]) -> Figure:
@@ -200,13 +197,10 @@ def plot(study: Study, records: list[dict]) -> Figure:
         for axes, spent in zip(row, SPENT):
             for number, (arm, runs) in enumerate(by_arm(study, records, task).items()):
                 color, style = f"C{number % 10}", "-" if number < 10 else "--"
-                curves = [
-                    ([r[spent] for r in run], [r[f"eval/{measure}"] for r in run]) for run in runs.values()
-                ]
-                if len(curves) > 1:
-                    for curve in curves:
-                        axes.plot(*curve, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
-                mean = [np.mean([c[axis] for c in curves], axis=0) for axis in (0, 1)]
+                for run in runs.values() if len(runs) > 1 else ():
+                    curve = [[record[key] for record in run] for key in (spent, f"eval/{measure}")]
+                    axes.plot(*curve, color=color, linestyle=style, linewidth=0.6, alpha=0.5)
+                mean = [seeds_mean(runs, key) for key in (spent, f"eval/{measure}")]
                 axes.plot(*mean, color=color, linestyle=style, linewidth=2, label=f"{arm} ({len(runs)})")
             axes.set_xlabel({"pflop": "PFLOP"}.get(spent, spent))
             axes.grid(alpha=0.3)

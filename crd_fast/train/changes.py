@@ -9,14 +9,17 @@ from typing import Any
 
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
+from crd_fast.prompts.lists import splits
 
-# where things are, how much goes through the network at once, how long and how often
+# where things are, how much goes through the network at once or is kept of it, how long and how often
 HONOURED = (
     *("model.path", "model.prompt_cache", "model.prompt_cache_gb"),
     *("rollout.prompts", "rollout.micro_batch", "train.micro_batch"),
+    *("train.checkpointing", "train.kept_graphs"),
     *("train.iterations", "train.learning_rate", "train.profile"),
 )
 HONOURED_SECTIONS = ("evaluate", "eval_rewards", "checkpoint")
+OF_SPLIT = ("evaluate.every", "evaluate.prompts", "rollout.prompts")  # whether files have a part held out
 OF_REWARDS = (
     "url",
     "token_env",
@@ -34,9 +37,13 @@ def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
 
     Raises UserError for one that would make it another run: what was trained so far was trained without it.
     """
-    old = build_recipe(before, source=str(source)).model_dump()
-    found = list(differences(old, recipe.model_dump()))
+    old = build_recipe(before, source=str(source))
+    found = list(differences(old.model_dump(), recipe.model_dump()))
     refused = [text for key, text in found if not _honoured(key)]
+    if splits(old) != splits(recipe):
+        changed = "; ".join(text for key, text in found if key.startswith(OF_SPLIT))
+        what = "trains on prompts that were held out" if splits(old) else "holds out what was trained on"
+        refused.append(f"{changed}, which {what}")
     if refused:
         raise UserError(
             f"{source}: made with another recipe: {'; '.join(refused)}; "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
-from crd_fast.config import Recipe
+from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import Ranks
 from crd_fast.run.lock import RunLock
@@ -15,6 +17,9 @@ from crd_fast.train.places import check_base
 from crd_fast.weights import checkpoint
 
 SCORE = "eval/reward_mean"  # by which one is the best
+BESIDE = {"every", "guided_base", "drift", "features"}  # settings of evaluations that change no score
+
+logger = logging.getLogger("crd_fast")
 
 
 class Checkpoints:
@@ -42,7 +47,19 @@ class Checkpoints:
                 sharded.check_resumes(self.state, ranks.count, self.newest)
         self.saved: int = self.state["iteration"] if self.state else -1
         self._saved_at = time.monotonic()
+        self._alike_since = self._evaluated_alike_since()
         self._best = max(self._scored(), default=None)
+
+    def _evaluated_alike_since(self) -> int:
+        """The iteration from which on evaluations are as the recipe has them; others name no best one."""
+        if not self.state:
+            return 0
+        before = build_recipe(self.state["recipe"], source=str(self.newest))
+        if _pictures(before) == _pictures(self.recipe):
+            return self.state.get("evaluated_alike_since", 0)
+        if self.ranks.main:
+            logger.warning("evaluations are not as before: the best checkpoint is found anew")
+        return self.saved + 1
 
     def _find(self) -> Path | None:
         self.hold()
@@ -92,7 +109,7 @@ class Checkpoints:
                 self._path(state["iteration"]),
                 weights,
                 optimizer,
-                state | {"recipe": self.recipe.model_dump()},
+                state | {"recipe": self.recipe.model_dump(), "evaluated_alike_since": self._alike_since},
                 self.recipe.checkpoint.keep,
                 best=-self._best[1] if self._best else None,
                 used=self.recipe.evaluate.weights,
@@ -110,8 +127,16 @@ class Checkpoints:
     def _scored(self) -> list[tuple[float, int]]:
         """Score and, so that of equal ones the first is the largest, the negative iteration."""
         records = read_metrics(self.output) if self.newest and self.ranks.main else []
-        scored = [(r[SCORE], r["iteration"]) for r in records if SCORE in r and r["iteration"] <= self.saved]
+        counted = range(self._alike_since, self.saved + 1)
+        scored = [(r[SCORE], r["iteration"]) for r in records if SCORE in r and r["iteration"] in counted]
         return [(score, -iteration) for score, iteration in scored if self._path(iteration).is_dir()]
 
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iteration-{iteration:06d}"
+
+
+def _pictures(recipe: Recipe) -> dict[str, Any]:
+    """What says which pictures an evaluation scores. A file of prompts may have moved."""
+    config = recipe.evaluate
+    own = {"prompts": Path(config.prompts).name, "resolution": recipe.evaluation_size}
+    return config.model_dump(exclude=BESIDE) | own

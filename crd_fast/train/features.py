@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from crd_fast.config import Recipe
+from crd_fast.models.negative import KEY
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.clip import Clip, preprocess
 from crd_fast.rewards.registry import default_device
@@ -23,9 +24,9 @@ from crd_fast.run.new_files import write_atomically
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import guided_base_path
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation
+from crd_fast.train.places import RANDOM
 from crd_fast.weights.base import Weights
 
-RANDOM = "random"
 METRIC = "eval/drift/features"
 SIDE, LAYERS, CHANNELS, CELLS = 64, 3, 16, 2  # of the network with random weights
 AT_ONCE = 64  # pictures
@@ -45,18 +46,31 @@ class FeatureDistance:
         self._base: np.ndarray | None = None
         self._features = picture_features(self.config.features or RANDOM) if ranks.main else None
 
-    def measured(self, evaluation: Evaluation, weights: Weights, found: Evaluated) -> Evaluated:
-        """The same with `eval/drift/features`. All ranks call it."""
+    def prepare(self, evaluation: Evaluation, weights: Weights, guided: Evaluated | None) -> bool:
+        """Makes sure of the guided base's features. All ranks call it, before `measured`.
+
+        guided: the guided base's evaluation where this run has just made it, whose pictures are these where
+        its guidance is. Returns whether others were drawn.
+        """
         what = self._what(evaluation)
         if self._base is None and self._features is not None:
             self._base = read_features(self.path, what)
-        if not self.ranks.any(self._base is not None):
+        if self.ranks.any(self._base is not None):
+            return False
+        drawn = guided is None or evaluation.recipe.guided_base != self.config.drift
+        if guided is not None and not drawn:
+            images = guided.images
+        else:
             sampling = evaluation.guided(self.config.drift or 1.0)
             with self.observer.phase("guided base", len(evaluation)), weights.use("reference"):
                 images, _ = evaluation.pictures(sampling, self.observer)
-            if self._features is not None:
-                self._base = self._features(images)
-                write_features(self.path, what, self._base)
+        if self._features is not None:
+            self._base = self._features(images)
+            write_features(self.path, what, self._base)
+        return drawn
+
+    def measured(self, found: Evaluated) -> Evaluated:
+        """The same with `eval/drift/features`, on the main process."""
         if self._features is None or self._base is None:
             return found
         value = relative_distance(self._features(found.images), self._base)
@@ -66,7 +80,7 @@ class FeatureDistance:
         """What the features of the guided base depend on."""
         config = self.config
         drawn = (config.drift, config.steps, evaluation.recipe.evaluation_size, evaluation.seeds.tolist())
-        prompts = [entry["prompt"] for entry in evaluation.metadata]
+        prompts = [(entry["prompt"], entry.get(KEY) or "") for entry in evaluation.metadata]
         return json.dumps([config.features, *drawn, prompts])
 
 

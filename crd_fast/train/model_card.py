@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -184,7 +185,12 @@ def settings(trained: Trained) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A file by its name alone."""
+    """A file by its name alone, and several with their weights too."""
+    if isinstance(value, dict):
+        weights: Counter[str] = Counter()  # two files in different folders may have one name
+        for name, weight in value.items():
+            weights[_short(name)] += weight
+        return dict(weights)
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 

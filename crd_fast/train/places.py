@@ -12,9 +12,11 @@ from crd_fast.prompts.source import HELDOUT, SOURCES
 from crd_fast.schema import AUTO
 from crd_fast.worlds import WORLDS
 
+RANDOM = "random"  # in evaluate.features: of a network with random weights, which is in no folder
+
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The same with absolute paths of what is here: the model's folder, files of prompts, rewards' files."""
+    """The same with absolute paths of what is here: folders of models, files of prompts, rewards' files."""
     values = recipe.model_dump()
     model = values["model"]
     if model["path"] not in WORLDS and os.path.isdir(model["path"]):  # else a hub id
@@ -28,6 +30,9 @@ def absolute(recipe: Recipe) -> Recipe:
         values["rollout"]["prompts"] = _of_list(prompts)
     if recipe.evaluate.prompts != AUTO:
         values["evaluate"]["prompts"] = _of_list(recipe.evaluate.prompts)
+    features = recipe.evaluate.features
+    if features not in (None, RANDOM) and os.path.isdir(features):  # else a hub id
+        values["evaluate"]["features"] = os.path.abspath(features)
     for section in ("rewards", "eval_rewards"):
         for settings in values[section].values():
             if isinstance(settings, dict):

@@ -171,7 +171,7 @@ class Trainer:
             self.log = RunLog(output, recipe, after)
 
     def run(self) -> bool:
-        """Trains to the recipe's last iteration. False if a signal ended it earlier, with a checkpoint.
+        """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.
 
         What ends a run otherwise leaves a checkpoint too, of the last iteration, where no step of the next
         one was made.
@@ -196,7 +196,7 @@ class Trainer:
                 raise
         if self.ranks.main:
             self.log.close()
-        return self.iteration >= self.recipe.train.iterations
+        return self.iteration >= self.recipe.train.iterations and not self._unlogged
 
     def _save_whole(self) -> None:
         """A checkpoint of the last iteration, unless there is one."""
@@ -219,6 +219,7 @@ class Trainer:
     def _run(self) -> None:
         if self._unlogged:
             self._conclude(dict(self._record))
+            self._unlogged = False
         while self.iteration < self.recipe.train.iterations and not self._asked_to_stop():
             with self.rollout.partial.iteration():
                 record = self.iterate()
@@ -322,19 +323,26 @@ class Trainer:
             self.weights.blend("ema", self.recipe.snapshots.ema_decay(self.step))
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
-        started = time.perf_counter()
+        clock, drawn = [time.perf_counter()], False
         try:
             used = self.weights.use(self.recipe.evaluate.weights)
             with self.observer.phase("evaluation", len(evaluation)), used:
                 found = evaluation.run(self.observer)
             found = with_drift(found, evaluation, self.weights, self.observer)
-            if self.features is not None:
-                found = self.features.measured(evaluation, self.weights, found)
-            seconds = {"seconds_eval": time.perf_counter() - started}
+            clock.append(time.perf_counter())
             guided = self._guided_base(evaluation)
-            if guided is not None:
-                seconds["seconds_guided_base"] = time.perf_counter() - started - seconds["seconds_eval"]
+            if self.features is not None:
+                drawn = self.features.prepare(evaluation, self.weights, guided)
+            clock.append(time.perf_counter())
+            if self.features is not None:
+                found = self.features.measured(found)
+            clock.append(time.perf_counter())
+            before, of_base, after = np.diff(clock).tolist()
+            seconds = {"seconds_eval": before + after}
+            if guided is not None or drawn:
+                seconds["seconds_guided_base"] = of_base
         except StopNow:
+            self._unlogged = True
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise

@@ -51,6 +51,8 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
         (("--model", "black-forest-labs/flux.1-dev"), "flux.1-dev-24gb", "black-forest-labs/FLUX.1-dev"),
         (("--model", "builtin-ocr", "--reward", "ocr"), "builtin-ocr", "builtin-ocr"),
         (("--model", "sana-1.6b", "--reward", "geneval_mask2former"), "sana-1.6b-24gb", None),
+        (("--model", "sana-1.6b", "--reward", "easyocr"), "sana-1.6b-24gb", None),
+        (("--model", "sana-1.6b", "--reward", "naturalness"), "sana-1.6b-24gb", None),
     ],
 )
 def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
@@ -64,6 +66,9 @@ def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
         update={"prompts": ""}
     )
     recipe.check_own(trains=True, evaluates=True)
+    assert recipe.eval_rewards and not recipe.eval_rewards.keys() & recipe.rewards.keys()
+    if "easyocr" in recipe.rewards:  # as `ocr`: whole pictures of prompts that ask for a word
+        assert recipe.rewards["easyocr"]["mode"] == "scene" and recipe.rollout.prompts == "ocr-words"
     assert ("hf auth login" in out) == (path is not None and path.startswith(("stabilityai", "black-forest")))
     if base == "builtin-ocr":
         assert recipe.rewards == extended.rewards and Planner(recipe).plan().peak > 0
@@ -105,6 +110,8 @@ def test_pictures_no_larger_than_the_folders_model_draws(inside, tiny, tmp_path,
         (("--model", "./nowhere"), "no recipe ships for './nowhere', and there is no such folder; known: "),
         (("--gpu", "6GB"), "the smallest recipe of sd3.5-medium is for 8 GB"),
         (("--gpu", "rtx-4091"), "rtx-4090"),
+        (("--reward", "geneval_strict"), "builtin-ocr alone; for other models: geneval_mask2former"),
+        (("--reward", "texture_fooled"), "--reward texture_fooled: scores pictures of builtin"),
         (("--reward", "picscore"), "unknown reward 'picscore', did you mean 'pickscore'?"),
     ],
 )

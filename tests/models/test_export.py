@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.run.scores import read_scores, scores_path
+from crd_fast.train import model_card
 from crd_fast.train.export import Trained, write_comfyui, write_fused
 from crd_fast.train.inference import Source, evaluated
 from crd_fast.train.trainer import Trainer
@@ -340,3 +342,11 @@ def test_a_set_that_is_not_there(inside, run_of, tmp_path):
     run = run_of("sd3", "evaluate.every=0")
     code, _, errors = inside("export", run, "--to", "diffusers", "--out", tmp_path / "a", "--weights", "ema")
     assert code == 2 and "expected one of policy, old, sampler" in errors and not (tmp_path / "a").exists()
+
+
+def test_a_model_card_says_no_folder_of_several_prompt_files():
+    prompts = {"/home/me/a/mine.txt": 3, "/home/me/b/mine.txt": 1, "geneval": 2}
+    recipe = build_recipe({"rollout": {"prompts": prompts}, "evaluate": {"prompts": "/home/me/c.txt"}})
+    said = model_card.settings(SimpleNamespace(recipe=recipe))
+    assert "/home" not in said
+    assert yaml.safe_load(said)["rollout"]["prompts"] == {"mine.txt": 4, "geneval": 2}

@@ -8,6 +8,7 @@ import pytest
 from crd_fast.config import build_recipe, read_yaml
 from crd_fast.errors import UserError
 from crd_fast.train.inference import evaluate_checkpoint, sample_grid
+from crd_fast.train.places import absolute
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 
@@ -90,3 +91,16 @@ def test_a_grid_is_never_written_over_another(moved):
     with pytest.raises(UserError, match="already exists"):
         sample_grid(str(moved / "run"), ["a red circle"], Path("grid.png"), samples=1, steps=1)
     assert Path("grid.png").read_text() == "mine"
+
+
+def test_features_are_of_the_folder_that_the_run_began_with(tmp_path, monkeypatch):
+    """And those of a network with random weights of none."""
+    monkeypatch.chdir(tmp_path)
+
+    def found(features):
+        return absolute(build_recipe({"evaluate": {"drift": 4.5, "features": features}})).evaluate.features
+
+    assert found("clip") == "clip"  # an id on the hub
+    for name in ("clip", "random"):
+        (tmp_path / name).mkdir()
+    assert found("clip") == str(tmp_path / "clip") and found("random") == "random"

@@ -108,7 +108,13 @@ def test_hours_are_flops_over_the_cards_peak(recipe):
     of_one = [drift.evaluation_flops - found.evaluation_flops for drift in drifts]
     assert of_one == pytest.approx([40 * 3e13, 40 * 2e13])
     asked = ("evaluate.drift=4.5", "evaluate.features=random", "evaluate.guided_base=false")
-    assert run_cost(recipe, None, "h100", *asked).guided_base_flops == pytest.approx(40 * 22e13)
+    alone = run_cost(recipe, None, "h100", *asked)
+    assert alone.guided_base_flops == pytest.approx(40 * 22e13)
+    assert (alone.guided_base_scored, found.guided_base_scored) == (0, 40)
+    # the base's evaluation has drawn them already where it has that guidance
+    for scale, drawn in ((4.5, 1), (3.0, 2)):
+        both = run_cost(recipe, None, "h100", f"evaluate.drift={scale}", "evaluate.features=random")
+        assert both.guided_base_flops == pytest.approx(drawn * 40 * 22e13)
     # the first one comes after 20 minutes, or after 10 iterations
     first = math.ceil(20 * 60 / found.iteration)
     assert first < 10

@@ -115,6 +115,11 @@ def test_commands(inside, tmp_path):
     sized = ("train", "builtin-lora", *small, "--print-config", "--gpu-memory")
     code, out, _ = inside(*sized, "24GB")
     assert code == 0 and out.count("micro_batch: 96") == 2  # whole groups where there is room
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # so that nothing is trained
+    taken = ("train", "builtin-lora", *small, "--output", tmp_path / "run", "--gpu-memory", "24GB")
+    code, out, err = inside(*taken)
+    assert code == 2 and "already holds a run" in err
+    assert "by the plan: train.micro_batch 'auto' -> 96" in out
     code, _, err = inside(*sized, "0.7GB")
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert "GB too much" in err and "nearest with --set train.checkpointing=true" in err

@@ -7,6 +7,7 @@ import pytest
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.cost import cost
+from crd_fast.plan.fit import Fit
 from crd_fast.plan.gpus import BY_NAME, GIB
 from crd_fast.plan.hours import LESS, _rungs, within
 from crd_fast.plan.planner import Planner
@@ -55,6 +56,32 @@ def test_pictures_become_smaller_last(tiny):
     steps = [(512, 100), (512, 75), (384, 100), (384, 75), (256, 100)]
     assert taken[-5:] == steps
     assert all(resolution == 512 and iterations >= 100 for resolution, iterations in taken[:-5])
+
+
+def test_what_is_computed_again_to_fit_is_in_the_estimate(monkeypatch):
+    """A recipe without checkpointing that has to have some on a smaller card."""
+    small = ("rollout.samples_per_prompt=8", "rollout.prompts_per_iteration=4", "evaluate.every=0")
+    groups = ("train.micro_batch=8", "rollout.micro_batch=8", "train.precision=bf16")
+    recipe = load_recipe("builtin", [*small, *groups, "rollout.steps=10", "train.checkpointing=false"])
+
+    def fit(recipe, memory, savings):
+        fitting = build_recipe(recipe.model_dump(), ["train.checkpointing=true"])
+        yield Fit(["train.checkpointing=true"], Planner(fitting).plan(), memory)
+
+    monkeypatch.setattr("crd_fast.plan.hours.fit", fit)
+    monkeypatch.setattr("crd_fast.plan.hours.FEWER", {})  # a rung is enough, and each takes seconds
+    wanted = 1.01 * hours(recipe)
+    found = within(recipe, 24 * GIB, CARD, wanted)
+    assert cost(build_recipe(recipe.model_dump(), found.overrides), found.plan, CARD).hours <= wanted
+
+
+def test_what_contradicts_the_recipe_is_left_out():
+    """Steps that share an iteration's prompts, and the part of the denoising that is trained."""
+    recipe = run(str, "train.steps_per_iteration=18", "train.timestep_range=0.2")
+    taken = list(_rungs(recipe))
+    assert all(build_recipe(recipe.model_dump(), rung) for rung in taken)
+    assert taken[0] == ["train.timesteps=2", "loss.anchor_fraction=0.25"]
+    assert any("train.iterations=100" in rung for rung in taken)
 
 
 def test_no_estimate_for_float32(tiny):

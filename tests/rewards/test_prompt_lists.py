@@ -197,6 +197,18 @@ def test_categories_of_a_file_can_be_left_out(tmp_path):
     assert drawn() == ["one", "two", "three"] and drawn("a", "b") == ["three"]
     with pytest.raises(UserError, match=r"without_categories: expected categories .*\(a, b\), got 'c'"):
         drawn("c")
+    evaluated = own(str(path), f"evaluate.prompts={path}", "rollout.without_categories=[a]")
+    assert "of 3 evaluated prompts 2 stand in rollout.prompts too: 'two'" in "".join(notes(evaluated))
     path.write_text('{"prompt": "one", "tag": "a"}\n')
     with pytest.raises(UserError, match=r"expected some prompts of .* to be left, got none"):
         drawn("a")
+
+
+def test_a_file_whose_prompts_are_all_held_out(written, tmp_path):
+    path = written("a", 100)
+    held_out = texts(evaluation_prompts(own(path)))
+    rest = [text for text in texts(PromptSource(path).entries()) if text not in held_out[:1]]
+    written("rest", 0, rest)
+    lists = {str(tmp_path / "rest.txt"): 1, written("one", 0, held_out[:1]): 1}
+    with pytest.raises(UserError, match=r"rollout\.prompts: expected some of .*one\.txt to be left"):
+        training_prompts(own(lists))

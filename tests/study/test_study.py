@@ -1,19 +1,26 @@
 """`crd-fast study`: runs over arms and seeds, gone on with, summed up."""
 
+import functools
 import json
+import signal
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from scipy import stats
 
+from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
+from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import read_scores, scores_path
-from crd_fast.study.results import _reached, table, with_error
-from crd_fast.study.run import FLOPS, Ledger
+from crd_fast.study.results import _reached, plot, seeds_mean, table, with_error
+from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_cell, run_study
 from crd_fast.study.study import Study, cells, load_study, study_names
 from crd_fast.train.trainer import Trainer
+from tests.training.test_stopping import Signals
 
 PROMPTS, SAMPLES, STEPS = 2, 4, 2
 STUDY = {
@@ -142,6 +149,70 @@ def test_runs_are_kept_where_the_study_looks_on_otherwise(study, inside, tmp_pat
     study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": task}}, sort_keys=False))
     code, _, err = inside(*asked)
     assert code == 2 and "made with other settings: rollout.without_categories [] -> ['counting']" in err
+    apart = shapes | {"overrides": shapes["overrides"] | {"evaluate.guidance_scale": 4.5}}
+    study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": apart}}, sort_keys=False))
+    code, _, err = inside(*asked)
+    assert code == 2 and "made with other settings: evaluate.guidance_scale 1.0 -> 4.5" in err
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_is_gone_on_with(study, inside, tmp_path):
+    output = tmp_path / "out"
+    cell = next(cells(load_study(str(study))))
+    folder = output / cell.folder
+    stopped = Trainer(cell.recipe, folder, observer=Signals("evaluation", 1, signal.SIGTERM))
+    stopped.observer.add(Ledger(folder / FLOPS, 0, {}))
+    stopped.run()
+    assert [record["iteration"] for record in read_metrics(folder)] == [0, 1, 2]
+    assert not is_whole(folder, cell)
+    code, text, err = inside("study", study, "--output", output, "--arm", "whole", "--seed", "1")
+    assert code == 0 and "run 1 of 1" in text, err
+    records = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [0, 1, 2]
+
+
+def test_operations_of_a_rollout_in_two_parts_are_those_of_the_whole(study, tmp_path, monkeypatch):
+    cell = next(cells(load_study(str(study))))
+    settings = {"rollout.micro_batch": 2, "evaluate.every": 0}
+    recipe = build_recipe(cell.recipe.model_dump(), [f"{key}={value}" for key, value in settings.items()])
+    cell = replace(cell, recipe=recipe)
+    assert run_cell(cell, tmp_path / "whole")
+    once = Signals("rollout", 4, signal.SIGTERM)  # in the second iteration
+    monkeypatch.setattr("crd_fast.study.run.Trainer", functools.partial(Trainer, observer=once))
+    assert not run_cell(cell, tmp_path / "parts") and run_cell(cell, tmp_path / "parts")
+    whole, parts = (flops_by_iteration(tmp_path / name / FLOPS) for name in ("whole", "parts"))
+    assert whole == parts and set(whole) == {1, 2}
+
+
+def test_ctrl_c_in_the_last_iteration_of_a_run_ends_the_study(study, tmp_path, monkeypatch):
+    once = Signals("rollout", 1, signal.SIGINT)  # in the second iteration of two
+    monkeypatch.setattr("crd_fast.study.run.Trainer", functools.partial(Trainer, observer=once))
+    found, first = load_study(str(study)), next(cells(load_study(str(study))))
+    begun = []
+    assert not run_study(found, tmp_path, lambda cell: cell.seed == 1, begun.append)
+    assert len(begun) == 1 and is_whole(tmp_path / first.folder, first)
+    assert run_study(found, tmp_path, lambda cell: cell == first, begun.append) and len(begun) == 1
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
+    path = tmp_path / FLOPS
+    path.write_text('{"iteration": 1, "flops": 3.0}\n{"iteration": 2, "fl')
+    ledger = Ledger(path, 1, {"old": 2.0})
+    with ledger.phase("iteration"), torch.no_grad(), ledger.branch("old", 5):
+        pass
+    assert flops_by_iteration(path) == {1: 3.0, 2: 10.0}
+
+
+def test_seeds_that_were_evaluated_at_other_iterations():
+    """Means are of the evaluations that all seeds have."""
+    found = Study(**STUDY)
+    records = [
+        {"task": "shapes", "arm": "whole", "seed": seed, "iteration": i, "pflop": i, "samples": i}
+        | {"seconds": i, "eval/overall": i + seed}
+        for seed, iterations in ((1, (0, 1, 2)), (2, (0, 2)))
+        for i in iterations
+    ]
+    assert seeds_mean({1: records[:3], 2: records[3:]}, "eval/overall").tolist() == [1.5, 3.5]
+    assert plot(found, records).axes
 
 
 def test_operations_are_counted_from_the_rows_of_every_forward(study, inside, tmp_path):
@@ -213,6 +284,7 @@ def test_a_judge_that_was_not_installed_has_an_empty_cell():
 
 
 def test_a_value_is_reached_where_the_line_crosses_it():
-    runs = {1: [{"pflop": 0.0, "eval/x": 0.2}, {"pflop": 4.0, "eval/x": 0.4}]}
+    ends = ((0, 0.0, 0.2), (9, 4.0, 0.4))
+    runs = {1: [{"iteration": i, "pflop": spent, "eval/x": value} for i, spent, value in ends]}
     assert _reached(runs, "x", 0.3) == "2" and _reached(runs, "x", 0.5) == "not reached"
     assert with_error([0.2, 0.4]) == "0.3 ± 0.1" and with_error([0.21234]) == "0.212"

@@ -1,5 +1,7 @@
 """evaluate.features: how far the pictures are, all together, from those of the guided base."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from scipy.linalg import sqrtm
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import world
+from crd_fast.run.metrics import read_metrics
+from crd_fast.run.observer import Observer
 from crd_fast.train.features import METRIC, random_features, relative_distance
 from crd_fast.train.trainer import Trainer
 from tests.training.test_drift import SCALE, recipe, records
@@ -64,6 +68,46 @@ def test_pictures_of_the_guided_base_have_none_and_what_is_kept_is_used_again(tm
     assert kept.read_bytes() == written
     assert Trainer(longer, tmp_path / "whole").run()
     assert records(run) == records(tmp_path / "whole")
+
+
+class Phases(Observer):
+    """How often the guided base's pictures are drawn."""
+
+    drawn = 0
+
+    def phase(self, name, total=None):
+        self.drawn += name == "guided base"
+        return super().phase(name, total)
+
+
+@pytest.mark.parametrize("scale, drawn", [(SCALE, 1), (3.0, 2)])
+def test_pictures_that_the_guided_bases_evaluation_has_drawn_are_not_drawn_again(scale, drawn, tmp_path):
+    settings = recipe(
+        *ASKED, f"loss.guidance_scale={scale}", "train.iterations=1", "evaluate.guided_base=true"
+    )
+    phases = Phases()
+    assert Trainer(settings, tmp_path / "both", observer=phases).run() and phases.drawn == drawn
+    apart = recipe(*ASKED, f"loss.guidance_scale={scale}", "train.iterations=1")
+    assert Trainer(apart, tmp_path / "apart").run()
+    both, alone = records(tmp_path / "both"), records(tmp_path / "apart")
+    assert [record[METRIC] for record in both] == [record[METRIC] for record in alone]
+    for run in ("both", "apart"):
+        first, last = read_metrics(tmp_path / run)
+        assert first["seconds_guided_base"] > 0 and "seconds_guided_base" not in last
+
+
+def test_a_negative_prompt_makes_other_pictures_of_the_guided_base(tmp_path):
+    """What is kept of the guided base is not used for those of other negative prompts."""
+    path = tmp_path / "asked.jsonl"
+    entries = world.draw_prompts(True, np.random.default_rng(0), 4)
+
+    def evaluated(**more):
+        path.write_text("".join(json.dumps(entry | more) + "\n" for entry in entries))
+        settings = recipe(*ASKED, f"evaluate.prompts={path}", "train.iterations=1")
+        trainer = Trainer(settings, tmp_path / "run", resume=(tmp_path / "run").exists())
+        return trainer.features._what(trainer.evaluation)
+
+    assert evaluated() != evaluated(negative_prompt="a red circle")
 
 
 @pytest.mark.parametrize("kind", ["model.method=lora", "model.method=full"])

@@ -41,8 +41,9 @@ def test_each_phase_has_its_own_peak(monkeypatch):
     assert found.pop("gpu_peak_bytes") == 601
     peaks = {name.partition("/")[2]: size for name, size in found.items()}
     assert peaks == {"rollout": 131, "update": 601, "rewards": 103}
-    with memory.phase("guided base"):
-        allocator.take(50)
+    for size in (50, 20):  # drawn twice, by two guidance scales
+        with memory.phase("guided base"):
+            allocator.take(size)
     assert memory.metrics() == {"gpu_peak_bytes": 601, "gpu_peak_bytes/guided_base": 150}
     allocator.take(900)  # between phases
     assert memory.metrics() == {"gpu_peak_bytes": 1000}

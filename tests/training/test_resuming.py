@@ -11,11 +11,14 @@ import sys
 import pytest
 import torch
 
-from crd_fast.config import load_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
+from crd_fast.prompts.lists import training_prompts
 from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
 from crd_fast.run.metrics import MEASURED, read_metrics
+from crd_fast.train.changes import check_changes
+from crd_fast.train.checkpoints import SCORE, _pictures
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
@@ -236,14 +239,41 @@ def test_changes_that_would_make_another_run_are_refused(copied, change, words):
     assert (copied / "metrics.jsonl").read_bytes() == before
 
 
+def test_prompts_that_are_held_out_stay_so(tmp_path):
+    """A tenth of a file is, where evaluations are of no other; without any it would be trained on."""
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(f"prompt {i}" for i in range(100)))
+    values = {
+        "model": {"path": "org/name"},
+        "rollout": {"prompts": str(path)},
+        "rewards": {"colorfulness": 1},
+    }
+    on, off, other = (
+        build_recipe(values, [change])
+        for change in ("evaluate.every=20", "evaluate.every=0", f"evaluate.prompts={path}")
+    )
+    for before, after, words in (
+        (on, off, "evaluate.every 20 -> 0, which trains on prompts that were held out"),
+        (on, other, f"evaluate.prompts 'auto' -> '{path}', which trains on prompts that were held out"),
+        (off, on, "evaluate.every 0 -> 20, which holds out what was trained on"),
+    ):
+        assert len(training_prompts(before).entries()) != len(training_prompts(after).entries())
+        with pytest.raises(UserError, match=f"made with another recipe: {words}"):
+            check_changes(before.model_dump(), after, tmp_path)
+    check_changes(other.model_dump(), off, tmp_path)
+
+
 def test_changes_that_are_honoured_are_named(copied, caplog):
     changes = ("train.learning_rate=1e-5", "train.micro_batch=2", "evaluate.every=1", "checkpoint.keep=1")
+    changes += ("train.checkpointing=0.5", "train.kept_graphs=device")
     trainer = Trainer(recipe("train.iterations=4", *changes), copied, resume=True)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5]
     assert "-> 1e-05" in caplog.text
     for change in (
         "train.iterations 3 -> 4",
         "train.micro_batch",
+        "train.checkpointing",
+        "train.kept_graphs",
         "evaluate.every 2 -> 1",
         "checkpoint.keep",
     ):
@@ -252,6 +282,25 @@ def test_changes_that_are_honoured_are_named(copied, caplog):
     assert (
         checkpoint.read_state(checkpoint.newest(copied / "checkpoints"))["recipe"]["evaluate"]["every"] == 1
     )
+
+
+def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
+    """Scores of other prompts are no measure for those that follow."""
+    lines = read_metrics(copied)
+    for record in lines:
+        if SCORE in record:
+            record[SCORE] = 2.0  # more than there is
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    checkpoint.mark_best(copied / "checkpoints" / "iteration-000003")
+    assert Trainer(recipe("train.iterations=4", "evaluate.drift=1"), copied, resume=True).run()
+    best = copied / "checkpoints" / checkpoint.BEST
+    assert best.resolve().name == "iteration-000003" and "found anew" not in caplog.text
+    changed = ("train.iterations=5", "evaluate.drift=1", "evaluate.max_prompts=3")
+    assert Trainer(recipe(*changed), copied, resume=True).run() and "found anew" in caplog.text
+    assert best.resolve().name == "iteration-000005"
+    assert Trainer(recipe(*changed), copied, resume=True).checkpoints._best[1] == -5
+    one, moved, other = (recipe(f"evaluate.prompts={path}") for path in ("/a/x.txt", "/b/x.txt", "/b/y.txt"))
+    assert _pictures(one) == _pictures(moved) != _pictures(other)
 
 
 HOLDER = """

@@ -125,3 +125,12 @@ def test_a_reward_that_fails_costs_no_finished_iteration(tmp_path, caplog):
     with pytest.raises(UserError):  # nothing new to save
         again.run()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_is_not_finished_before_its_last_evaluation_is(tmp_path):
+    settings = [*SETTINGS, "train.iterations=2"]
+    observer = Signals("evaluation", 2, signal.SIGTERM)
+    assert Trainer(load_recipe("builtin", settings), tmp_path, observer=observer).run() is False
+    assert "eval/reward_mean" not in read_metrics(tmp_path)[-1]
+    assert Trainer(load_recipe("builtin", settings), tmp_path, resume=True).run()
+    assert "eval/reward_mean" in read_metrics(tmp_path)[-1]
