@@ -29,7 +29,8 @@ from crd_fast.train.places import check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
-from crd_fast.weights.lora import LoraWeights, lora_file
+from crd_fast.weights.lora import LoraWeights
+from crd_fast.weights.lora_file import lora_file
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
 

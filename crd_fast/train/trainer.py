@@ -47,7 +47,7 @@ from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
-from crd_fast.weights.lora import lora_file
+from crd_fast.weights.lora_file import lora_file
 from crd_fast.weights.make import make_optimizer, make_weights
 from crd_fast.weights.sets import SNAPSHOTS
 

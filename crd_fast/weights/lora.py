@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from crd_fast.errors import UserError
 from crd_fast.models.targets import check_targets
 from crd_fast.weights.base import Weights
+from crd_fast.weights.lora_file import lora_file
 from crd_fast.weights.sets import SNAPSHOTS, blend, equal, joined, load
 
 if TYPE_CHECKING:
@@ -209,20 +210,6 @@ class LoraWeights(Weights):
             transformer_lora_layers=state,
             transformer_lora_adapter_metadata=config.to_dict(),
         )
-
-
-def lora_file(path: Path) -> Path:
-    """The file itself, or the only one of a folder, as diffusers saves it. Raises UserError for neither."""
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(
-                f"LoRA {path}: expected a file, or a folder with one .safetensors file, got {len(files)}"
-            )
-        return files[0]
-    if not path.is_file():
-        raise UserError(f"LoRA {path}: no such file")
-    return path
 
 
 def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
