@@ -19,6 +19,7 @@ import numpy as np
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
 from crd_fast.run.hacking import falls, said_of
+from crd_fast.run.metrics import TRAINED_ALIKE
 from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -93,6 +94,7 @@ class Watch:
         self._equal: deque[float] = deque(maxlen=WINDOW)
         self._rewards: list[float] = []  # of the present window
         self._best: tuple[float, float, int] | None = None  # mean, its variance and end of the best window
+        self._alike_since = 0  # the iteration from which on the prompts were the present ones
         self._constant: dict[str, int] = defaultdict(int)
         self._evaluations: list[dict] = []
         self._scores = functools.lru_cache(4)(functools.partial(scores_of, run))
@@ -148,7 +150,12 @@ class Watch:
         }
 
     def _trained_pictures(self, record: dict) -> dict[str, str]:
-        """Windows stand side by side, so that each is compared with the best one before it and no more."""
+        """Windows stand side by side, so that each is compared with the best one before it and no more.
+
+        Where a run has gone on with other prompts they begin anew.
+        """
+        if record.get(TRAINED_ALIKE, 0) != self._alike_since:
+            self._rewards, self._best, self._alike_since = [], None, record[TRAINED_ALIKE]
         self._rewards.append(record["reward_mean"])
         if len(self._rewards) < WINDOW:
             return {}

@@ -8,6 +8,7 @@ import yaml
 from scipy import stats
 
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE
 from crd_fast.run.report.advice import advice
 from crd_fast.run.report.held_out import changes, compared, ends
 from crd_fast.run.report.run import read_run
@@ -69,6 +70,19 @@ def test_trained_pictures_that_get_worse_are_named_once(tmp_path):
     assert [warning for record in records[95:] for warning in resumed.see(record)] == found
 
 
+def test_other_prompts_are_no_fall(tmp_path):
+    """A run that goes on with harder ones."""
+    noise = np.random.default_rng(3).normal(0, 0.05, 60)
+    records = [iteration(i, reward=float((0.9 if i <= 35 else 0.6) + noise[i])) for i in range(60)]
+    records = [record | ({TRAINED_ALIKE: 36} if record["iteration"] > 35 else {}) for record in records]
+    watch = Watch(tmp_path, prompts=4, samples=4)
+    assert [warning for record in records for warning in watch.see(record)] == []
+    watch = Watch(tmp_path, prompts=4, samples=4)
+    for record in records:
+        watch.see({key: value for key, value in record.items() if key != TRAINED_ALIKE})
+    assert "trained pictures" in watch.given
+
+
 def test_a_reward_that_goes_up_and_down_by_chance_is_no_fall(tmp_path):
     rng, alarms = np.random.default_rng(5), 0
     for _ in range(300):
@@ -92,6 +106,23 @@ def test_reward_hacking(watch):
     assert "reward rises to 0.600" in warning
     assert "aesthetic 0.550 to 0.500 since iteration 10" in warning
     assert watch.see(evaluation(40, 0.70, {"aesthetic": 0.30})) == []
+
+
+def test_only_evaluations_that_were_made_alike_are_compared(watch):
+    """A run that goes on with more steps, say: neither its judges nor its reward are what they were."""
+    since = {EVALUATED_ALIKE: 21}
+    assert watch.see(evaluation(0, 0.30, {"a": 0.50}) | {"eval/clean": 0.5}) == []
+    assert watch.see(evaluation(20, 0.90, {"a": 0.90})) == []
+    assert watch.see(evaluation(30, 0.95, {"a": 0.50}) | since) == []  # no fall from 0.9
+    [warning] = watch.see(evaluation(40, 0.99, {"a": 0.40}) | since)
+    assert "a 0.500 to 0.400 since iteration 30" in warning
+
+
+def test_a_fall_after_the_settings_have_changed_is_not_missed(watch):
+    assert watch.see(evaluation(0, 0.80, {"a": 0.90})) == []  # above all that follows
+    assert watch.see(evaluation(30, 0.50, {"a": 0.50}) | {EVALUATED_ALIKE: 21}) == []
+    [warning] = watch.see(evaluation(40, 0.60, {"a": 0.40}) | {EVALUATED_ALIKE: 21})
+    assert "a 0.500 to 0.400 since iteration 30" in warning
 
 
 def test_judges_that_fall_with_the_reward_are_no_hacking(watch):
