@@ -18,8 +18,9 @@ from crd_fast.run.scores import Scores, scores_path, write_scores
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 
-def iteration(number, equal=0.0, std=1.0, reward=0.5):
+def iteration(number, equal=0.0, std=1.0, reward=0.5, best=None):
     rewards = {"reward_mean": reward, "reward/ocr": reward, "reward_std/ocr": std}
+    rewards["reward_best/ocr"] = reward if best is None else best
     return {"iteration": number, "groups_equal": equal, **rewards}
 
 
@@ -49,6 +50,22 @@ def test_a_constant_reward_is_named_once(watch, tmp_path, caplog):
     assert watch.see(iteration(3, std=0.0)) == []
     assert [record.getMessage() for record in caplog.records] == [f"warning: {warning}"]
     assert (tmp_path / WARNINGS).read_text() == f"{warning}\n"
+
+
+def test_pictures_that_are_all_right_are_no_broken_reward(watch):
+    """0 or 1, late in a good run."""
+    for i, share in enumerate([0.0, 0.2, 0.9, 1.0, 1.0, 1.0, 0.9, 1.0, 1.0]):
+        std, best = (0.0, share) if share in (0, 1) else (0.3, 1.0)
+        assert watch.see(iteration(i, std=std, reward=share, best=best)) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 5.0])
+def test_another_constant_than_the_best_is_suspicious(watch, value):
+    for i in range(3):
+        assert watch.see(iteration(i, reward=0.5, std=0.2, best=0.9)) == []
+    assert watch.see(iteration(3, std=0.0, reward=value)) == []
+    [warning] = watch.see(iteration(4, std=0.0, reward=value))
+    assert f"reward ocr was {value:g} for each of the last 32 images: it may be broken" in warning
 
 
 def test_a_reward_that_varies_again_is_not_broken(watch):
@@ -275,6 +292,9 @@ def test_metrics_of_an_iteration():
     )
     assert found["groups_equal"] == 0.5
     assert found["reward/a"] == 0.75 and found["reward_std/b"] == 0.0 and found["reward_std/a"] > 0
+    assert found["reward_best/a"] == 1.0
+    fewer = {"a": np.array([[0.25, 0.5], [np.nan, 3.0]])}
+    assert reward_metrics(fewer, {"a": -1.0})["reward_best/a"] == 0.25
 
 
 def test_metrics_of_judges():
