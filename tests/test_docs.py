@@ -125,7 +125,7 @@ def test_every_metric_is_on_its_page():
     logged = {name for line in lines for name in json.loads(line)} - {"iteration"}
     categories = {"eval/two_object", "eval/counting", "eval/colors", "eval/position", "eval/color_attr"}
     for name in logged - categories:
-        general = re.sub(r"(reward|reward_std|judge)/\w+$", r"\1/NAME", name)
+        general = re.sub(r"(reward|reward_std|reward_best|judge)/\w+$", r"\1/NAME", name)
         general = re.sub(r"^guided_base/(?!guidance_scale).+", "guided_base/NAME", general)
         assert f"`{general}`" in text, name
 

@@ -15,8 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crd_fast.plan.live_bytes import LiveBytes, tensors_of
-from crd_fast.plan.rewards import Network
+from crd_fast.plan.rewards import Network, measured
 
 SIDE = 224  # pixels, of what a scorer's vision tower looks at
 DETECTOR_SIDE = 800
@@ -99,20 +98,10 @@ MODELS: dict[
 
 
 def measure(name: str) -> Network:
-    """All its parameters, and the workspace of its hungriest part for one picture."""
+    """Of the published model."""
     make, fake, pictures = MODELS[name]
-    parameters = workspace = 0
     with FakeTensorMode() if fake else nullcontext(), torch.no_grad():
-        for model, forward in make():
-            model.eval()
-            live = LiveBytes()
-            live.move(tensors_of(model), "rewards")
-            weights = live.total
-            with live, live.in_phase("forward"):
-                forward(model, pictures)
-            parameters += sum(parameter.numel() for parameter in model.parameters())
-            workspace = max(workspace, (live.peaks["forward"].bytes - weights) // pictures)
-    return Network(parameters, workspace)
+        return measured(make(), pictures)
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from crd_fast.run.new_files import check_new, write_new
 from crd_fast.sizes import Resolution, size_of_text
 
 SOURCES = (
-    "A run's or checkpoint's folder; or a model without training: a pipeline's folder, a hub id, a recipe or "
-    "its name, sd3.5-medium and the like, builtin or builtin-ocr."
+    "A run's folder, for its best checkpoint by the held-out score, or a checkpoint's; or a model without "
+    "training: a pipeline's folder, a hub id, a recipe or its name, sd3.5-medium and the like, builtin or "
+    "builtin-ocr."
 )
 Model = Annotated[
     str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -120,7 +119,7 @@ def evaluate(
     else:
         # what was asked otherwise than in the run is no change since its first evaluation
         same = not (reward or scales or steps or size)
-        print_one(titles[0], found[0], base_scores(sources[0]) if same else None)
+        print_one(titles[0], found[0], base_scores(chosen[0]) if same else None)
     if json_ is not None:
         write_json(json_, as_json(sources, chosen, found, seed))
 
@@ -197,13 +196,15 @@ def measures(found: Evaluated) -> list[tuple[str, float]]:
     ]
 
 
-def base_scores(source: str) -> Scores | None:
-    """What the pictures of a run's first evaluation got. source: its folder, or that of its checkpoint."""
+def base_scores(source: Source) -> Scores | None:
+    """What the pictures of its run's first evaluation got, unless the run was evaluated otherwise since."""
+    from crd_fast.run.metrics import EVALUATED_ALIKE
     from crd_fast.run.scores import scores_of
+    from crd_fast.weights.checkpoint import read_state
 
-    if not Path(source).is_dir():
+    if source.folder is None or read_state(source.folder).get(EVALUATED_ALIKE):
         return None
-    return scores_of(Path(source), 0) or scores_of(Path(source).parent.parent, 0)
+    return scores_of(source.folder.resolve().parent.parent, 0)
 
 
 def error_of(scores: Scores | None, name: str) -> float:

@@ -84,11 +84,7 @@ def export(
                 "fused": exports.write_fused,
             }[to]
             write(trained, partial)
-    newest = exports.newest_iteration(Path(source)) if checkpoint is None else None
-    chosen = ""
-    if newest not in (None, trained.iteration):
-        chosen = f", the best by the held-out score (--checkpoint newest: iteration {newest})"
-    say(f"wrote {out}: the weights after iteration {trained.iteration}{chosen}")
+    say(f"wrote {out}: the weights after iteration {trained.iteration}")
     if to == "hub":
         say(
             "read README.md in it, then: "

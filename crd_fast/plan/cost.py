@@ -19,6 +19,7 @@ from crd_fast.models.negative import texts
 from crd_fast.models.prompt_cache import GIB
 from crd_fast.plan.gpus import Card
 from crd_fast.plan.planner import Plan
+from crd_fast.plan.rewards import waiting_bytes
 from crd_fast.prompts.lists import evaluation_prompts, training_prompts
 from crd_fast.sizes import pixels
 from crd_fast.worlds import WORLDS
@@ -55,6 +56,7 @@ class Cost:
     published_here: bool  # nothing is downloaded
     pixels: int  # of the largest picture
     prompts_per_iteration: int
+    waiting_bytes: int  # of networks that wait on the host for evaluations
 
     # -- time ---------------------------------------------------------------------------------------------
 
@@ -146,14 +148,15 @@ class Cost:
         return found
 
     def host_bytes(self, encoders_on_host: bool) -> int:
-        """Of host memory beside the process and its libraries: what is pinned, the VAE while it does not
-        decode, an iteration's prompts and pictures; or the text encoders, which come before all that."""
+        """Of host memory beside the process and its libraries: what waits for evaluations; and what is
+        pinned, the VAE while it does not decode, an iteration's prompts and pictures, or the text encoders,
+        which come before these."""
         own = self.plan.host_bytes + self.plan.sizes.get("VAE", 0)
         own += self.plan.sizes["prompt"] * self.prompts_per_iteration
         own += self.pictures * 3 * self.pixels
         encode = self.plan.phases.get("encode")
         encoding = encode.bytes - encode.parts.get("rewards", 0) if encode and encoders_on_host else 0
-        return max(own, encoding)
+        return self.waiting_bytes + max(own, encoding)
 
     def to_json(self) -> dict[str, Any]:
         reward = self.reward_seconds * self.pictures
@@ -211,6 +214,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         published_here=Path(recipe.model.path).is_dir(),
         pixels=max(map(pixels, recipe.rollout.sizes)),
         prompts_per_iteration=recipe.rollout.prompts_per_iteration,
+        waiting_bytes=waiting_bytes(recipe),
     )
 
 

@@ -1,18 +1,26 @@
-"""What networks that score pictures take on the GPU: rewards from before anything else is loaded on, judges
-while an evaluation is scored.
+"""What networks that look at pictures take on the GPU: rewards from before anything else is loaded on, judges
+and the CLIP model of `evaluate.features` while an evaluation is scored. Between evaluations these wait on the
+host.
 
 A reward of one's own is not known here; at a reward's `path` the published model is expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from crd_fast.config import Recipe
-from crd_fast.plan.live_bytes import Peak
+from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.rewards.workers import cores
+from crd_fast.train.features import AT_ONCE
+from crd_fast.train.places import RANDOM
 
 FLOAT32 = 4
 
@@ -39,10 +47,12 @@ BATCH = 32
 
 
 def with_rewards(peaks: dict[str, Peak], recipe: Recipe) -> dict[str, Peak]:
-    """Peaks by phase, with the networks that score pictures: rewards are there throughout and work beside the
-    rollout, judges come for the scoring of an evaluation, when nothing else is at work."""
+    """Peaks by phase, with the networks that look at pictures: rewards are there throughout and work beside
+    the rollout, judges come for the scoring of an evaluation, when nothing else is at work, and go before the
+    network of its features comes."""
     rewards, judges = reward_bytes(recipe.rewards), reward_bytes(recipe.eval_rewards)
-    if not rewards.weights and not judges.weights:
+    features = features_bytes(recipe)
+    if not (rewards.weights or judges.weights or features.weights):
         return peaks
     taken = {name: rewards.weights for name in peaks}
     for name in ("rollout", "decode"):
@@ -53,7 +63,9 @@ def with_rewards(peaks: dict[str, Peak], recipe: Recipe) -> dict[str, Peak]:
     }
     if recipe.evaluate.every:
         at_rest = peaks["checkpoint"]
-        judging = rewards.weights + max(rewards.workspace, judges.weights + judges.workspace)
+        judging = rewards.weights + max(
+            rewards.workspace, *(one.weights + one.workspace for one in (judges, features))
+        )
         result["judge"] = Peak(at_rest.bytes + judging, at_rest.parts | {"rewards": judging})
     return result
 
@@ -79,3 +91,54 @@ def reward_bytes(rewards: Mapping[str, Any]) -> RewardBytes:
         weights += copies * FLOAT32 * network.parameters
         workspace += copies * network.workspace * settings.get("batch", BATCHES.get(name, BATCH))
     return RewardBytes(weights, workspace)
+
+
+def features_bytes(recipe: Recipe) -> RewardBytes:
+    """Of the CLIP model of `evaluate.features`, where there is one."""
+    path = recipe.evaluate.features
+    if path in (None, RANDOM) or not recipe.evaluate.every:
+        return RewardBytes()
+    network = clip_network(str(path))
+    return RewardBytes(FLOAT32 * network.parameters, AT_ONCE * network.workspace)
+
+
+def waiting_bytes(recipe: Recipe) -> int:
+    """Of host memory, between evaluations: judges, and the network of `evaluate.features`."""
+    judges = reward_bytes(recipe.eval_rewards) if recipe.evaluate.every else RewardBytes()
+    return judges.weights + features_bytes(recipe).weights
+
+
+@functools.cache
+def clip_network(path: str) -> Network:
+    """Of the CLIP model in a folder, or with a hub id, by its config; the largest known where that is not
+    here."""
+    from transformers import CLIPConfig, CLIPModel
+
+    try:
+        config = CLIPConfig.from_pretrained(Path(path).expanduser(), local_files_only=True)
+    except (OSError, ValueError):
+        return NETWORKS["pickscore"]
+    side = config.vision_config.image_size
+    with FakeTensorMode(), torch.no_grad():
+        return measured(
+            [(CLIPModel(config), lambda m, n: m.vision_model(pixel_values=torch.zeros(n, 3, side, side)))], 32
+        )
+
+
+def measured(parts: Iterable[tuple[torch.nn.Module, Callable]], pictures: int) -> Network:
+    """All parameters, and the workspace of the hungriest part for one picture.
+
+    parts: networks, each with a function of it and a number of pictures, which it looks at. pictures: how
+    many at once.
+    """
+    parameters = workspace = 0
+    for model, forward in parts:
+        model.eval()
+        live = LiveBytes()
+        live.move(tensors_of(model), "rewards")
+        weights = live.total
+        with live, live.in_phase("forward"):
+            forward(model, pictures)
+        parameters += sum(parameter.numel() for parameter in model.parameters())
+        workspace = max(workspace, (live.peaks["forward"].bytes - weights) // pictures)
+    return Network(parameters, workspace)

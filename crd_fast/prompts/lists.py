@@ -132,7 +132,12 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
 def evaluated_lists(recipe: Recipe) -> list[str]:
     """The names and files that `evaluation_prompts` reads."""
     wanted = recipe.evaluate.prompts
-    return list(recipe.rollout.prompt_lists) if wanted == AUTO else [wanted]
+    if wanted != AUTO:
+        return [wanted]
+    if recipe.model.path in WORLDS:
+        return [recipe.model.path + HELDOUT]
+    shipped = [name + HELDOUT for name in recipe.rollout.prompt_lists if name in SOURCES]
+    return [*shipped, *_files(recipe)]
 
 
 def splits(recipe: Recipe) -> bool:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from crd_fast.run.metrics import EVALUATED_ALIKE, comparable
 from crd_fast.run.scores import LEVEL, Scores, compare_metric
 
 TRAINED = {"overall": "overall correctness", "reward_mean": "the trained reward"}  # what is to rise
@@ -43,13 +44,15 @@ def falls(
 ) -> list[Fall]:
     """Judges that fell since the first evaluation, or since their best one, while the reward rose.
 
-    past: the records of the evaluations before this one. rewards: names of what is trained on, which is no
-    judge. evaluations: how many the run is to have after its first.
+    past: the records of the evaluations before this one, of which those count that were made as it was.
+    rewards: names of what is trained on, which is no judge. evaluations: how many the run is to have after
+    its first.
 
     By more than chance makes one of them fall in one run of twenty, which takes Bonferroni's correction
     for all that is compared in it: each judge, in each evaluation, with the first and with each before it
     of which one is the best.
     """
+    past = comparable([*past, record], EVALUATED_ALIKE)[:-1]
     names = [key.removeprefix("eval/") for key in record if key.startswith("eval/")]
     judges = [name for name in names if name == "clean" or name.startswith("judge/")]
     judges = [name for name in judges if name.removeprefix("judge/") not in rewards]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from crd_fast.errors import UserError
@@ -12,6 +13,8 @@ METRICS = "metrics.jsonl"
 MEASURED = ("seconds", "peak", "images_per_second", "tflops", "gpu_peak")
 GPU_PEAK = "gpu_peak_bytes"  # of tensors, so far; with /PHASE, in a phase
 GUIDED_BASE = "guided_base/"  # how the names begin of what the base with guidance got, in the first record
+# In records of a run that went on with other prompts, or was evaluated otherwise: since which iteration.
+TRAINED_ALIKE, EVALUATED_ALIKE = "trained_alike_since", "evaluated_alike_since"
 
 
 def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:
@@ -36,3 +39,8 @@ def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:
     elif bad and bad[0] < len(lines):
         raise UserError(f"{path} line {bad[0]}: not the record of an iteration")
     return [records[iteration] for iteration in sorted(records)]
+
+
+def comparable(records: Sequence[dict], key: str) -> list[dict]:
+    """Those that were made as the last one was. key: `TRAINED_ALIKE` or `EVALUATED_ALIKE`."""
+    return [record for record in records if record.get(key, 0) == records[-1].get(key, 0)]

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from crd_fast.run.metrics import GPU_PEAK, GUIDED_BASE
+from crd_fast.run.metrics import EVALUATED_ALIKE, GPU_PEAK, GUIDED_BASE, comparable
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import Scores, compare_metric, guided_base_scores, scores_of
 
@@ -129,13 +129,14 @@ def duration(seconds: float) -> str:
 
 
 def before_and_after(run: Path, records: list[dict], width: int = 80) -> list[Table]:
-    """The first and the last evaluation of a run side by side; [] if there are not two.
+    """The last evaluation of a run beside the first that was made as it was; [] if there are not two.
 
     Changes have their standard error, paired picture by picture, where `run` has the pictures' scores. Beside
     them the base with guidance, where it was evaluated, and what the last evaluation differs from it by; in a
     table of its own where both do not fit into so many columns of the terminal.
     """
     evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
+    evaluated = comparable(evaluated, EVALUATED_ALIKE)
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]

@@ -19,6 +19,7 @@ import numpy as np
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
 from crd_fast.run.hacking import falls, said_of
+from crd_fast.run.metrics import TRAINED_ALIKE
 from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -34,7 +35,8 @@ def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) 
     """Metrics of one iteration's rewards, each (P, K), of what was scored: NaN is left out.
 
     `reward_mean` and `reward_std`: of the sum by weight, before any normalisation. `reward/NAME` and
-    `reward_std/NAME`: of each. `groups_equal`: the share of prompts whose samples all have one reward, which
+    `reward_std/NAME`: of each. `reward_best/NAME`: the largest, the smallest where the weight is negative.
+    `groups_equal`: the share of prompts whose samples all have one reward, which
     teach nothing. `scored/NAME`: the share of samples that a reward scored, where that is not all.
     """
     total_PK = combine(scores_PK, weights, "sum")
@@ -48,6 +50,7 @@ def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) 
         found = score_PK[~np.isnan(score_PK)]
         if len(found):
             metrics[f"reward_std/{name}"] = float(found.std()) if np.ptp(found) else 0.0
+            metrics[f"reward_best/{name}"] = float(found.min() if weights[name] < 0 else found.max())
     return metrics
 
 
@@ -93,7 +96,9 @@ class Watch:
         self._equal: deque[float] = deque(maxlen=WINDOW)
         self._rewards: list[float] = []  # of the present window
         self._best: tuple[float, float, int] | None = None  # mean, its variance and end of the best window
+        self._alike_since = 0  # the iteration from which on the prompts were the present ones
         self._constant: dict[str, int] = defaultdict(int)
+        self._bests: dict[str, set[float]] = defaultdict(set)  # of iterations whose pictures differed
         self._evaluations: list[dict] = []
         self._scores = functools.lru_cache(4)(functools.partial(scores_of, run))
         for record in records:
@@ -125,12 +130,19 @@ class Watch:
         self.path.write_text("".join(f"{text}\n" for text in self.given.values()), encoding="utf-8")
 
     def _constant_rewards(self, record: dict) -> dict[str, str]:
+        """A reward that gives all pictures one value, unless that is the best it gave when they differed.
+
+        Then all of them are simply right, as they are late in a good run.
+        """
         found = {}
         for key in (key for key in record if key.startswith("reward_std/")):
             name = key.removeprefix("reward_std/")
             images = round(self.prompts * self.samples * record.get(f"scored/{name}", 1))
             self._constant[name] = 0 if record[key] else self._constant[name] + images
-            if self._constant[name] >= CONSTANT_IMAGES:
+            best = record.get(f"reward_best/{name}", record[f"reward/{name}"])
+            if record[key]:
+                self._bests[name].add(best)
+            elif self._constant[name] >= CONSTANT_IMAGES and best not in self._bests[name]:
                 found[f"constant {name}"] = (
                     f"iteration {record['iteration']}: reward {name} was {record[f'reward/{name}']:g} for "
                     f"each of the last {self._constant[name]} images: it may be broken"
@@ -148,7 +160,12 @@ class Watch:
         }
 
     def _trained_pictures(self, record: dict) -> dict[str, str]:
-        """Windows stand side by side, so that each is compared with the best one before it and no more."""
+        """Windows stand side by side, so that each is compared with the best one before it and no more.
+
+        Where a run has gone on with other prompts they begin anew.
+        """
+        if record.get(TRAINED_ALIKE, 0) != self._alike_since:
+            self._rewards, self._best, self._alike_since = [], None, record[TRAINED_ALIKE]
         self._rewards.append(record["reward_mean"])
         if len(self._rewards) < WINDOW:
             return {}

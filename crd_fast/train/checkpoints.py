@@ -9,10 +9,11 @@ from typing import Any
 
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
+from crd_fast.prompts.lists import evaluated_lists
 from crd_fast.ranks import Ranks
 from crd_fast.run.lock import RunLock
-from crd_fast.run.metrics import read_metrics
-from crd_fast.train.changes import check_changes
+from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE, read_metrics
+from crd_fast.train.changes import OF_REWARDS, check_changes
 from crd_fast.train.places import check_base
 from crd_fast.weights import checkpoint
 
@@ -47,19 +48,33 @@ class Checkpoints:
                 sharded.check_resumes(self.state, ranks.count, self.newest)
         self.saved: int = self.state["iteration"] if self.state else -1
         self._saved_at = time.monotonic()
-        self._alike_since = self._evaluated_alike_since()
+        self._alike_since = self._found_alike_since()
         self._best = max(self._scored(), default=None)
 
-    def _evaluated_alike_since(self) -> int:
-        """The iteration from which on evaluations are as the recipe has them; others name no best one."""
+    def _found_alike_since(self) -> dict[str, int]:
+        """The iterations from which on training prompts, and evaluations, are as the recipe has them."""
         if not self.state:
-            return 0
+            return {TRAINED_ALIKE: 0, EVALUATED_ALIKE: 0}
         before = build_recipe(self.state["recipe"], source=str(self.newest))
-        if _pictures(before) == _pictures(self.recipe):
-            return self.state.get("evaluated_alike_since", 0)
-        if self.ranks.main:
+        alike = {
+            TRAINED_ALIKE: _prompts(before) == _prompts(self.recipe),
+            EVALUATED_ALIKE: evaluated_alike(before, self.recipe),
+        }
+        if self.ranks.main and not alike[EVALUATED_ALIKE]:
             logger.warning("evaluations are not as before: the best checkpoint is found anew")
-        return self.saved + 1
+        return {key: self.state.get(key, 0) if same else self.saved + 1 for key, same in alike.items()}
+
+    @property
+    def trained_since(self) -> dict[str, int]:
+        """For the record of an iteration: what `comparable` looks at, nothing where it was always so."""
+        since = self._alike_since[TRAINED_ALIKE]
+        return {TRAINED_ALIKE: since} if since else {}
+
+    @property
+    def evaluated_since(self) -> dict[str, int]:
+        """The same for that of an evaluation."""
+        since = self._alike_since[EVALUATED_ALIKE]
+        return {EVALUATED_ALIKE: since} if since else {}
 
     def _find(self) -> Path | None:
         self.hold()
@@ -109,7 +124,7 @@ class Checkpoints:
                 self._path(state["iteration"]),
                 weights,
                 optimizer,
-                state | {"recipe": self.recipe.model_dump(), "evaluated_alike_since": self._alike_since},
+                state | {"recipe": self.recipe.model_dump(), **self._alike_since},
                 self.recipe.checkpoint.keep,
                 best=-self._best[1] if self._best else None,
                 used=self.recipe.evaluate.weights,
@@ -127,16 +142,45 @@ class Checkpoints:
     def _scored(self) -> list[tuple[float, int]]:
         """Score and, so that of equal ones the first is the largest, the negative iteration."""
         records = read_metrics(self.output) if self.newest and self.ranks.main else []
-        counted = range(self._alike_since, self.saved + 1)
-        scored = [(r[SCORE], r["iteration"]) for r in records if SCORE in r and r["iteration"] in counted]
+        scored = [
+            (record[SCORE], record["iteration"])
+            for record in records
+            if SCORE in record
+            and record["iteration"] <= self.saved
+            and record.get(EVALUATED_ALIKE, 0) == self._alike_since[EVALUATED_ALIKE]
+        ]
         return [(score, -iteration) for score, iteration in scored if self._path(iteration).is_dir()]
 
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iteration-{iteration:06d}"
 
 
+def evaluated_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether evaluations by the two can be compared: of the same pictures, by judges with the same settings.
+
+    One may have judges that the other has not.
+    """
+    both = one.eval_rewards.keys() & other.eval_rewards.keys()
+    return _pictures(one) == _pictures(other) and all(
+        _settings(one.eval_rewards[name]) == _settings(other.eval_rewards[name]) for name in both
+    )
+
+
+def _prompts(recipe: Recipe) -> dict[str, float]:
+    """The lists that are trained on, with their weights. A file may have moved."""
+    return {Path(name).name: weight for name, weight in recipe.rollout.prompt_lists.items()}
+
+
 def _pictures(recipe: Recipe) -> dict[str, Any]:
     """What says which pictures an evaluation scores. A file of prompts may have moved."""
-    config = recipe.evaluate
-    own = {"prompts": Path(config.prompts).name, "resolution": recipe.evaluation_size}
-    return config.model_dump(exclude=BESIDE) | own
+    own = {
+        "prompts": {Path(name).name for name in evaluated_lists(recipe)},
+        "resolution": recipe.evaluation_size,
+    }
+    return recipe.evaluate.model_dump(exclude=BESIDE) | own
+
+
+def _settings(judge: Any) -> dict[str, Any]:
+    """Without where it is and how it is asked."""
+    settings = judge if isinstance(judge, dict) else {}
+    return {key: value for key, value in settings.items() if key not in ("weight", *OF_REWARDS)}

@@ -74,14 +74,13 @@ class Trained:
     def of(cls, source: str, which: str | None = None, base: str | None = None) -> Trained:
         """From the folder of a run or of a checkpoint.
 
-        which: `best`, `newest` or an iteration, of a run; by default the best where one is marked. base:
-        where the model is that the run began with, if it has moved.
+        which: as of `checkpoint.find`. base: where the model is that the run began with, if it has moved.
         """
         if source in WORLDS:
             raise UserError(f"{source}: nothing is trained in it, expected a run or a checkpoint")
         if not Path(source).is_dir():
             raise UserError(f"{source}: no such folder (expected a run or a checkpoint)")
-        folder = find_checkpoint(Path(source), which)
+        folder = checkpoint.find(Path(source), which).resolve()
         state = checkpoint.read_state(folder)
         recipe = recipe_of(state, folder, base)
         run = folder.parent.parent
@@ -148,41 +147,6 @@ def with_set(trained: Trained, name: str, folder: Path) -> Trained:
             file.unlink()
             save_file(tensors, file, metadata=metadata)
     return replace(trained, written=folder)
-
-
-def find_checkpoint(source: Path, which: str | None) -> Path:
-    """The whole checkpoint that is meant, by its own name. which: as of `Trained.of`. UserError if none."""
-    if any((source / name).exists() for name in checkpoint.MARKS):
-        if which is not None:
-            raise UserError(f"--checkpoint: {source} is a checkpoint already; expected a run with it")
-        return checkpoint.find(source).resolve()
-    folder = source / "checkpoints"
-    best = folder / checkpoint.BEST
-    if which == "newest" or (which is None and not best.exists()):
-        return checkpoint.find(source).resolve()
-    if which in (None, "best"):
-        wanted = best
-    else:
-        wanted = next(
-            (
-                path
-                for path in checkpoint.list_checkpoints(folder)
-                if str(checkpoint.iteration_of(path)) == which
-            ),
-            folder / str(which),
-        )
-    if not wanted.is_dir():
-        there = [str(checkpoint.iteration_of(path)) for path in checkpoint.list_checkpoints(folder)]
-        known = ", ".join(["newest", *(["best"] if best.exists() else []), *there])
-        raise UserError(f"--checkpoint: {source} has no {which}, expected one of {known}")
-    return checkpoint.find(wanted).resolve()
-
-
-def newest_iteration(source: Path) -> int | None:
-    """Of a run's whole checkpoints; None where the source is a checkpoint itself."""
-    if any((source / name).exists() for name in checkpoint.MARKS):
-        return None
-    return checkpoint.iteration_of(find_checkpoint(source, "newest"))
 
 
 def copy_weights(trained: Trained, out: Path) -> None:

@@ -52,8 +52,9 @@ class Source:
     def of(cls, source: str, base: str | None = None, lora: Path | None = None) -> Source:
         """From the folder of a run, a checkpoint or a pipeline, a recipe, a model's short name or hub id.
 
-        base: where the model is that a run began with, if it has moved. lora: only for what was not trained
-        here. Raises UserError where the source is none of these.
+        Of a run it is the checkpoint that `checkpoint.find` takes. base: where the model is that a run began
+        with, if it has moved. lora: only for what was not trained here. Raises UserError where the source is
+        none of these.
         """
         path = Path(source).expanduser()
         if source not in WORLDS and path.is_dir() and not (path / "model_index.json").exists():
@@ -83,7 +84,7 @@ class Source:
     @classmethod
     def _trained(cls, path: Path, base: str | None) -> Source:
         files = sorted(path.glob("*.safetensors"))
-        if files and not any((path / name).exists() for name in ("checkpoints", *checkpoint.MARKS)):
+        if files and not (path / "checkpoints").exists() and not checkpoint.is_checkpoint(path):
             raise UserError(
                 f"{path}: weights alone; expected the model that they go with: MODEL --lora {files[0]}"
             )

@@ -276,6 +276,7 @@ class Trainer:
         return {
             "iteration": self.iteration,
             "step": self.step,
+            **self.checkpoints.trained_since,
             **reward_metrics(scores_PK, self.rewards.weights),
             **updates,
             **{f"{name}_decay": decay for name, decay in decays.items()},
@@ -348,7 +349,7 @@ class Trainer:
             raise
         if found.scores is None:
             return
-        record |= found.metrics | seconds | self.memory.metrics()
+        record |= found.metrics | seconds | self.memory.metrics() | self.checkpoints.evaluated_since
         samples, iteration = self.output / "samples", self.iteration
         grid = evaluation.save(found, samples, f"{iteration:06d}", scores_path(self.output, iteration))
         if guided is not None:

@@ -132,17 +132,50 @@ def newest(folder: Path, put_aside: bool = False) -> Path | None:
     return None
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run it is. UserError if none."""
-    if any((path / name).exists() for name in MARKS):
-        reason = _damage(path)
-        if reason is not None:
-            raise UserError(f"{path}: {reason}")
-        return path
-    found = newest(path / "checkpoints")
-    if found is None:
-        raise UserError(f"{path}: no checkpoint and no run with checkpoints")
-    return found
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder says that it is one, whole or not."""
+    return any((path / name).exists() for name in MARKS)
+
+
+def find(path: Path, which: str | None = None) -> Path:
+    """The whole checkpoint that `path` means: itself, or one of the run it is. UserError if none.
+
+    which: `best`, `newest` or an iteration, of a run. By default the best by the held-out score where one is
+    marked, which is said where a newer one is there, else the newest.
+    """
+    if is_checkpoint(path):
+        if which is not None:
+            raise UserError(f"--checkpoint: {path} is a checkpoint already; expected a run with it")
+        return _whole(path)
+    folder = path / "checkpoints"
+    there = list_checkpoints(folder)
+    known: dict[str, Path] = {}
+    if is_checkpoint(folder / BEST):
+        known[BEST] = next((found for found in there if found.samefile(folder / BEST)), folder / BEST)
+    known |= {str(iteration_of(found)): found for found in there}
+    if which == "newest" or (which is None and BEST not in known):
+        found = newest(folder)
+        if found is None:
+            raise UserError(f"{path}: no checkpoint and no run with checkpoints")
+        return found
+    if (which or BEST) not in known:
+        raise UserError(
+            f"--checkpoint: {path} has no {which}, expected one of {', '.join(['newest', *known])}"
+        )
+    found = known[which or BEST]
+    if which is None and there and found != there[-1]:
+        logger.warning(
+            "%s: taking %s, the best by the held-out score; the newest: %s", path, found, there[-1]
+        )
+    return _whole(found)
+
+
+def _whole(folder: Path) -> Path:
+    """The same. Raises UserError where it is damaged."""
+    reason = _damage(folder)
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}")
+    return folder
 
 
 def _damage(folder: Path) -> str | None:

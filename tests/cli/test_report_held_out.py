@@ -6,6 +6,8 @@ import random
 import pytest
 from scipy import stats
 
+from crd_fast.run.metrics import EVALUATED_ALIKE
+from crd_fast.run.progress import before_and_after
 from crd_fast.run.report import write_report
 from crd_fast.run.scores import scores_path, write_scores
 from tests.cli.report_runs import (
@@ -17,6 +19,7 @@ from tests.cli.report_runs import (
     metrics,
     metrics_row,
     paired,
+    prompts,
     report,
     scores_of,
 )
@@ -188,6 +191,22 @@ def test_without_scores_of_pictures_no_error_is_made_up(tmp_path, no_charts):
     assert page.row("Overall") == ["0.462", "0.645", "+0.183"] and page.direction("Overall") == "unknown"
     scores_path(folder, 0).write_text("{")
     assert "evaluations/000000.jsonl could not be read" in Page(write_report(folder)).text
+
+
+def test_evaluations_that_were_made_otherwise_are_left_out(tmp_path):
+    """Of a run that went on with other settings: the page and the terminal compare what can be compared."""
+    rows = metrics(120)
+    rows = [row | ({EVALUATED_ALIKE: 41} if row["iteration"] > 40 else {}) for row in rows]
+    rows[40] |= {"eval/overall": 0.99}  # the best there is, and no measure for the rest
+    page = Page(write_report(fake_run(tmp_path / "run", rows, prompts(24), range(0, 121, 20))))
+    first = next(row for row in rows if row["iteration"] == 60)
+    assert "rose from 0.553 to 0.645 in 60 iterations" in page.text
+    assert "From iteration 60 on the run was evaluated otherwise" in page.text
+    assert "iteration 40" not in page.text and "base" not in page.text
+    assert page.row("Overall")[0] == f"{first['eval/overall']:.3f}"
+    assert not any("Iteration 40" in image["alt"] for image in page.images)
+    (table,) = before_and_after(tmp_path / "run", rows)
+    assert table.title.endswith("iterations 60 and 120")
 
 
 def test_evaluations_of_other_prompts_are_not_paired(tmp_path, no_charts):

@@ -68,7 +68,7 @@ def test_a_resumed_run_does_not_start_over(tiny, recipe, tmp_path):
     file = written(tiny("sd3"), recipe, tmp_path)
     settings = recipe(tiny("sd3"), f"model.init_lora={file}", "checkpoint.every=1", "train.iterations=1")
     assert Trainer(settings, tmp_path / "run").run()
-    trained = load_file(checkpoint.find(tmp_path / "run") / "training.safetensors")
+    trained = load_file(checkpoint.find(tmp_path / "run", "newest") / "training.safetensors")
     file.unlink()
     resumed = Trainer(settings, tmp_path / "run", resume=True)
     assert all(

@@ -28,7 +28,7 @@ def values(path, number=0):
 
 def test_a_pipeline_with_a_checkpoints_lora_is_the_checkpoint(inside, tiny, recipe, tmp_path, asked):
     assert Trainer(recipe(tiny("sd3"), "train.learning_rate=0.1"), tmp_path / "run").run()
-    (file,) = (checkpoint.find(tmp_path / "run") / "diffusers").glob("*.safetensors")
+    (file,) = (checkpoint.find(tmp_path / "run", "newest") / "diffusers").glob("*.safetensors")
     for name, *arguments in [
         ("run", tmp_path / "run"),
         ("lora", tiny("sd3"), "--lora", file),

@@ -1,10 +1,13 @@
 """Networks of rewards and judges in the plan."""
 
 import pytest
+from transformers import CLIPConfig
 
+from crd_fast.plan.cost import cost
 from crd_fast.plan.planner import Planner
-from crd_fast.plan.rewards import NETWORKS
-from tools.reward_sizes import MODELS, measure
+from crd_fast.plan.rewards import NETWORKS, clip_network
+from crd_fast.train.features import AT_ONCE
+from tools.reward_sizes import CLIPS, MODELS, measure
 
 PICKSCORE = 4 * 986_109_441  # bytes; ViT-H/14 in float32
 
@@ -38,6 +41,33 @@ def test_rewards_are_there_throughout_and_judges_at_evaluations(recipe):
     for peak in planned.phases.values():
         assert sum(peak.parts.values()) == peak.bytes
     assert "judge" not in Planner(recipe("builtin", *both, "evaluate.every=0")).plan().phases
+
+
+def test_the_network_of_the_features_is_there_at_evaluations(recipe, tmp_path):
+    """Of a CLIP model whose config is here; until then it waits on the host, as judges do."""
+    vision, text, width = CLIPS["ViT-B/32"]
+    CLIPConfig(vision_config=vision, text_config=text, projection_dim=width).save_pretrained(tmp_path)
+    features = ("evaluate.drift=4.5", f"evaluate.features={tmp_path}")
+    both = recipe("builtin", "rewards={geneval: 1.0, pickscore: 1.0}", *features)
+    plan, clip = Planner(both).plan(), NETWORKS["clipscore"]
+    at_rest = plan.phases["checkpoint"].bytes  # pickscore among it
+    assert plan.phases["judge"].bytes == at_rest + 4 * clip.parameters + AT_ONCE * clip.workspace
+    alone = Planner(recipe("builtin", *features)).plan()
+    assert alone.phases["judge"].parts["rewards"] == 4 * clip.parameters + AT_ONCE * clip.workspace
+    judged = recipe("builtin", "eval_rewards={clipscore: 1.0}", *features)
+    judging = Planner(judged).plan().phases["judge"]
+    assert judging.bytes == alone.phases["judge"].bytes  # one after the other
+    plain = cost(recipe("builtin"), alone).host_bytes(False)
+    assert cost(both, alone).host_bytes(False) == plain + 4 * clip.parameters
+    assert cost(judged, alone).host_bytes(False) == plain + 8 * clip.parameters
+    for more in (("evaluate.features=random",), ("evaluate.every=0",)):
+        other = recipe("builtin", *features, *more)
+        assert "judge" not in Planner(other).plan().phases
+        assert cost(other, alone).host_bytes(False) == plain
+
+
+def test_of_a_model_that_is_not_here_the_largest_is_expected():
+    assert clip_network("nobody/nothing") == NETWORKS["pickscore"]
 
 
 def test_each_worker_has_a_copy(recipe):

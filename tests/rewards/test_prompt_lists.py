@@ -7,7 +7,7 @@ import pytest
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
-from crd_fast.prompts.lists import PromptLists, evaluation_prompts, notes, training_prompts
+from crd_fast.prompts.lists import PromptLists, evaluated_lists, evaluation_prompts, notes, training_prompts
 from crd_fast.prompts.source import PromptSource
 from crd_fast.ranks import Ranks
 from crd_fast.run.observer import NOBODY
@@ -138,12 +138,15 @@ def test_too_few_prompts(written):
 
 def test_lists_that_ship_have_held_out_parts_of_their_own(written):
     assert evaluation_prompts(own("geneval")) == PromptSource("geneval-heldout").all(None)
-    both = evaluation_prompts(own({"ocr-words": 1, written("a", 100): 1}, "evaluate.max_prompts=40"))
+    lists = {"ocr-words": 1, written("a", 100): 1}
+    both = evaluation_prompts(own(lists, "evaluate.max_prompts=40"))
+    assert evaluated_lists(own(lists)) == ["ocr-words-heldout", written("a", 100)]
     words = [entry for entry in both if not entry["prompt"].startswith("a ")]
     assert len(both) <= 40 and len(words) < len(both)
     assert all(entry in PromptSource("ocr-words-heldout").entries() for entry in words)
     builtin = build_recipe({"rollout": {"prompts": written("a", 3)}})
     assert evaluation_prompts(builtin) == PromptSource("builtin-heldout").all(None)
+    assert evaluated_lists(builtin) == ["builtin-heldout"]
     signs = build_recipe({"model": {"path": "builtin-ocr"}})
     assert evaluation_prompts(signs) == PromptSource("builtin-ocr-heldout").all(None)
 

@@ -8,6 +8,7 @@ import yaml
 from scipy import stats
 
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE
 from crd_fast.run.report.advice import advice
 from crd_fast.run.report.held_out import changes, compared, ends
 from crd_fast.run.report.run import read_run
@@ -17,8 +18,9 @@ from crd_fast.run.scores import Scores, scores_path, write_scores
 from crd_fast.run.watch import WARNINGS, Watch, judge_metrics, reward_metrics
 
 
-def iteration(number, equal=0.0, std=1.0, reward=0.5):
+def iteration(number, equal=0.0, std=1.0, reward=0.5, best=None):
     rewards = {"reward_mean": reward, "reward/ocr": reward, "reward_std/ocr": std}
+    rewards["reward_best/ocr"] = reward if best is None else best
     return {"iteration": number, "groups_equal": equal, **rewards}
 
 
@@ -50,6 +52,22 @@ def test_a_constant_reward_is_named_once(watch, tmp_path, caplog):
     assert (tmp_path / WARNINGS).read_text() == f"{warning}\n"
 
 
+def test_pictures_that_are_all_right_are_no_broken_reward(watch):
+    """0 or 1, late in a good run."""
+    for i, share in enumerate([0.0, 0.2, 0.9, 1.0, 1.0, 1.0, 0.9, 1.0, 1.0]):
+        std, best = (0.0, share) if share in (0, 1) else (0.3, 1.0)
+        assert watch.see(iteration(i, std=std, reward=share, best=best)) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 5.0])
+def test_another_constant_than_the_best_is_suspicious(watch, value):
+    for i in range(3):
+        assert watch.see(iteration(i, reward=0.5, std=0.2, best=0.9)) == []
+    assert watch.see(iteration(3, std=0.0, reward=value)) == []
+    [warning] = watch.see(iteration(4, std=0.0, reward=value))
+    assert f"reward ocr was {value:g} for each of the last 32 images: it may be broken" in warning
+
+
 def test_a_reward_that_varies_again_is_not_broken(watch):
     for i, std in enumerate([0.0, 0.1, 0.0, 0.1]):
         assert watch.see(iteration(i, std=std)) == []
@@ -67,6 +85,19 @@ def test_trained_pictures_that_get_worse_are_named_once(tmp_path):
     resumed = Watch(tmp_path / "resumed", prompts=4, samples=4, records=records[:95])
     (tmp_path / "resumed").mkdir()
     assert [warning for record in records[95:] for warning in resumed.see(record)] == found
+
+
+def test_other_prompts_are_no_fall(tmp_path):
+    """A run that goes on with harder ones."""
+    noise = np.random.default_rng(3).normal(0, 0.05, 60)
+    records = [iteration(i, reward=float((0.9 if i <= 35 else 0.6) + noise[i])) for i in range(60)]
+    records = [record | ({TRAINED_ALIKE: 36} if record["iteration"] > 35 else {}) for record in records]
+    watch = Watch(tmp_path, prompts=4, samples=4)
+    assert [warning for record in records for warning in watch.see(record)] == []
+    watch = Watch(tmp_path, prompts=4, samples=4)
+    for record in records:
+        watch.see({key: value for key, value in record.items() if key != TRAINED_ALIKE})
+    assert "trained pictures" in watch.given
 
 
 def test_a_reward_that_goes_up_and_down_by_chance_is_no_fall(tmp_path):
@@ -92,6 +123,23 @@ def test_reward_hacking(watch):
     assert "reward rises to 0.600" in warning
     assert "aesthetic 0.550 to 0.500 since iteration 10" in warning
     assert watch.see(evaluation(40, 0.70, {"aesthetic": 0.30})) == []
+
+
+def test_only_evaluations_that_were_made_alike_are_compared(watch):
+    """A run that goes on with more steps, say: neither its judges nor its reward are what they were."""
+    since = {EVALUATED_ALIKE: 21}
+    assert watch.see(evaluation(0, 0.30, {"a": 0.50}) | {"eval/clean": 0.5}) == []
+    assert watch.see(evaluation(20, 0.90, {"a": 0.90})) == []
+    assert watch.see(evaluation(30, 0.95, {"a": 0.50}) | since) == []  # no fall from 0.9
+    [warning] = watch.see(evaluation(40, 0.99, {"a": 0.40}) | since)
+    assert "a 0.500 to 0.400 since iteration 30" in warning
+
+
+def test_a_fall_after_the_settings_have_changed_is_not_missed(watch):
+    assert watch.see(evaluation(0, 0.80, {"a": 0.90})) == []  # above all that follows
+    assert watch.see(evaluation(30, 0.50, {"a": 0.50}) | {EVALUATED_ALIKE: 21}) == []
+    [warning] = watch.see(evaluation(40, 0.60, {"a": 0.40}) | {EVALUATED_ALIKE: 21})
+    assert "a 0.500 to 0.400 since iteration 30" in warning
 
 
 def test_judges_that_fall_with_the_reward_are_no_hacking(watch):
@@ -244,6 +292,9 @@ def test_metrics_of_an_iteration():
     )
     assert found["groups_equal"] == 0.5
     assert found["reward/a"] == 0.75 and found["reward_std/b"] == 0.0 and found["reward_std/a"] > 0
+    assert found["reward_best/a"] == 1.0
+    fewer = {"a": np.array([[0.25, 0.5], [np.nan, 3.0]])}
+    assert reward_metrics(fewer, {"a": -1.0})["reward_best/a"] == 0.25
 
 
 def test_metrics_of_judges():

@@ -155,10 +155,37 @@ def test_the_best_stays_beside_the_newest(tmp_path):
     assert checkpoint.read_state(tmp_path / "best")["iteration"] == 5
 
 
+def test_of_a_run_the_best_is_taken(tmp_path, caplog):
+    """And said where there is a newer one; every other can be named."""
+    folder = tmp_path / "checkpoints"
+    first, last = save(folder, 1), save(folder, 2)
+    assert checkpoint.find(tmp_path) == last
+    checkpoint.mark_best(last)
+    assert checkpoint.find(tmp_path) == last and not caplog.messages
+    checkpoint.mark_best(first)
+    assert checkpoint.find(tmp_path) == first
+    (said,) = caplog.messages
+    assert f"taking {first}, the best by the held-out score; the newest: {last}" in said
+    for which, found in (("newest", last), ("best", first), ("2", last), ("1", first)):
+        assert checkpoint.find(tmp_path, which) == found
+    assert checkpoint.find(last) == last and caplog.messages == [said]
+    with pytest.raises(UserError, match="has no 7, expected one of newest, best, 1, 2"):
+        checkpoint.find(tmp_path, "7")
+    with pytest.raises(UserError, match="is a checkpoint already"):
+        checkpoint.find(last, "newest")
+    truncated(first / "training.safetensors", random.Random(0))
+    with pytest.raises(UserError, match=r"iteration-000001: .*training\.safetensors"):
+        checkpoint.find(tmp_path)
+    shutil.rmtree(first)  # the link leads nowhere
+    assert checkpoint.find(tmp_path) == last
+
+
 def test_a_folder_called_best_is_left_alone(tmp_path):
-    (tmp_path / "best").mkdir()
-    checkpoint.mark_best(save(tmp_path, 1))
-    assert (tmp_path / "best").is_dir() and not (tmp_path / "best").is_symlink()
+    folder = tmp_path / "checkpoints"
+    (folder / "best").mkdir(parents=True)
+    checkpoint.mark_best(save(folder, 1))
+    assert (folder / "best").is_dir() and not (folder / "best").is_symlink()
+    assert checkpoint.find(tmp_path) == folder / "iteration-000001"
 
 
 def test_what_has_the_name_already_is_put_aside(tmp_path):

@@ -72,7 +72,8 @@ def test_nothing_else_depends_on_it(kind, tmp_path):
     assert all(record["eval/drift/guided"] > 0 for record in with_it)
     assert [{k: v for k, v in r.items() if "drift" not in k} for r in with_it] == without
     weights = [
-        load_file(checkpoint.find(tmp_path / name) / checkpoint.TENSORS) for name in ("without", "with")
+        load_file(checkpoint.find(tmp_path / name, "newest") / checkpoint.TENSORS)
+        for name in ("without", "with")
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())

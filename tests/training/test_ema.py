@@ -26,7 +26,7 @@ def recipe(*more):
 
 
 def weights_in(run):
-    return load_file(checkpoint.find(run) / checkpoint.TENSORS)
+    return load_file(checkpoint.find(run, "newest") / checkpoint.TENSORS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,14 +11,16 @@ import sys
 import pytest
 import torch
 
+from crd_fast.commands.evaluate import base_scores
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.lists import training_prompts
 from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
-from crd_fast.run.metrics import MEASURED, read_metrics
+from crd_fast.run.metrics import EVALUATED_ALIKE, MEASURED, TRAINED_ALIKE, read_metrics
 from crd_fast.train.changes import check_changes
-from crd_fast.train.checkpoints import SCORE, _pictures
+from crd_fast.train.checkpoints import SCORE, evaluated_alike
+from crd_fast.train.inference import Source
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
@@ -299,8 +301,38 @@ def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
     assert Trainer(recipe(*changed), copied, resume=True).run() and "found anew" in caplog.text
     assert best.resolve().name == "iteration-000005"
     assert Trainer(recipe(*changed), copied, resume=True).checkpoints._best[1] == -5
-    one, moved, other = (recipe(f"evaluate.prompts={path}") for path in ("/a/x.txt", "/b/x.txt", "/b/y.txt"))
-    assert _pictures(one) == _pictures(moved) != _pictures(other)
+    since = {record["iteration"]: record.get(EVALUATED_ALIKE) for record in read_metrics(copied)}
+    assert since == {0: None, 1: None, 2: None, 3: None, 4: None, 5: 5}
+    assert base_scores(Source.of(str(copied / "checkpoints" / "iteration-000003"))) is not None
+    assert base_scores(Source.of(str(copied))) is None  # of other pictures than its own
+
+
+def test_what_makes_evaluations_others():
+    judge = "eval_rewards={pickscore: {path: /a/b, workers: 2}}"
+    for same in (
+        ("evaluate.prompts=/a/x.txt", "evaluate.prompts=/b/x.txt"),
+        ("evaluate.every=2", "evaluate.every=1"),
+        ("rollout.prompts=/a/x.txt", "rollout.prompts=/a/y.txt"),  # small models have a list of their own
+        (judge, "eval_rewards={pickscore: {path: /a/b}, aesthetic: 1}"),
+        (judge, "eval_rewards={}"),
+    ):
+        assert evaluated_alike(*map(recipe, same)), same
+    for other in (
+        ("evaluate.prompts=/a/x.txt", "evaluate.prompts=/a/y.txt"),
+        ("evaluate.guidance_scale=1", "evaluate.guidance_scale=4"),
+        ("evaluate.samples_per_prompt=1", "evaluate.samples_per_prompt=2"),
+        (judge, "eval_rewards={pickscore: {path: /a/c}}"),
+    ):
+        assert not evaluated_alike(*map(recipe, other)), other
+
+
+def test_other_prompts_for_training_are_marked(copied):
+    """Their rewards are no measure for one another."""
+    changed = recipe("train.iterations=5", "rollout.prompts=builtin-heldout")
+    assert Trainer(changed, copied, resume=True).run()
+    since = [record.get(TRAINED_ALIKE) for record in read_metrics(copied)]
+    assert since == [None, None, None, None, 4, 4]
+    assert not any(EVALUATED_ALIKE in record for record in read_metrics(copied))
 
 
 HOLDER = """

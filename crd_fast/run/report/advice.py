@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import Change, best_before, exploited
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits
@@ -72,7 +73,7 @@ class Seen:
 
 def advice(run: Run, found: Sequence[Change]) -> list[Advice]:
     """What is off and what to try, the most general first."""
-    seen = Seen(run, run.trained, found[0] if found else None)
+    seen = Seen(run, comparable(run.trained, TRAINED_ALIKE), found[0] if found else None)
     given = [rule(seen) for rule in RULES]
     return [one for one in given if one is not None]
 

@@ -63,7 +63,7 @@ class Change:
 
 
 def ends(run: Run) -> tuple[dict, dict]:
-    """The records of the first and the last evaluation."""
+    """The records of the first and the last evaluation that can be compared."""
     return run.evaluated[0], run.evaluated[-1]
 
 
@@ -290,5 +290,5 @@ def exploited(run: Run) -> list[Fall]:
     evaluations = 1
     if isinstance(iterations, int) and isinstance(every, int) and iterations > 0:
         evaluations = planned_evaluations(iterations, every)
-    records = [row for row in run.evaluated if f"eval/{REWARD}" in row]
+    records = [row for row in run.evaluations if f"eval/{REWARD}" in row]
     return first_falls(records, rewards, evaluations, run.scores.get)

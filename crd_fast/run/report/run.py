@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from crd_fast.errors import UserError
-from crd_fast.run.metrics import METRICS, read_metrics
+from crd_fast.run.metrics import EVALUATED_ALIKE, METRICS, comparable, read_metrics
 from crd_fast.run.scores import Scores, guided_base_scores, read_scores, scores_path
 from crd_fast.run.watch import WARNINGS
 
@@ -43,8 +43,18 @@ class Run:
         return [row for row in self.metrics if "reward_mean" in row]
 
     @property
-    def evaluated(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         return [row for row in self.metrics if any(key.startswith("eval/") for key in row)]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The evaluations that can be compared with the last one."""
+        return comparable(self.evaluations, EVALUATED_ALIKE)
+
+    @property
+    def left_out(self) -> set[int]:
+        """Iterations of the evaluations that cannot."""
+        return {row["iteration"] for row in self.evaluations} - {row["iteration"] for row in self.evaluated}
 
     @property
     def planned(self) -> int | None:
@@ -72,7 +82,7 @@ def read_run(folder: Path) -> Run:
     if (folder / WARNINGS).is_file():
         run.warned = (folder / WARNINGS).read_text(encoding="utf-8", errors="replace").split("\n")
         run.warned = [line for line in run.warned if line.strip()]
-    for iteration in (row["iteration"] for row in run.evaluated):
+    for iteration in (row["iteration"] for row in run.evaluations):
         path = scores_path(folder, iteration)
         try:
             run.scores[iteration] = read_scores(path)

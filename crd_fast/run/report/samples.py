@@ -42,7 +42,7 @@ class Grid:
 
 
 def samples(run: Run) -> dict[str, Any]:
-    """The evaluations' grids cut into tiles; {} where there are none.
+    """The grids of comparable evaluations cut into tiles; {} where there are none.
 
     fixed: the grids that stand beside the chosen one: the first, and the base with guidance. tabs: those that
     can be chosen, spread over the run, the last at the end. pairs: of each prompt that is shown its
@@ -51,10 +51,12 @@ def samples(run: Run) -> dict[str, Any]:
     captions = run.folder / "samples" / "prompts.json"
     prompts = read_json(captions, run) if captions.is_file() else None
     prompts = [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+    left_out = run.left_out
     paths = sorted((run.folder / "samples").glob("[0-9]*.png"))
+    paths = [path for path in paths if int(path.stem) not in left_out]
     grids = [grid for path in _spread(paths, MAX_GRIDS + 1) if (grid := _grid(path, prompts, run))]
     guided = run.folder / "samples" / f"{GUIDED}.png"
-    base = _grid(guided, prompts, run) if guided.is_file() else None
+    base = _grid(guided, prompts, run) if guided.is_file() and 0 not in left_out else None
     if not grids:
         return {}
     tabs = grids[1:] or grids

@@ -6,6 +6,7 @@ import math
 import statistics
 
 from crd_fast.run.hacking import said_of
+from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import (
     NOT_CATEGORIES,
     Change,
@@ -28,6 +29,11 @@ def warnings(run: Run, found: list[Change]) -> list[str]:
         said.append(
             f"{shared} of the evaluated prompts {'is' if shared == 1 else 'are'} among those for training: "
             "what is said of them does not show what the model does with others."
+        )
+    if run.left_out:
+        said.append(
+            f"From iteration {run.evaluated[0]['iteration']} on the run was evaluated otherwise (other "
+            "prompts, guidance, steps or judges): its earlier evaluations are left out."
         )
     said += _not_paired(run) + _warned(run)
     categories = [change for change in found if change.name not in NOT_CATEGORIES]
@@ -63,7 +69,7 @@ def _warned(run: Run) -> list[str]:
 
 
 def _training_warnings(run: Run, found: list[Change]) -> list[str]:
-    said, rows = [], run.trained
+    said, rows = [], comparable(run.trained, TRAINED_ALIKE)
     if len(run.evaluated) > 1 and found and len(rows) >= 10:
         main, fifth, rewards = found[0], len(rows) // 5, series(rows, "reward_mean")
         gain = statistics.fmean(rewards[-fifth:]) - statistics.fmean(rewards[:fifth])
