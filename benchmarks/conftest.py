@@ -1,7 +1,7 @@
 """Devices, shapes and the fields of every result.
 
     python -m pytest benchmarks --benchmark-json results.json
-    python benchmarks/plot.py results.json
+    python benchmarks/table.py results.json
 
 On the CPU only the shapes of SD3.5-medium run unless CRD_BENCHMARK=full; on a GPU all of them. Each figure is
 taken alone and by the wall clock, the host's part included: what is faster than what is for compare_cpu and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crd_fast.config import Recipe, build_recipe
@@ -221,12 +221,9 @@ def verdict(found: Fit) -> str:
     return f"{found.needed / GIB:.1f} GB in {found.phase}, {fits}: {settings}{note}"
 
 
-def for_training(recipe: Recipe, memory: int, progress: Callable[[str], None] = lambda text: None) -> Recipe:
+def for_training(recipe: Recipe, memory: int) -> Recipe:
     """The recipe at the micro-batches that fit. Raises UserError, one line, where none does."""
-    tried = []
-    for found in fit(recipe, memory):
-        tried.append(found)
-        progress(" ".join(found.overrides) or "as it is")
+    tried = list(fit(recipe, memory))
     first, last = tried[0], tried[-1]
     if not first.missing:
         return build_recipe(recipe.model_dump(), first.overrides)

@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from crd_fast.prompts.world import TAGS
+from crd_fast.prompts.geneval_metadata import NUMBERS, TAGS, objects
 
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -50,37 +50,36 @@ CLASSES = (
 )  # in COCO's order, with the benchmark's names
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLORED = tuple(name for name in CLASSES if name != "person")  # the benchmark asks for no coloured people
-NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPPOSITES = {"left of": "right of", "above": "below"}
 HELD_OUT = 0.2  # of what there is in a category
 COLOR_ATTR = 20_000  # of the 554,580 there are
 
 
 def single_object(name: str) -> dict:
-    return _entry("single_object", [_clause(name)], _a(name))
+    return _entry("single_object", [objects(name)], _a(name))
 
 
 def two_object(first: str, second: str) -> dict:
-    return _entry("two_object", [_clause(first), _clause(second)], f"{_a(first)} and {_a(second)}")
+    return _entry("two_object", [objects(first), objects(second)], f"{_a(first)} and {_a(second)}")
 
 
 def counting(name: str, count: int) -> dict:
     plural = f"{name}es" if name.endswith("s") else f"{name}s"
-    entry = _entry("counting", [_clause(name, count)], f"{NUMBERS[count]} {plural}")
-    return entry | {"exclude": [_clause(name, count + 1)]}
+    entry = _entry("counting", [objects(name, count)], f"{NUMBERS[count]} {plural}")
+    return entry | {"exclude": [objects(name, count + 1)]}
 
 
 def colors(color: str, name: str) -> dict:
-    return _entry("colors", [_clause(name, color=color)], f"{_a(color)} {name}")
+    return _entry("colors", [objects(name, color=color)], f"{_a(color)} {name}")
 
 
 def position(name: str, relation: str, other: str) -> dict:
-    clauses = [_clause(other), _clause(name, position=[relation, 0])]
+    clauses = [objects(other), objects(name, position=[relation, 0])]
     return _entry("position", clauses, f"{_a(name)} {relation} {_a(other)}")
 
 
 def color_attr(color: str, name: str, other_color: str, other: str) -> dict:
-    clauses = [_clause(name, color=color), _clause(other, color=other_color)]
+    clauses = [objects(name, color=color), objects(other, color=other_color)]
     return _entry("color_attr", clauses, f"{_a(color)} {name} and {_a(other_color)} {other}")
 
 
@@ -143,10 +142,6 @@ def _colored_pairs() -> list[tuple]:
 def _is_held_out(tag: str, content: tuple) -> bool:
     digest = hashlib.sha256(repr((tag, content)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
-
-
-def _clause(name: str, count: int = 1, **more) -> dict:
-    return {"class": name, "count": count, **more}
 
 
 def _entry(tag: str, include: list[dict], what: str) -> dict:

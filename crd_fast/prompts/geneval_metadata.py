@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 RELATIONS = ("left of", "right of", "above", "below")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
+def objects(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
+    """A clause: so many of a class, more being their `color` or `position`."""
+    return {"class": name, "count": count, **more}
 
 
 def check_metadata(metadata: Mapping) -> list[Mapping]:

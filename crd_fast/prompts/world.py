@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crd_fast.prompts.geneval_metadata import RELATIONS
+from crd_fast.prompts.geneval_metadata import NUMBERS, RELATIONS, TAGS, objects
 
 HEIGHT = WIDTH = 32
 SLOT = 16  # pixels; 2 x 2 slots
@@ -35,9 +35,7 @@ BACKGROUND = (0.09, 0.09, 0.11)
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 COLOR_NAMES = tuple(COLORS)
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LEADS = ("a photo of", "a picture of", "a drawing of", "an image of")
-NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in SHAPES if shape != "cross"}
 
 
@@ -81,63 +79,35 @@ def render(shapes: np.ndarray, colors: np.ndarray) -> np.ndarray:
     return images
 
 
-def _article(noun: str) -> str:
-    return f"a {noun}"
-
-
 def single_object(lead: int, shape: str) -> dict:
-    return {
-        "tag": "single_object",
-        "include": [{"class": shape, "count": 1}],
-        "prompt": f"{LEADS[lead]} {_article(shape)}",
-    }
+    return _entry("single_object", lead, f"a {shape}", objects(shape))
 
 
 def two_object(lead: int, first: str, second: str) -> dict:
-    return {
-        "tag": "two_object",
-        "include": [{"class": first, "count": 1}, {"class": second, "count": 1}],
-        "prompt": f"{LEADS[lead]} {_article(first)} and {_article(second)}",
-    }
+    return _entry("two_object", lead, f"a {first} and a {second}", objects(first), objects(second))
 
 
 def counting(lead: int, shape: str, count: int) -> dict:
-    return {
-        "tag": "counting",
-        "include": [{"class": shape, "count": count}],
-        "exclude": [{"class": shape, "count": count + 1}],
-        "prompt": f"{LEADS[lead]} {NUMBERS[count]} {PLURALS[shape]}",
-    }
+    more = [objects(shape, count + 1)]
+    return _entry("counting", lead, f"{NUMBERS[count]} {PLURALS[shape]}", objects(shape, count), exclude=more)
 
 
 def colors(lead: int, color: str, shape: str) -> dict:
-    return {
-        "tag": "colors",
-        "include": [{"class": shape, "count": 1, "color": color}],
-        "prompt": f"{LEADS[lead]} {_article(color)} {shape}",
-    }
+    return _entry("colors", lead, f"a {color} {shape}", objects(shape, color=color))
 
 
 def position(lead: int, shape: str, relation: str, other: str) -> dict:
-    return {
-        "tag": "position",
-        "include": [
-            {"class": other, "count": 1},
-            {"class": shape, "count": 1, "position": [relation, 0]},
-        ],
-        "prompt": f"{LEADS[lead]} {_article(shape)} {relation} {_article(other)}",
-    }
+    clauses = objects(other), objects(shape, position=[relation, 0])
+    return _entry("position", lead, f"a {shape} {relation} a {other}", *clauses)
 
 
 def color_attr(lead: int, color: str, shape: str, other_color: str, other: str) -> dict:
-    return {
-        "tag": "color_attr",
-        "include": [
-            {"class": shape, "count": 1, "color": color},
-            {"class": other, "count": 1, "color": other_color},
-        ],
-        "prompt": f"{LEADS[lead]} {_article(color)} {shape} and {_article(other_color)} {other}",
-    }
+    clauses = objects(shape, color=color), objects(other, color=other_color)
+    return _entry("color_attr", lead, f"a {color} {shape} and a {other_color} {other}", *clauses)
+
+
+def _entry(tag: str, lead: int, what: str, *include: dict, **more: list[dict]) -> dict:
+    return {"tag": tag, "include": list(include), **more, "prompt": f"{LEADS[lead]} {what}"}
 
 
 def is_novel_pair(color: str, shape: str) -> bool:

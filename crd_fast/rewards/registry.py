@@ -332,7 +332,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
             )
     elif name.startswith(("http://", "https://")):
         settings = {"url": name, **settings}
-        reward = imported(name, REWARDS.get("http", "crd_fast.rewards.http:HttpReward"))
+        reward = imported(name, REWARDS["http"])
     else:
         reward = imported(name, _path(name))
     if inspect.isclass(reward):

@@ -124,12 +124,8 @@ class Evaluation:
             Sampling.of(self.recipe, self.recipe.evaluate, self.empty, self.micro_batch), observer
         )
 
-    def run_guided(self, guidance_scale: float, observer: Observer = NOBODY) -> Evaluated:
-        """The same with another guidance scale, of which the recipe's own evaluations know nothing."""
-        return self.run_with(self.guided(guidance_scale), observer)
-
     def guided(self, guidance_scale: float) -> Sampling:
-        """As evaluations are sampled, but for the guidance."""
+        """As evaluations are sampled, but for the guidance, of which the recipe's own know nothing."""
         # guided forwards are twice as large; whether these fit says nothing about others
         size = max(1, self.micro_batch.size // 2)
         config = self.recipe.evaluate.model_copy(update={"guidance_scale": guidance_scale})

@@ -148,7 +148,11 @@ def asked(
     size: Resolution | None = None,
     **overrides: Any,
 ) -> Source:
-    """The source with what is asked of it, as `evaluate_checkpoint` has it. UserError where that lacks."""
+    """The source with what is asked of it. UserError where that lacks.
+
+    change: the recipe's values to those that are used, before the rest. allow_code: whether rewards that do
+    not ship may run, where a checkpoint names them. overrides: keys of the section `evaluate`; None keeps it.
+    """
     values = change(found.recipe.model_dump())
     if rewards is not None:
         values |= {"rewards": rewards, "eval_rewards": {}}
@@ -168,24 +172,6 @@ def asked(
 def of_size(values: dict[str, Any], size: Resolution) -> dict[str, Any]:
     """A recipe's values with one size for all pictures: what it says of training may not fit the model."""
     return values | {section: values[section] | {"resolution": size} for section in ("rollout", "evaluate")}
-
-
-def evaluate_checkpoint(
-    source: str,
-    prompts: str | None = None,
-    change: Callable[[dict], dict] = lambda values: values,
-    base: str | None = None,
-    allow_code: bool = False,
-    **overrides,
-) -> Evaluated:
-    """Its metrics and what each picture got.
-
-    change: the recipe's values to those that are used, before the overrides. base: as of `Source.of`.
-    allow_code: whether rewards that do not ship may run, where a checkpoint names them. overrides: keys of
-    the section `evaluate`; None keeps it.
-    """
-    found = Source.of(source, base)
-    return next(evaluated([asked(found, change, allow_code, prompts=prompts, **overrides)]))
 
 
 def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Evaluated]:

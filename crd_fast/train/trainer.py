@@ -365,7 +365,7 @@ class Trainer:
         if self.iteration or scale is None:
             return None
         with self.observer.phase("guided base", len(evaluation)), self.weights.use("reference"):
-            return evaluation.run_guided(scale, self.observer)
+            return evaluation.run_with(evaluation.guided(scale), self.observer)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         if self.ranks.main:

@@ -1,4 +1,4 @@
-"""Random calls of every public loss, compared with the oracle beside this file (fuzz_oracle.py).
+"""Random calls of every public loss, compared with the oracle beside this file (loss_oracle.py).
 
     python tests/kernels/fuzz.py --cases 2000 --seed 0 --impl cpu
     python tests/kernels/fuzz.py --impl triton --cases 150      without a GPU, by Triton's interpreter
@@ -33,16 +33,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import crd_kernels
-import fuzz_oracle
+import loss_oracle
 from fuzz_draw import draw
 
 ORACLES = {
-    "crd_loss": fuzz_oracle.crd,
-    "nft_loss": fuzz_oracle.nft,
-    "awm_loss": fuzz_oracle.awm,
-    "diffusion_dpo_loss": fuzz_oracle.dpo,
-    "flow_matching_loss": fuzz_oracle.flow_matching,
-    "implicit_reward": fuzz_oracle.implicit_reward,
+    "crd_loss": loss_oracle.crd,
+    "nft_loss": loss_oracle.nft,
+    "awm_loss": loss_oracle.awm,
+    "diffusion_dpo_loss": loss_oracle.dpo,
+    "flow_matching_loss": loss_oracle.flow_matching,
+    "implicit_reward": loss_oracle.implicit_reward,
 }
 POSITIONAL = {
     "crd_loss": ("policy", "old", "ref_cond", "x0", "noise", "advantage", "group"),
@@ -168,11 +168,11 @@ def compare(case, found, tensors):
     if tensors.get("seed") is not None:
         eps = max(eps, 1e-6)
     upstream = torch.as_tensor(case.upstream, dtype=torch.float64)
-    exact = oracle(fuzz_oracle.Case(exact_tensors, case.settings, upstream))
+    exact = oracle(loss_oracle.Case(exact_tensors, case.settings, upstream))
     near = []
     for i in range(ROUNDINGS):
         generator = torch.Generator().manual_seed(i)
-        near.append(oracle(fuzz_oracle.Case(exact_tensors, case.settings, upstream, eps, generator)))
+        near.append(oracle(loss_oracle.Case(exact_tensors, case.settings, upstream, eps, generator)))
     for name, value in found.items():
         if name == "dtype":
             continue

@@ -1,7 +1,9 @@
-"""The losses beside CRD against their eager definitions in float64, value and gradient."""
+"""The losses beside CRD against the oracle in float64, value and gradient."""
 
+import inspect
 import math
 
+import loss_oracle
 import pytest
 import torch
 from crd_kernels import (
@@ -16,7 +18,6 @@ from crd_kernels import (
     nft_loss,
     velocity_grad,
 )
-from crd_kernels.losses import reference
 from kernel_oracle import INTERPRETING, make, relative_error
 
 
@@ -28,10 +29,10 @@ def case(name, dtype=torch.float64, shape=(3, 5, 7)):
     policy, old, cond, x0, noise, advantage = (
         x[k] for k in ("policy", "old", "ref_cond", "x0", "noise", "advantage")
     )
-    nft = (nft_loss, reference.nft_loss, [policy, old, cond, x0, noise, advantage, sigma])
-    awm = (awm_loss, reference.awm_loss, [policy, cond, x0, noise, advantage])
-    dpo = (diffusion_dpo_loss, reference.diffusion_dpo_loss, [policy, old, x0, noise])
-    flow_matching = (flow_matching_loss, reference.flow_matching_loss, [policy, x0, noise])
+    nft = (nft_loss, loss_oracle.nft, [policy, old, cond, x0, noise, advantage, sigma])
+    awm = (awm_loss, loss_oracle.awm, [policy, cond, x0, noise, advantage])
+    dpo = (diffusion_dpo_loss, loss_oracle.dpo, [policy, old, x0, noise])
+    flow_matching = (flow_matching_loss, loss_oracle.flow_matching, [policy, x0, noise])
     mask = (x["ref_uncond"].reshape(6, -1, shape[-1])[:, :1] > 0).reshape(
         6, *[1] * (len(shape) - 1), shape[-1]
     )
@@ -67,51 +68,36 @@ def case(name, dtype=torch.float64, shape=(3, 5, 7)):
 NAMES = list(case(None))
 
 
+def wanted_of(fused, definition, tensors, keywords):
+    """What the oracle says of a case, in float64."""
+    given = dict(zip(inspect.signature(fused).parameters, tensors)) | keywords
+    exact = {k: v.double() for k, v in given.items() if isinstance(v, torch.Tensor)}
+    return definition(loss_oracle.Case(exact, {k: v for k, v in keywords.items() if k not in exact}))
+
+
 def both(name, impl, dtype, shape=(3, 5, 7)):
     fused, definition, tensors, keywords = case(name, dtype, shape)
     policy = tensors[0].clone().requires_grad_()
     out = fused(policy, *tensors[1:], impl=impl, **keywords)
     out.loss.backward()
-    wide = [None if t is None else t.double() for t in tensors]
-    keywords = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.dtype != torch.bool else v
-        for k, v in keywords.items()
-    }
-    exact = wide[0].detach().requires_grad_()
-    wanted = definition(exact, *wide[1:], **keywords)
-    wanted.backward()
-    return out, policy.grad, wanted, exact.grad
+    return out, policy.grad, wanted_of(fused, definition, tensors, keywords)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float64(impl, name):
-    out, gradient, wanted, exact = both(name, impl, torch.float64)
-    assert relative_error(out.loss, wanted) < 1e-11
-    assert relative_error(gradient, exact) < 1e-10
+    out, gradient, wanted = both(name, impl, torch.float64)
+    assert relative_error(gradient, wanted["grad"]) < 1e-10
+    for key in ("loss", "error", "kl", "old_deviation"):
+        assert relative_error(getattr(out, key), wanted[key]) < 1e-11, key
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_inputs(impl, name, dtype):
-    out, gradient, wanted, exact = both(name, impl, dtype, shape=(500,))
-    assert relative_error(out.loss, wanted) < 2e-5
-    assert relative_error(gradient, exact) < max(2e-5, torch.finfo(dtype).eps)
+    out, gradient, wanted = both(name, impl, dtype, shape=(500,))
+    assert relative_error(out.loss, wanted["loss"]) < 2e-5
+    assert relative_error(gradient, wanted["grad"]) < max(2e-5, torch.finfo(dtype).eps)
     assert not out.error.requires_grad and gradient.dtype == dtype
-
-
-@pytest.mark.parametrize("name", ["flow_matching", "awm", "nft", "nft_small_beta", "dpo"])
-def test_error_is_that_of_the_policy(impl, name):
-    tensors = case(name)[2]
-    out = both(name, impl, torch.float64)[0]
-    x0, noise = (tensors[1], tensors[2]) if name == "flow_matching" else tensors[-4:-2]
-    if name == "awm":
-        x0, noise = tensors[2], tensors[3]
-    if name == "dpo":
-        x0, noise = tensors[2], tensors[3]
-    if name.startswith("nft"):
-        x0, noise = tensors[3], tensors[4]
-    wanted = (tensors[0] - (noise - x0)).pow(2).flatten(1).mean(1)
-    assert relative_error(out.error, wanted) < 1e-11
 
 
 def test_awm_with_equal_policy_and_old_has_the_gradient_of_its_on_policy_form(impl):
@@ -125,10 +111,7 @@ def test_awm_with_equal_policy_and_old_has_the_gradient_of_its_on_policy_form(im
 
 
 def test_awm_clips_some_samples_and_not_others():
-    _, definition, tensors, keywords = case("awm_clipped")
-    policy = tensors[0].clone().requires_grad_()
-    definition(policy, *tensors[1:], **keywords).backward()
-    moved = policy.grad.flatten(1).abs().sum(1) > 0
+    moved = wanted_of(*case("awm_clipped"))["grad"].flatten(1).abs().sum(1) > 0
     assert moved.any() and not moved.all()
 
 
@@ -298,7 +281,7 @@ def in_steps(name, impl, micro_batch):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_three_steps_at_any_micro_batch_are_the_loss(impl, name):
-    out, gradient, *_ = both(name, impl, torch.float64)
+    out, gradient, _ = both(name, impl, torch.float64)
     for micro_batch in (1, 4, 6):
         found, stepped = in_steps(name, impl, micro_batch)
         assert relative_error(found.loss, out.loss.detach()) < 1e-12

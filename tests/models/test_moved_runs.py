@@ -7,7 +7,7 @@ import pytest
 
 from crd_fast.config import build_recipe, read_yaml
 from crd_fast.errors import UserError
-from crd_fast.train.inference import evaluate_checkpoint, sample_grid
+from crd_fast.train.inference import Source, asked, evaluated, sample_grid
 from crd_fast.train.places import absolute
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
@@ -32,13 +32,17 @@ def moved(tiny, recipe, prompts_file, tmp_path, monkeypatch):
     return there
 
 
+def metrics(run, base=None):
+    return next(evaluated([asked(Source.of(str(run), base))])).metrics
+
+
 def test_it_works_from_anywhere_and_says_where_its_model_was(moved, inside, tmp_path, caplog):
     run = moved / "run"
     config = read_yaml(run / "config.yaml")
     assert config["model"]["path"] == str(moved / "sd3")
     assert config["evaluate"]["prompts"] == str(moved / "prompts.txt")
     assert config["rollout"]["prompts"] == str(moved / "prompts.txt")
-    wanted = evaluate_checkpoint(str(run)).metrics
+    wanted = metrics(run)
     sample_grid(str(run), ["a red circle"], Path("grid.png"), samples=1, steps=1)
 
     (moved / "sd3").rename(tmp_path / "base")
@@ -51,7 +55,7 @@ def test_it_works_from_anywhere_and_says_where_its_model_was(moved, inside, tmp_
         error = err.strip().splitlines()[-1]
         assert code == 2 and "--model" in error and str(moved / "sd3") in error, err
     base = str(tmp_path / "base")
-    assert evaluate_checkpoint(str(run), base=base).metrics == wanted
+    assert metrics(run, base) == wanted
     code, _, err = inside(
         "sample",
         run,

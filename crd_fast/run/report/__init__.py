@@ -113,9 +113,6 @@ def write_report(run: Path) -> Path:
         spent=spent(read),
         phases=taken,
         on_gpu=any(math.isfinite(phase.gpu_bytes) for phase in taken),
-        has_rewards=any(
-            picture[3] is not None for pair in tiles.get("pairs", ()) for picture in pair["pictures"]
-        ),
         duration=duration,
         samples=tiles,
         sections={name: settings(values) for name, values in config.items()},

@@ -1,9 +1,8 @@
-"""What the losses of crd_kernels are by their public docstrings, for fuzz.py: in float64, by autograd.
+"""What the losses of crd_kernels are by their public docstrings: in float64, by autograd.
 
-Written from the docstrings and the design alone, apart from the package and from kernel_oracle.py. Every
-function takes a `Case`: `tensors` (float64 on the CPU, masks and groups too, or None) and `settings`, the
-keywords of the call that are no tensors. It returns a dict of what the public function returns, with the
-gradient for policy as "grad".
+Written from the docstrings and the design alone, apart from the package. Every function takes a `Case`:
+`tensors` (float64, masks and groups too, or None) and `settings`, the keywords of the call that are no
+tensors. It returns a dict of what the public function returns, with the gradient for policy as "grad".
 
 `eps` makes the answer of the same formulas with roundings of that relative size at every latent and every
 mean, drawn by `random`: how far such answers lie from the exact one is how far a correct one may lie.
