@@ -64,16 +64,13 @@ def with_consent() -> Iterator[None]:
 
 
 def parse_settings(pairs: list[str]) -> dict:
-    """`KEY=VALUE`, the value as YAML."""
-    import yaml
+    """`KEY=VALUE`, the value as YAML, as recipes have it."""
+    from crd_fast.yaml_files import parse_yaml
 
     settings = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
-        try:
-            settings[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            separator = ""
         if not key or not separator:
             raise UserError(f"--set: expected KEY=VALUE, got {pair!r}")
+        settings[key] = parse_yaml(text, f"--set {pair}")
     return settings

@@ -147,7 +147,7 @@ class Evaluation:
         return self.ranks.gather(images)[: len(self)], latents
 
     def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
-        """The same, sampled otherwise."""
+        """The active weights' pictures, sampled so, and their scores on the main process."""
         images, latents = self.pictures(sampling, observer)
         kept = None if self.recipe.evaluate.drift is None else latents
         if not self.ranks.main:

@@ -1,12 +1,15 @@
 """Bad input: one line on standard error, exit code 2, nothing lost."""
 
 import json
+import re
 import shutil
 import signal
 
 import pytest
 from PIL import Image
 
+from crd_fast.commands.terminal import parse_settings
+from crd_fast.errors import UserError
 from crd_fast.weights import durable
 from tests.cli.conftest import SMALL
 
@@ -355,3 +358,23 @@ def test_ctrl_c_where_nothing_is_to_be_saved(inside, tmp_path):
         signal.signal(signal.SIGINT, before)
     assert (code, out, err) == (130, "", "stopped\n")
     assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("scale", "--set: expected KEY=VALUE, got 'scale'"),
+        ("=1", "--set: expected KEY=VALUE, got '=1'"),
+        ("scale=1:30", "--set scale=1:30: 1:30 means 90 in YAML"),
+        ("scale={a: 1, a: 2}", "--set scale={a: 1, a: 2}: 'a' stands twice"),
+        ("scale=[", "--set scale=[: is not YAML"),
+    ],
+)
+def test_a_rewards_settings_are_read_as_recipes_are(setting, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse_settings([setting])
+    assert parse_settings(["scale=5e-1", "mode=scene", "top={k: 3}"]) == {
+        "scale": 0.5,
+        "mode": "scene",
+        "top": {"k": 3},
+    }

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crd_fast.errors import UserError
 from crd_fast.run.metrics import EVALUATED_ALIKE, METRICS, comparable, read_metrics
 from crd_fast.run.scores import Scores, guided_base_scores, read_scores, scores_path
 from crd_fast.run.watch import WARNINGS
+from crd_fast.yaml_files import read_yaml
 
 PHASES = ("rollout", "reward", "update")
 
@@ -67,12 +66,7 @@ def read_run(folder: Path) -> Run:
     """Reads what a run has left, all but its pictures. Raises UserError if `folder` is no run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: expected the folder of a run, found no config.yaml in it")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.yaml'}: expected sections of settings, got {config!r}")
+    config = read_yaml(folder / "config.yaml")
     left_out: list[int] = []
     run = Run(folder, config, read_metrics(folder, left_out), guided_base=guided_base_scores(folder))
     run.problems += [f"Line {n} of {METRICS} is incomplete and was left out." for n in left_out]
