@@ -115,7 +115,7 @@ def clip_network(path: str) -> Network:
     from transformers import CLIPConfig, CLIPModel
 
     try:
-        config = CLIPConfig.from_pretrained(Path(path).expanduser(), local_files_only=True)
+        config: Any = CLIPConfig.from_pretrained(Path(path).expanduser(), local_files_only=True)
     except (OSError, ValueError):
         return NETWORKS["pickscore"]
     side = config.vision_config.image_size
