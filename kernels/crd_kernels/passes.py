@@ -15,6 +15,7 @@ import importlib
 
 import torch
 
+from .native import build
 from .problem import Scalars
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -46,7 +47,8 @@ def of(impl, latents, scalars, kind, key=None):
     key = (impl, kind, signature(latents, scalars)) if key is None else key
     passes = _PASSES.get(key)
     if passes is None:
-        passes = importlib.import_module(f".velocity.{impl}", __package__).Passes(latents, scalars, kind)
+        name = "reference" if impl == "cpu" and build.library() is None else impl
+        passes = importlib.import_module(f".velocity.{name}", __package__).Passes(latents, scalars, kind)
         if len(_PASSES) >= LIMIT:
             _PASSES.clear()
         if key[-1] is not None:

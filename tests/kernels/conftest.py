@@ -16,21 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kernel_oracle import INTERPRETING
 
 GPU = torch.cuda.is_available()
-IMPLEMENTATIONS = ["reference", "cpu", "tiles"]
+IMPLEMENTATIONS = ["reference", "cpu"]
 if GPU or INTERPRETING:
     IMPLEMENTATIONS.append(pytest.param("triton", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def impl(request, monkeypatch):
-    """Every implementation that runs on this machine; "tiles" is cpu without a C++ compiler."""
+def impl(request):
+    """Every implementation that runs on this machine."""
     if request.param == "triton" and not INTERPRETING:
         torch.set_default_device("cuda")
-    if request.param == "tiles":
-        from crd_kernels.native import build
-
-        monkeypatch.setattr(build, "library", lambda: None)
-    yield "cpu" if request.param == "tiles" else request.param
+    yield request.param
     torch.set_default_device("cpu")
 
 

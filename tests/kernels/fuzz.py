@@ -4,7 +4,7 @@
     python tests/kernels/fuzz.py --impl triton --cases 150      without a GPU, by Triton's interpreter
     python tests/kernels/fuzz.py --impl cpu --seed 0 --only 137  one case of that run again
 
---impl is cpu, tiles (cpu without a C++ compiler), reference or triton. Prints each case that is wrong with
+--impl is cpu, reference or triton. Prints each case that is wrong with
 how to run it again; the exit code is 1 if there was one. test_fuzz.py runs a few cases with every test run.
 
 A case draws the loss, ranks and odd sizes, the layout and the dtype of every tensor, masks, seeds in place
@@ -309,17 +309,9 @@ def forked(case, impl):
         raise Wrong(f"fork: {message}")
 
 
-def without_compiler():
-    """impl="cpu" from here on runs its tiles of torch ops."""
-    from crd_kernels.native import build
-
-    build.library = lambda: None
-
-
 def fuzz(cases, seed, impl, only=None, small=False, threads=True, fork=True):
     """Returns the failures, (number of the case, drawn case, error)."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-    name = "cpu" if impl == "tiles" else impl
     failures = []
     numbers = range(cases) if only is None else [only]
     for number in numbers:
@@ -329,11 +321,11 @@ def fuzz(cases, seed, impl, only=None, small=False, threads=True, fork=True):
             if threads and dice.random() < 0.03:
                 with _deterministic(False):
                     others = [draw(dice, small=small) for _ in range(3)]
-                    failures += [(number, c, e) for c, e in together([case, *others, case.copy()], name)]
+                    failures += [(number, c, e) for c, e in together([case, *others, case.copy()], impl)]
             elif fork and device == "cpu" and dice.random() < 0.01:
-                forked(case, name)
+                forked(case, impl)
             else:
-                check(case, name, device)
+                check(case, impl, device)
         except Exception as error:
             failures.append((number, case, error))
         if failures and failures[-1][0] == number:
@@ -354,12 +346,10 @@ def main():
     )
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--impl", default="cpu", choices=("cpu", "tiles", "reference", "triton"))
+    parser.add_argument("--impl", default="cpu", choices=("cpu", "reference", "triton"))
     parser.add_argument("--only", type=int, help="the number of one case")
     options = parser.parse_args()
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if options.impl == "tiles":
-        without_compiler()
     interpreting = options.impl == "triton" and not torch.cuda.is_available()
     failures = fuzz(
         options.cases,

@@ -4,7 +4,7 @@ No header of torch is needed, so the compiler runs for a few seconds only. The l
 $CRD_KERNELS_CACHE, or the user's cache directory, under a name that covers the source, the compiler, the
 processor, and the library's own bytes: a file that was cut short is compiled again and never loaded. Where
 nothing can be kept, each process compiles its own. Without a compiler `library()` is None and the ops run
-tile by tile (velocity/tiles.py).
+their definition.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def library():
     except FAILURES as error:
         reason = _reason(error)
         warnings.warn(
-            f"crd_kernels: the C++ kernels could not be built, the cpu ops run tile by tile: {reason}",
+            f"crd_kernels: the C++ kernels could not be built, slower torch ops take their place: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )

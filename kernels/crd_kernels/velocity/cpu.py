@@ -1,4 +1,4 @@
-"""The two passes on the CPU: C++ where a compiler is found (velocity.cpp), tiles of torch ops otherwise.
+"""The two passes on the CPU in C++ (velocity.cpp); without a compiler the definition runs (passes.py).
 
 Extra memory: 8 doubles per 16384 elements for the sums, the gradient itself for `gradient`.
 """
@@ -6,12 +6,10 @@ Extra memory: 8 doubles per 16384 elements for the sums, the gradient itself for
 import torch
 
 from ..finish import cpu as finishing
-from ..finish import reference as definition
 from ..native import build
 from ..native.problem import Problem
 from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
-from . import tiles
-from .stats import OUTCOME, ROWS, summarize
+from .stats import OUTCOME, ROWS
 
 # What velocity.cpp adds up; the other rows of the table are 0 then, and nobody reads them.
 FULL, MIXED, ALONE, PAIR = range(4)
@@ -24,8 +22,7 @@ class Passes:
         self.kind = kind
         self.dtype = compute_dtype(*latents[:6])
         self.double = self.dtype == torch.float64
-        self.anchored, self.masked = latents.ref_cond is not None, latents.mask is not None
-        self.batch, self.numel = latents.policy.shape[0], latents.policy.shape[1:].numel()
+        self.batch = latents.policy.shape[0]
         self.statistics = ROWS * self.batch * self.dtype.itemsize  # bytes of a table in front of the outcome
         self.reading = Problem([*latents[:6], latents.mask, None])
         self.writing: Problem | None = None  # both made when needed
@@ -40,23 +37,16 @@ class Passes:
         return self._measure(latents, numbers, ROWS)
 
     def forward(self, latents: Latents, scalars: Scalars, numbers: Numbers):
-        if build.library() is None:
-            return definition.table_and_loss(self.measure(latents, numbers), scalars, self.kind, numbers)
         table = self._measure(latents, numbers, ROWS + OUTCOME)
         if self.finish is None:
             self.finish = finishing.Finish(self.kind, self.batch, self.dtype, scalars)
         return table, self.finish(table, table.data_ptr() + self.statistics, scalars, numbers)
 
     def _measure(self, latents, numbers, rows):
-        lib = build.library()
-        if lib is None:
-            sums = tiles.measure(latents, numbers)
-            about = self.numel, self.anchored, self.masked, self.kind.adaptive_weighting, self.dtype
-            return summarize(sums, *about)
         *tensors, seed, mask = latents
         seed = None if seed is None else seed.contiguous()
         table = torch.empty((rows, self.batch), dtype=self.dtype, device="cpu")
-        lib.crd_measure(
+        build.library().crd_measure(
             self.reading.words((*tensors, mask), seed),
             numbers.guidance_scale,
             numbers.mix,
@@ -69,10 +59,6 @@ class Passes:
         return table
 
     def backward(self, latents: Latents, table, upstream, numbers: Numbers):
-        if build.library() is None:
-            c1, c2, c3 = table[ROWS : ROWS + 3]
-            c3 = c3 if self.kind.third else None
-            return tiles.gradient(latents, c1, c2, c3, upstream, numbers, self.dtype)
         c1, row = table.data_ptr() + self.statistics, self.statistics // ROWS
         if upstream.dtype != self.dtype:
             upstream = upstream.to(self.dtype)
@@ -80,14 +66,10 @@ class Passes:
         return self._gradient(latents, pointers, upstream, numbers)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
-        if build.library() is None:
-            c1, c2, c3 = coefficients
-            return tiles.gradient(latents, c1, c2, c3, None, numbers, self.dtype)
         kept = [None if c is None else c.to(self.dtype).contiguous() for c in coefficients]
         return self._gradient(latents, [None if c is None else c.data_ptr() for c in kept], None, numbers)
 
     def _gradient(self, latents, pointers, upstream, numbers):
-        lib = build.library()
         policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
         seed = None if seed is None else seed.contiguous()
         gradient = torch.empty_like(policy)
@@ -106,7 +88,7 @@ class Passes:
         at, stride = None, 0
         if upstream is not None:
             at, stride = upstream.data_ptr(), 0 if upstream.dim() == 0 else upstream.stride(0)
-        lib.crd_gradient(
+        build.library().crd_gradient(
             self.writing.words(tensors, seed),
             numbers.guidance_scale,
             self.double,

@@ -80,21 +80,3 @@ def samples(index, size: int):
             raise IndexError(f"index: expected a sample of {size}, got {index}")
         return slice(index, index + 1 or None)
     return index
-
-
-def summarize(sums, n, anchored, masked, adaptive_weighting, dtype):
-    """sums: (SUMS, B) float64, in the order of the kernels. Returns the (ROWS, B) table of `Stats`.
-
-    In float64 to the last step: r is a small difference of two numbers near one.
-    """
-    elements = sums[7] if masked else torch.full_like(sums[7], n)
-    policy_square, policy_abs, old_square, old_abs, kl, old_kl, deviation = sums[:7] / elements
-    if adaptive_weighting:
-        policy_scale = policy_abs.clamp(min=SCALE_FLOOR)
-        old_scale = old_abs.clamp(min=SCALE_FLOOR)
-    else:
-        policy_scale = old_scale = torch.ones_like(policy_abs)
-    reward = old_square / old_scale - policy_square / policy_scale  # this way round equals give +0, not -0
-    flag = torch.full_like(reward, float(anchored))
-    rows = [reward, policy_scale, old_scale, policy_square, old_square, kl, old_kl, deviation, flag, elements]
-    return torch.stack(rows).to(dtype)
