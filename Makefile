@@ -1,7 +1,9 @@
-# 3.11 is what constraints.txt was made with and what is tested; 3.12 and 3.13 where there is none
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13) python3)
-BIN := .venv/bin
-STAMP := .venv/.installed
+# 3.11 is what constraints.txt was made with and what is tested; 3.12 and 3.13 where none runs
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13; do $$name -c '' 2>/dev/null && echo $$name && exit; done; echo python3)
+# Where the packages go: VENV=build/py3.12 PYTHON=python3.12 makes a second environment beside the first.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 .PHONY: env train test test-level fuzz check benchmarks gpu docs clean
 
@@ -11,10 +13,10 @@ env: $(STAMP)
 # `kernels` is for one test, which puts its folder on the path: where it can be imported, bitsandbytes asks the hub
 # for a kernel whenever it is imported.
 $(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e kernels/ -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/hub kernels tomlkit
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/hub kernels tomlkit
 	touch $(STAMP)
 
 train: env
@@ -53,4 +55,4 @@ check: env
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache $(foreach root,. kernels,$(root)/build $(root)/dist $(root)/*.egg-info)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache $(foreach root,. kernels,$(root)/build $(root)/dist $(root)/*.egg-info)

@@ -19,7 +19,7 @@ from tools import hub_kernel
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "kernels"
 LIBRARY = Path(sys.prefix) / "hub"
-needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="needs `kernels` in .venv/hub (make env)")
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"needs `kernels` in {LIBRARY} (make env)")
 
 COMPARE = """
 import torch
