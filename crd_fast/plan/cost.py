@@ -25,10 +25,11 @@ from crd_fast.sizes import pixels
 from crd_fast.worlds import WORLDS
 
 EFFICIENCY = 0.4  # of the peak, where nobody says otherwise: an assumption
-# Rewards that are slow on the CPU: seconds a picture on one thread, by name and mode. By
-# benchmarks/measure_ocr.py, results/ocr.json (scene, seconds_a_word), with the detector's default side.
-SLOW_REWARDS = {("ocr", "scene"): 0.35, ("ocr_dense", "scene"): 0.35}
-DEFAULT_MODES = {"ocr": "scene", "ocr_dense": "word"}
+# Rewards that are slow on the CPU: seconds a picture on one thread, by name and mode, with the detector's
+# default side. By benchmarks/measure_ocr.py, results/ocr.json (scene, seconds_a_word), and for easyocr by
+# benchmarks/measure_easyocr.py, results/easyocr-scenes.json (easyocr_by_default, cpu_seconds_a_picture).
+SLOW_REWARDS = {("ocr", "scene"): 0.35, ("ocr_dense", "scene"): 0.35, ("easyocr", "scene"): 2.1}
+DEFAULTS = {"ocr": ("scene", 736), "ocr_dense": ("word", 736), "easyocr": ("word", 512)}  # mode and side
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Cost:
     guided_base_scored: int  # pictures of it that are scored
     checkpoint_evaluations: int  # up to the first checkpoint
     reward_seconds: float  # of one picture, on the CPU
+    judge_seconds: float  # the same, of an evaluation's pictures alone
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
     prompt_cache_bytes: int  # the most that is kept of them
     checkpoint_minutes: float
@@ -95,7 +97,7 @@ class Cost:
         if not self.has_estimate:
             return None
         return (self.seconds(self.evaluation_flops, self.efficiency) or 0.0) + (
-            self.reward_seconds * self.evaluated
+            (self.reward_seconds + self.judge_seconds) * self.evaluated
         )
 
     def _hours(self, iterations: int, evaluations: int) -> float | None:
@@ -103,7 +105,7 @@ class Cost:
             return None
         seconds = iterations * self.iteration + evaluations * self.evaluation
         seconds += self.seconds(self.guided_base_flops, self.efficiency) or 0.0
-        seconds += self.reward_seconds * self.guided_base_scored
+        seconds += (self.reward_seconds + self.judge_seconds) * self.guided_base_scored
         return seconds / 3600
 
     @property
@@ -207,6 +209,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         guided_base_scored=0 if recipe.guided_base is None else evaluated,
         checkpoint_evaluations=evaluations(every, first, iterations),
         reward_seconds=sum(reward_seconds(name, value) for name, value in recipe.rewards.items()),
+        judge_seconds=sum(reward_seconds(name, value) for name, value in recipe.eval_rewards.items()),
         prompts=_encoded_prompts(recipe),
         prompt_cache_bytes=round(recipe.model.prompt_cache_gb * GIB),
         checkpoint_minutes=recipe.checkpoint.minutes,
@@ -232,10 +235,11 @@ def reward_seconds(name: str, value: Any) -> float:
     counts as one.
     """
     settings: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-    if settings.get("side", 736) != 736:  # the detector's time was measured at its default
+    mode, side = DEFAULTS.get(name, ("", 0))
+    if settings.get("side", side) != side:  # the detector's time was measured at its default
         return 0.0
     workers = settings.get("workers", 1)
-    seconds = SLOW_REWARDS.get((name, settings.get("mode", DEFAULT_MODES.get(name, ""))), 0.0)
+    seconds = SLOW_REWARDS.get((name, settings.get("mode", mode)), 0.0)
     return seconds / workers if isinstance(workers, int) else seconds
 
 

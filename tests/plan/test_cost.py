@@ -1,5 +1,6 @@
 """What a run costs: FLOPs against a real update, hours against arithmetic, disk against real files."""
 
+import inspect
 import json
 import math
 
@@ -8,10 +9,12 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.plan import text
-from crd_fast.plan.cost import cost, evaluations, reward_seconds
+from crd_fast.plan.cost import DEFAULTS, SLOW_REWARDS, cost, evaluations, reward_seconds
 from crd_fast.plan.forwards import Flops
 from crd_fast.plan.gpus import BY_NAME
 from crd_fast.plan.planner import Plan, Planner
+from crd_fast.rewards.easyocr import EasyOCR
+from crd_fast.rewards.ocr import OCR, OCRDense
 from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.train.update import Updater
 from crd_fast.weights import checkpoint
@@ -135,6 +138,12 @@ def test_a_slow_reward_is_waited_for_only_beyond_the_rollout(recipe):
     rollout = 12e15 / (BY_NAME["h100"].tflops * 1e12 * 0.4)
     assert slow.iteration == pytest.approx(fast.iteration - rollout + 100 * 0.35)
     assert slow.evaluation == pytest.approx(fast.evaluation + 40 * 0.35)
+    judged = run_cost(recipe, None, "h100", "eval_rewards.easyocr={mode: scene}")
+    seconds = SLOW_REWARDS["easyocr", "scene"]
+    assert judged.iteration == fast.iteration
+    assert judged.evaluation == pytest.approx(fast.evaluation + 40 * seconds)
+    scored = judged.evaluations * 40 + judged.guided_base_scored
+    assert judged.hours == pytest.approx(fast.hours + scored * seconds / 3600)
 
 
 def test_streamed_blocks_come_over_the_link(recipe):
@@ -169,6 +178,15 @@ def test_rewards_that_are_slow():
     assert reward_seconds("ocr", 1.0) == reward_seconds("ocr", {"mode": "scene", "weight": 2}) == 0.35
     assert reward_seconds("ocr", {"mode": "word"}) == reward_seconds("ocr_dense", 1.0) == 0
     assert reward_seconds("ocr", {"side": 320}) == reward_seconds("geneval", 1.0) == 0
+    scene = {"mode": "scene"}
+    assert reward_seconds("easyocr", scene) == reward_seconds("easyocr", scene | {"side": 512}) == 2.1
+    assert reward_seconds("easyocr", {}) == reward_seconds("easyocr", scene | {"side": 320}) == 0
+
+
+def test_defaults_of_slow_rewards_are_theirs():
+    for name, reward in (("ocr", OCR), ("ocr_dense", OCRDense), ("easyocr", EasyOCR)):
+        found = inspect.signature(reward).parameters
+        assert DEFAULTS[name] == (found["mode"].default, found["side"].default)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
