@@ -57,6 +57,11 @@ class FlowModel(ABC):
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the network, or in its weights: nothing is guided away from."""
+        return False
+
     def place(self, network, config: ModelConfig, device: torch.device, checkpointing: float) -> None:
         """The transformer goes to the device, or its blocks are streamed there, or sharding will bring it."""
         keep_dtypes(network)

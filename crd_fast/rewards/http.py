@@ -27,8 +27,13 @@ from crd_fast.errors import UserError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
 TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
+OF_ONE = (400, 403, 413, 422, 451)  # what is refused may be this request alone, by a filter of content
 MAX_ANSWER = 2**20  # bytes
 CHECKED_AT_ONCE = 256  # prompts
+
+
+class NoAnswer(UserError):
+    """The server is there and has no answer to this request; it may have one to others."""
 
 
 class JsonClient:
@@ -39,7 +44,8 @@ class JsonClient:
     often a request is repeated that got no connection, no answer in time, or one of the statuses
     `try_again`, after 0.5, 1, 2, ... 10 s or as long as the server says.
 
-    Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense.
+    Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense;
+    NoAnswer where it refuses what it was asked with one of the statuses `OF_ONE`.
     """
 
     def __init__(
@@ -89,8 +95,8 @@ class JsonClient:
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
 
-    def error(self, problem: str) -> UserError:
-        return UserError(f"reward {self.name}: {self.url}: {problem}")
+    def error(self, problem: str, kind: type[UserError] = UserError) -> UserError:
+        return kind(f"reward {self.name}: {self.url}: {problem}")
 
     def _problem(self, error: Exception) -> str:
         late = isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError))
@@ -100,7 +106,8 @@ class JsonClient:
 
     def _answered(self, status: int, answer: bytes) -> Any:
         if status != 200:
-            raise self.error(f"refused with {status} {_detail(answer)}".rstrip())
+            kind = NoAnswer if status in OF_ONE else UserError
+            raise self.error(f"refused with {status} {_detail(answer)}".rstrip(), kind)
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):

@@ -8,8 +8,10 @@ Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
+import logging
 import math
 import numbers
 import queue
@@ -33,11 +35,17 @@ MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
 LONGEST = 600  # characters of the message of a reward's exception
 FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
+LONGEST_PAUSE = 8.0  # seconds, of a reward that waits for memory
+WITHOUT_MEMORY = 5  # tries while nothing is generated, after which there is too little for the reward itself
+# of requests, httpx, and the clients of OpenAI and Anthropic
+UNREACHED = ("ConnectionError", "Timeout", "TransportError", "APIConnectionError", "RateLimitError")
 # what stands between the engine and a reward
 CALLERS = {
     str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry", "foreign")
 }
 CALLERS.add(str(importlib.__file__))
+
+logger = logging.getLogger("crd_fast")
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,9 @@ class Reward:
     """What is called, and what is done when it fails. `score(images, prompts, metadata)`, one value an image,
     None for one that it does not score.
 
-    timeout: seconds for one call. retries: how often a call is repeated that raises ConnectionError or
-    TimeoutError, as calls of something remote do; other exceptions end the run at once. workers: how many
+    timeout: seconds for one call. retries: how often a call is repeated that raises ConnectionError,
+    TimeoutError, or what else `is_remote`; other exceptions end the run at once, but for memory that
+    the rollout has taken. workers: how many
     calls may be at work at once, in processes that `score` ends itself where they take too long; 0: none are.
     fits: whether it scores pictures of a prompt with its metadata at all; it is not asked for others.
     """
@@ -100,7 +109,8 @@ class Scoring:
     """
 
     def __init__(self, rewards: list[Reward]):
-        self._lanes = [_Lane(reward) for reward in rewards]
+        waited_for = threading.Event()
+        self._lanes = [_Lane(reward, waited_for) for reward in rewards]
 
     def __enter__(self) -> Scoring:
         return self
@@ -143,14 +153,17 @@ class PromptScoring:
 
 
 class _Lane:
-    """One reward's threads, one for each worker, the calls that wait for them, and the values so far."""
+    """One reward's threads, one for each worker, the calls that wait for them, and the values so far.
 
-    def __init__(self, reward: Reward):
-        self.reward = reward
+    waited_for: set while the thread that generates does nothing but wait for some reward.
+    """
+
+    def __init__(self, reward: Reward, waited_for: threading.Event):
+        self.reward, self._waited_for = reward, waited_for
         self.waiting: deque[_Call] = deque()
         self.values: list[np.ndarray] = []
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._ended = False
+        self._ended = self._warned = False
         # which GPU is current is a thread's own matter, and the first one's where nothing is said
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._threads = max(reward.workers, 1)
@@ -169,6 +182,18 @@ class _Lane:
     def take(self) -> None:
         """Waits for the oldest call."""
         call = self.waiting.popleft()
+        if not call.done.is_set():
+            self._waited_for.set()
+        try:
+            self._wait(call)
+        finally:
+            self._waited_for.clear()
+        if call.error is not None:
+            raise call.error
+        assert call.values is not None
+        self.values.append(call.values)
+
+    def _wait(self, call: _Call) -> None:
         call.started.wait()  # the calls before it are done
         # the deadline moves with every retry, so it is looked at again each second
         while not call.done.wait(min(1.0, max(0.0, call.deadline - time.monotonic()))):
@@ -176,10 +201,6 @@ class _Lane:
                 raise UserError(
                     f"reward {self.reward.name}: expected values within {self.reward.timeout:g} s, got none"
                 )
-        if call.error is not None:
-            raise call.error
-        assert call.values is not None
-        self.values.append(call.values)
 
     def end(self) -> None:
         """A thread ends after the call that it is at; the ones that wait are dropped."""
@@ -202,22 +223,48 @@ class _Lane:
     def _call(self, call: _Call) -> np.ndarray:
         reward, pause = self.reward, FIRST_PAUSE
         for retries_left in reversed(range(reward.retries + 1)):
-            call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
-            call.started.set()
             try:
-                return reward.values(*call.arguments)
-            except (ConnectionError, TimeoutError) as error:
+                return self._values(call)
+            except UserError:
+                raise
+            except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
+                if not is_remote(error):
+                    raise UserError(failure(reward.name, error)) from error
                 if not retries_left:
                     tried = f", {reward.retries} retries" if reward.retries else ""
                     raise UserError(f"reward {reward.name}: {_what(error)}{tried}") from error
                 call.deadline = math.inf
                 time.sleep(pause)
                 pause *= 2
-            except UserError:
-                raise
-            except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
-                raise UserError(failure(reward.name, error)) from error
         raise AssertionError
+
+    def _values(self, call: _Call) -> np.ndarray:
+        """The reward's, asked again where it finds no memory.
+
+        What is generated meanwhile, in micro-batches as large as fit, may take all there is. It gives way at
+        the latest when it waits for the rewards.
+        """
+        reward, pause, tries = self.reward, FIRST_PAUSE, 0
+        while True:
+            alone = self._waited_for.is_set()
+            call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
+            call.started.set()
+            try:
+                return reward.values(*call.arguments)
+            except torch.OutOfMemoryError:
+                tries += alone
+                if tries == WITHOUT_MEMORY or self._ended:
+                    raise
+                call.deadline = math.inf
+            # here, where the error no longer holds what the failed call computed
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if not self._warned:
+                logger.warning("warning: reward %s: out of memory, it is asked again", reward.name)
+                self._warned = True
+            time.sleep(pause) if alone else self._waited_for.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def checked(name: str, values, count: int) -> np.ndarray:
@@ -256,6 +303,14 @@ def _number(name: str, i: int, value) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large
         pass
     raise UserError(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")
+
+
+def is_remote(error: BaseException) -> bool:
+    """Whether something was not to be reached, or not in time: by Python's own errors, and by those of the
+    libraries that rewards ask servers with, which are none of Python's."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return any(kind.__name__ in UNREACHED for kind in type(error).__mro__)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -139,7 +140,8 @@ class Worker:
         reward = self.loaded.result()
         self._check(reward, metadata)
         try:
-            values = getattr(reward, "score", reward)(images, prompts, metadata)
+            with torch.no_grad():
+                values = getattr(reward, "score", reward)(images, prompts, metadata)
         except RewardFailed as error:
             log.error("%s", error)
             raise Refused(500, str(error)) from None

@@ -11,6 +11,7 @@ With `answer: probability` the score is P(yes) / (P(yes) + P(no)) of the first t
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections import OrderedDict
@@ -21,13 +22,15 @@ from typing import Any
 import numpy as np
 
 from crd_fast.errors import UserError
-from crd_fast.rewards.http import TRY_AGAIN, JsonClient, encode, shortened
+from crd_fast.rewards.http import TRY_AGAIN, JsonClient, NoAnswer, encode, shortened
 
 QUESTION = 'Does this picture show "{prompt}"? Answer yes or no.'
 FIELD = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 MOST_ALTERNATIVES = 20  # as many as the protocol gives
 REMEMBERED = 16384  # answers
+
+logger = logging.getLogger("crd_fast")
 
 
 class VLM:
@@ -36,7 +39,9 @@ class VLM:
     url: the protocol's base, which ends in /v1 as a rule; token_env, timeout, retries: see `JsonClient`;
     statuses 429, 500 and 502 to 504 are tried again. model: as the server calls it. question: `{prompt}` and
     `{NAME}` of the metadata are filled in. range: lowest and highest number. at_once: requests at a time.
-    A picture that was asked about before is not asked about again.
+    A picture that was asked about before is not asked about again. One whose answer is none of those asked
+    for, or about which the server refuses to say anything, is not scored, once the server has answered for
+    others: one odd picture of thousands must not end a run, and would end it again when it is resumed.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class VLM:
         self.lowest, self.highest, self.at_once = lowest, highest, at_once
         self.max_tokens = max_tokens or (1 if answer == "probability" else 32)
         self._known: OrderedDict[bytes, float] = OrderedDict()
+        self._answers = self._warned = False
 
     def setup(self, device: str) -> None:
         """Raises UserError where the server cannot be reached or has no such model."""
@@ -80,10 +86,25 @@ class VLM:
         for entry in metadata:
             self._asked(entry["prompt"], entry)
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
+        """Raises UserError where no picture has had an answer yet."""
         asked = [self._asked(*of) for of in zip(prompts, metadata, strict=True)]
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(self._one, images, asked))
+            answers = list(pool.map(self._answer, images, asked))
+        none = [answer for answer in answers if isinstance(answer, NoAnswer)]
+        self._answers |= len(none) < len(answers)
+        if not self._answers and none:
+            raise none[0]
+        if none and not self._warned:
+            logger.warning("warning: pictures without an answer are not scored: %s", none[0])
+            self._warned = True
+        return [None if isinstance(answer, NoAnswer) else answer for answer in answers]
+
+    def _answer(self, image: np.ndarray, question: str) -> float | NoAnswer:
+        try:
+            return self._one(image, question)
+        except NoAnswer as error:
+            return error
 
     def _asked(self, prompt: str, entry: Mapping[str, Any]) -> str:
         def filled(field: re.Match) -> str:
@@ -117,7 +138,8 @@ class VLM:
             choice = answered["choices"][0]
             value = self._probability(choice) if self.answer == "probability" else self._number(choice)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
-            raise self.client.error(f"expected a chat completion, got {shortened(str(answered))}") from None
+            got = shortened(str(answered))
+            raise self.client.error(f"expected a chat completion, got {got}", NoAnswer) from None
         self._known[key] = value
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
@@ -126,7 +148,8 @@ class VLM:
     def _probability(self, choice: Mapping[str, Any]) -> float:
         if not (choice.get("logprobs") or {}).get("content"):
             raise self.client.error(
-                "gives no log-probabilities, which answer: probability needs; expected answer: number"
+                "gives no log-probabilities, which answer: probability needs; expected answer: number",
+                NoAnswer,
             )
         found = {"yes": 0.0, "no": 0.0}
         for one in choice["logprobs"]["content"][0]["top_logprobs"]:
@@ -136,7 +159,8 @@ class VLM:
         total = found["yes"] + found["no"]
         if not total > 0:
             said = choice["message"]["content"]
-            raise self.client.error(f"expected an answer of yes or no, got {shortened(str(said), 80)!r}")
+            got = shortened(str(said), 80)
+            raise self.client.error(f"expected an answer of yes or no, got {got!r}", NoAnswer)
         return found["yes"] / total
 
     def _number(self, choice: Mapping[str, Any]) -> float:
@@ -144,6 +168,7 @@ class VLM:
         number = NUMBER.search(said)
         if number is None or not self.lowest <= float(number[0]) <= self.highest:
             raise self.client.error(
-                f"expected a number from {self.lowest:g} to {self.highest:g}, got {shortened(said, 80)!r}"
+                f"expected a number from {self.lowest:g} to {self.highest:g}, got {shortened(said, 80)!r}",
+                NoAnswer,
             )
         return (float(number[0]) - self.lowest) / (self.highest - self.lowest)

@@ -29,11 +29,12 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.rewards.lent import read_only
-from crd_fast.rewards.scoring import checked, failure, with_none
+from crd_fast.rewards.scoring import checked, failure, is_remote, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
+TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
 log = logging.getLogger(__name__)
 
 
@@ -270,12 +271,14 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     """`value` and what it returns, or what the other process is to raise."""
     try:
         return "value", function(*arguments)
-    except (ConnectionError, TimeoutError) as error:
-        base = TimeoutError if isinstance(error, TimeoutError) else ConnectionError
-        return "remote", (base, type(error).__name__, str(error))
     except UserError as error:
         return UserError, str(error)
     except BaseException as error:
+        base = next((kind for kind in TRIED_AGAIN if isinstance(error, kind)), None)
+        if base is None and is_remote(error):
+            base = ConnectionError
+        if base is not None:
+            return "remote", (base, type(error).__name__, str(error))
         return RewardFailed, failure(name, error)
 
 

@@ -80,13 +80,11 @@ class RunLog:
         with open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         values = {name: value for name, value in record.items() if name != "iteration"}
-        for tracker in self._trackers:
-            tracker.log(values, record["iteration"], grid)
+        self._trackers.log(values, record["iteration"], grid)
         self._watch.see(record)
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
 
     def _replace_metrics(self, records: list[dict]) -> None:
         write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in records))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crd_fast.errors import UserError, did_you_mean
+from crd_fast.errors import UserError, did_you_mean, reason_of
 
 TENSORBOARD = "tensorboard"
+
+logger = logging.getLogger("crd_fast")
 
 
 def check_trackers(names: list[str]) -> None:
@@ -68,12 +72,42 @@ class Tracked:
         self._tracker.finish()
 
 
-def open_trackers(
-    names: list[str], output: Path, settings: dict[str, Any], after: int | None
-) -> list[TensorBoard | Tracked]:
+class Trackers:
+    """Those of a run. One that fails is warned of, once until it works again, and does not end the run.
+
+    What it missed stands in metrics.jsonl. Its server may be away for a minute of a night.
+    """
+
+    def __init__(self, of: dict[str, TensorBoard | Tracked]):
+        self._of, self._failing = of, set[str]()
+
+    def log(self, values: dict[str, float], iteration: int, grid: np.ndarray | None) -> None:
+        for name, tracker in self._of.items():
+            self._try(name, tracker.log, values, iteration, grid)
+
+    def close(self) -> None:
+        for name, tracker in self._of.items():
+            self._try(name, tracker.close)
+
+    def _try(self, name: str, do: Callable[..., None], *arguments: Any) -> None:
+        try:
+            do(*arguments)
+        except Exception as error:  # whatever somebody's package raises
+            if name not in self._failing:
+                logger.warning("warning: tracker %s: %s", name, reason_of(error))
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
+
+
+def open_trackers(names: list[str], output: Path, settings: dict[str, Any], after: int | None) -> Trackers:
     """Those of `train.trackers`. settings: the recipe, as plain values; after: as of `TensorBoard`."""
     check_trackers(names)
-    return [
-        TensorBoard(output / TENSORBOARD, after) if name == TENSORBOARD else Tracked(name, output, settings)
-        for name in names
-    ]
+    return Trackers(
+        {
+            name: TensorBoard(output / TENSORBOARD, after)
+            if name == TENSORBOARD
+            else Tracked(name, output, settings)
+            for name in names
+        }
+    )

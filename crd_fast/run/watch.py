@@ -36,14 +36,17 @@ def reward_metrics(scores_PK: dict[str, np.ndarray], weights: dict[str, float]) 
 
     `reward_mean` and `reward_std`: of the sum by weight, before any normalisation. `reward/NAME` and
     `reward_std/NAME`: of each. `reward_best/NAME`: the largest, the smallest where the weight is negative.
-    `groups_equal`: the share of prompts whose samples all have one reward, which
-    teach nothing. `scored/NAME`: the share of samples that a reward scored, where that is not all.
+    `groups_equal`: the share of prompts whose samples all have one reward, or none, which teach nothing.
+    `scored/NAME`: the share of samples that a reward scored, where that is not all.
     """
     total_PK = combine(scores_PK, weights, "sum")
+    known_PK = ~np.isnan(total_PK)
+    highest_P = total_PK.max(axis=1, where=known_PK, initial=-math.inf)
+    lowest_P = total_PK.min(axis=1, where=known_PK, initial=math.inf)
     metrics = {
         "reward_mean": float(np.nanmean(total_PK)),
         "reward_std": float(np.nanstd(total_PK)),
-        "groups_equal": float(np.mean(np.nanmax(total_PK, axis=1) == np.nanmin(total_PK, axis=1))),
+        "groups_equal": float(np.mean(highest_P <= lowest_P)),
     }
     metrics |= means(scores_PK, "reward")
     for name, score_PK in scores_PK.items():

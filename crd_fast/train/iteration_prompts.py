@@ -27,7 +27,7 @@ class IterationPrompts:
     """
 
     def __init__(self, recipe: Recipe, ranks: Ranks, observer: Observer):
-        self.recipe, self.observer = recipe, observer
+        self.recipe, self.observer, self._warns = recipe, observer, ranks.main
         self.source = training_prompts(recipe)
         for note in notes(recipe) if ranks.main else ():
             logger.warning("%s", note)
@@ -47,11 +47,19 @@ class IterationPrompts:
         return [drawn[prompt] for prompt in self.own]
 
     def check_scored(self, scores_PK: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Raises UserError for a prompt of an iteration whose samples no reward has scored."""
+        """Raises UserError where no reward has scored anything of an iteration; a prompt of which that is
+        true is warned of, once: nothing is learned from it, and a resumed run would end with it again.
+        """
         left_P = np.all([np.isnan(of).all(axis=1) for of in scores_PK.values()], axis=0)
-        if left_P.any():
-            drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
-            raise unscored(drawn[int(left_P.argmax())]["prompt"])
+        if not left_P.any():
+            return
+        drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
+        error = unscored(drawn[int(left_P.argmax())]["prompt"])
+        if left_P.all():
+            raise error
+        if self._warns:
+            logger.warning("warning: iteration %d: %s", iteration + 1, error)
+            self._warns = False
 
     def texts(self, begin: int, count: int = 1) -> Iterator[str]:
         """This rank's prompts of so many iterations, as far as the run goes, and their negative ones where

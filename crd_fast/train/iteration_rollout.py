@@ -68,8 +68,10 @@ class IterationRollout:
                 scored(latents)
 
             given = {"seeds": seeds, **prefixed("prompt", embeddings), **prefixed("negative", away)}
+            # as they are now: where the sampler is in use, some weights have the policy in its place
+            state = self.weights.state()
             begun = self.partial.begin(
-                lambda: rollout_key(self.recipe, checkpoint.describe(self.model), self.weights.state(), given)
+                lambda: rollout_key(self.recipe, checkpoint.describe(self.model), state, given)
             )
             with self.weights.use("sampler"):
                 latents = generate(

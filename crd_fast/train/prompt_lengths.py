@@ -11,6 +11,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import negative
 from crd_fast.prompts.lists import evaluated_lists
 from crd_fast.prompts.source import place_of
+from crd_fast.train.guidance import guided_twice
 
 if TYPE_CHECKING:
     from crd_fast.config import Recipe
@@ -31,9 +32,11 @@ def check_prompts(
 ) -> None:
     """Whether the model can do with the prompts: `check_readable` and `check_lengths`.
 
-    trained: the prompts with their metadata, and who scores them.
+    trained: the prompts with their metadata, and who scores them. say: warnings, of guidance as well.
     """
     if trained:
+        for line in guided_twice(model, recipe) if say else ():
+            logger.warning("%s", line)
         check_readable(model, trained[0], recipe.guides_training, recipe.rollout.prompt_lists)
     if held_out:
         check_readable(model, held_out.entries, recipe.guides_evaluation, evaluated_lists(recipe))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from diffusers.loaders import SD3LoraLoaderMixin
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crd_fast.errors import UserError
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 BESIDE = "read"  # name of the adapter that a file is read into
+# in names of tensors: what scales the weights' columns beside the product of A and B, in DoRA
+MAGNITUDES = ("lora_magnitude_vector", "dora_scale")
+PART = re.compile(r"\.(lora|alpha|bias|diff|scale).*$")  # of an adapter's tensor, behind the layer's name
+
+logger = logging.getLogger("crd_fast")
 
 
 class LoraWeights(Weights):
@@ -224,14 +232,16 @@ def _adapters_of(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it."""
     file = lora_file(file)
+    _refuse_dora(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _load_beside(network, file, loader)
+            names = _load_beside(network, file, loader)
+            layers = {name: layer for name, layer in _layers_of(network).items() if BESIDE in layer.lora_A}
+            biased = next((name for name, layer in layers.items() if layer.lora_bias[BESIDE]), None)
             found = {
                 name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
-                for name, layer in _layers_of(network).items()
-                if BESIDE in layer.lora_A
+                for name, layer in layers.items()
             }
         except Exception as error:  # whatever diffusers and peft raise for a file that is none
             reason = " ".join(str(error).split())[:200]
@@ -241,10 +251,32 @@ def _adapters_of(
                 network.delete_adapters(BESIDE)
     if not found:
         raise UserError(f"LoRA {file}: found no adapter of this transformer in it")
+    if biased is not None:
+        raise UserError(f"LoRA {file}: expected adapters without a bias, got one of {biased}")
+    known = {f"transformer.{name}" for name in found}
+    if left := list(dict.fromkeys(PART.sub("", name) for name in names if PART.sub("", name) not in known)):
+        logger.warning(
+            "warning: LoRA %s: what it adapts beside layers of the transformer is left out: %s%s",
+            file,
+            left[0],
+            f" and {len(left) - 1} more" * (len(left) > 1),
+        )
     return found
 
 
-def _load_beside(network: Any, file: Path, loader: Any) -> None:
+def _refuse_dora(file: Path) -> None:
+    """Raises UserError for a file that has more than A and B. Some of diffusers' readers pass over it."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError):
+        return  # of another kind, or none at all: that is said by what reads it
+    if found := next((name for name in names if any(part in name for part in MAGNITUDES)), None):
+        raise UserError(f"LoRA {file}: expected a LoRA, got a DoRA ({found})")
+
+
+def _load_beside(network: Any, file: Path, loader: Any) -> list[str]:
+    """Returns the names of all tensors of the file, as diffusers has them."""
     reads_alphas = "return_alphas" in inspect.signature(loader.lora_state_dict).parameters
     alphas: Any = None
     if reads_alphas:
@@ -253,9 +285,11 @@ def _load_beside(network: Any, file: Path, loader: Any) -> None:
         )
     else:
         state, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
+    names = list(state)
     network.load_lora_adapter(
         state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
     )
+    return names
 
 
 def _layers_of(network: torch.nn.Module) -> dict[str, Any]:

@@ -64,6 +64,47 @@ def test_kohya_names_and_alpha(tiny, recipe, tmp_path):
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
+QUERY = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (f"transformer.{QUERY}.lora_magnitude_vector", "expected a LoRA, got a DoRA"),
+        (f"transformer.{QUERY}.dora_scale", "expected a LoRA, got a DoRA"),
+        (f"transformer.{QUERY}.lora_B.bias", f"expected adapters without a bias, got one of {QUERY}$"),
+    ],
+)
+def test_what_a_and_b_are_not_all_of_is_refused(tiny, recipe, tmp_path, name, words):
+    """The pipeline draws with the rest, or without a word about it."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    state = load_file(file)
+    width = len(state[f"transformer.{QUERY}.lora_B.weight"])
+    save_file(state | {name: torch.ones(width)}, file)
+    with pytest.raises(UserError, match=f"LoRA .*safetensors: {words}"):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+
+
+def test_what_is_left_out_is_said(tiny, recipe, tmp_path, caplog):
+    """Adapters of text encoders, which are not trained, and of blocks that the transformer has not."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    state = load_file(file)
+    save_file(state, file)
+    drawn_from(file, tiny("sd3"), recipe)
+    assert "left out" not in caplog.text
+    others = ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj", QUERY.replace("0", "77")]
+    others[1] = f"transformer.{others[1]}"
+    for other in others:
+        for part in "AB":
+            key = f"lora_{part}.weight"
+            state[f"{other}.{key}"] = state[f"transformer.{QUERY}.{key}"].clone()
+    (tmp_path / "more").mkdir()
+    save_file(state, tmp_path / "more" / "file.safetensors")
+    drawn_from(tmp_path / "more" / "file.safetensors", tiny("sd3"), recipe)
+    (warned,) = (text for text in caplog.messages if "left out" in text)
+    assert warned.endswith(f"{others[0]} and 1 more") or warned.endswith(f"{others[1]} and 1 more")
+
+
 def test_a_resumed_run_does_not_start_over(tiny, recipe, tmp_path):
     file = written(tiny("sd3"), recipe, tmp_path)
     settings = recipe(tiny("sd3"), f"model.init_lora={file}", "checkpoint.every=1", "train.iterations=1")

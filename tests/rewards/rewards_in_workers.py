@@ -70,6 +70,14 @@ def fails(images, prompts, metadata):
     raise {"key": KeyError("x"), "user": UserError("reward mine: no"), "exit": SystemExit(3)}[prompts[0]]
 
 
+def large(images, prompts, metadata):
+    import torch
+
+    if first_time("large"):
+        raise torch.OutOfMemoryError("no memory")
+    return mean(images, prompts, metadata)
+
+
 def remote(images, prompts, metadata):
     if first_time("remote-1") or first_time("remote-2"):
         raise ConnectionRefusedError("no one there")

@@ -60,6 +60,11 @@ def fails(images, prompts, metadata):
 def some(images, prompts, metadata):
     return [None if prompt == "skip" else 1.0 for prompt in prompts]
 
+def records(images, prompts, metadata):
+    """Whether torch keeps what a backward pass would need."""
+    import torch
+    return [torch.is_grad_enabled()] * len(images)
+
 def dies(images, prompts, metadata):
     os._exit(7)
 

@@ -24,6 +24,9 @@ def plain(images, prompts, metadata):
     return [None if "include" in entry else 10 * float(image.mean()) / 255
             for image, entry in zip(images, metadata)]
 
+def some(images, prompts, metadata):
+    return [None if "ring" in prompt else float(image.mean()) for image, prompt in zip(images, prompts)]
+
 def nothing(images, prompts, metadata):
     return [None] * len(images)
 
@@ -184,6 +187,19 @@ def test_a_prompt_that_nothing_scores(inside, parts, settings, words):
     (parts / "plain.txt").write_text("a red circle\n")
     result = trained(inside, "evaluate.every=0", "rollout.prompts=plain.txt", *settings)
     assert_refused(result, words)
+
+
+@pytest.mark.filterwarnings("error:All-NaN:RuntimeWarning")
+def test_a_prompt_that_is_once_not_scored_ends_no_run(inside, parts, caplog):
+    """Nothing is learned from it, as from one whose samples are all alike."""
+    settings = ("rewards={'parts:some': 1}", "rollout.prompts=plain.txt", "evaluate.every=0")
+    code, _, err = trained(inside, *settings, "rollout.prompts_per_iteration=2")
+    assert code == 0, err
+    for record in metrics(parts / "run"):
+        assert record["scored/parts:some"] == 0.5 and record["groups_equal"] == 0.5
+        assert record["grad_norm"] > 0
+    warned = [text for text in caplog.messages if "expected at least one that scores" in text]
+    assert len(warned) == 1 and "iteration 1: rewards: " in warned[0] and "'a blue ring'" in warned[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

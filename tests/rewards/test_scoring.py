@@ -3,6 +3,7 @@
 Nothing here looks at the clock: what must happen at the same time is made to wait for each other.
 """
 
+import importlib.util
 import threading
 
 import numpy as np
@@ -126,7 +127,22 @@ def failing(error, times):
     return reward, calls
 
 
-@pytest.mark.parametrize("error", [ConnectionRefusedError("no one there"), TimeoutError("too slow")])
+def of(library, *names):
+    """Errors of a library's, where it is, which are none of Python's ConnectionError or TimeoutError."""
+    if importlib.util.find_spec(library) is None:
+        return []
+    return [getattr(importlib.import_module(library), name)("no one there") for name in names]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError("no one there"),
+        TimeoutError("too slow"),
+        *of("requests", "ConnectionError", "ReadTimeout"),
+        *of("httpx2", "ConnectError", "ReadTimeout"),
+    ],
+)
 def test_what_is_remote_is_tried_again(monkeypatch, error):
     monkeypatch.setattr(scoring, "FIRST_PAUSE", 0.001)
     reward, calls = failing(error, times=2)
@@ -140,6 +156,36 @@ def test_what_is_remote_is_tried_again(monkeypatch, error):
         with pytest.raises(UserError, match=rf"reward remote: {type(error).__name__}: {error}, 2 retries"):
             working.results()
     assert len(calls) == 3
+
+
+def test_a_reward_without_memory_waits_for_what_is_generated(monkeypatch, caplog):
+    """However often it finds none meanwhile; not for ever where nothing is generated."""
+    monkeypatch.setattr(scoring, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(scoring, "LONGEST_PAUSE", 0.001)
+    tries, often, none = [], threading.Event(), torch.OutOfMemoryError("no memory")
+
+    def reward(images, prompts, metadata):
+        tries.append(working._lanes[0]._waited_for.is_set())
+        if len(tries) == 3 * scoring.WITHOUT_MEMORY:
+            often.set()
+        if not tries[-1]:
+            raise none
+        return first_pixel(images, prompts, metadata)
+
+    working = Scoring([Reward("large", reward)])
+    with working:
+        working.put(image(5), entries("a"))
+        assert often.wait(PATIENCE)  # as long as this thread does something else
+        assert working.results()["large"].tolist() == [5.0]
+    assert tries.count(True) == 1
+    assert caplog.messages == ["warning: reward large: out of memory, it is asked again"]
+
+    reward, calls = failing(none, times=99)
+    with Scoring([Reward("large", reward)]) as working:
+        working.put(image(5), entries("a"))
+        with pytest.raises(UserError, match=r"reward large: OutOfMemoryError: no memory \(.*scoring.py line"):
+            working.results()
+    assert len(calls) >= scoring.WITHOUT_MEMORY
 
 
 def test_a_mistake_in_a_reward_is_not_tried_again_and_says_where_it_is():

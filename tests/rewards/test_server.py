@@ -135,6 +135,11 @@ def test_settings_reach_the_reward():
         assert client.HttpReward(address).score(pictures(2), ["", "ab"], [{}, {}]) == [0.0, 2.0]
 
 
+def test_a_reward_behind_a_server_records_no_graphs_either():
+    with serving("records", token=None) as address:
+        assert client.HttpReward(address).score(pictures(1), ["a"], [{}]) == [0.0]
+
+
 def test_workers_score_requests_at_the_same_time():
     images = pictures(2)
     with serving("both", {"workers": 2}) as address, concurrent.futures.ThreadPoolExecutor(2) as threads:

@@ -179,6 +179,34 @@ def test_an_answer_that_is_none_is_an_error_of_one_line(say, settings, words):
         assert "\n" not in str(error.value)
 
 
+def odd_one(request):
+    """Of the reddest picture nothing is said."""
+    return says("I cannot tell." if redness(request) == 1 else "5")(request)
+
+
+@pytest.mark.parametrize("say, refuse", [(odd_one, []), (says("5"), [400]), (says("5"), [403])])
+def test_pictures_without_an_answer_are_not_scored(say, refuse, caplog):
+    """Once the server has answered: before, nothing says that it would answer others."""
+    server, images = Speaks(say), pictures()
+    with server.running() as url:
+        vlm = VLM(url, "looks", answer="number", at_once=1)
+        server.refuse = list(refuse)
+        with pytest.raises(UserError, match=f"^reward vlm: {url}: (expected a number|refused with)"):
+            vlm.score(images[:1], ["a"], METADATA[:1])
+        assert not caplog.messages
+        server.refuse = list(refuse)
+        assert vlm.score(images, ["a"] * 3, METADATA) == [None, 0.5, 0.5]
+        server.refuse = list(refuse)
+        assert vlm.score(images[:1], ["b"], METADATA[:1]) == [None]
+    assert len(caplog.messages) == 1 and "without an answer are not scored: reward vlm" in caplog.text
+
+
+def test_a_server_that_is_gone_is_an_error_for_all():
+    server = Speaks(says("5"), refuse=[404])
+    with server.running() as url, pytest.raises(UserError, match=r"refused with 404 busy$"):
+        VLM(url, "looks", answer="number", at_once=1).score(pictures(), ["a"] * 3, METADATA)
+
+
 def test_what_the_server_refuses_is_said_in_its_words():
     with Speaks(refuse=[400] * 9).running() as url:
         with pytest.raises(UserError, match=r"refused with 400 busy$"):

@@ -151,6 +151,12 @@ def test_what_is_remote_is_tried_again(rewards, monkeypatch, folder):
         scored(rewards("remote", workers=1, retries=1), pictures(1), ["a"])
 
 
+def test_a_worker_without_memory_is_asked_again(rewards, monkeypatch, folder):
+    monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
+    assert scored(rewards("large", workers=1), pictures(1), ["a"])
+    assert (folder / "large").exists()
+
+
 @pytest.mark.parametrize("workers", [{}, {"workers": 1}])
 def test_a_worker_s_pictures_are_read_only_as_well(rewards, workers):
     with pytest.raises(UserError, match="workers_mine:paints: writes to its images, which are read-only"):

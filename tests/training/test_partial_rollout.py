@@ -87,6 +87,19 @@ class ThirdIteration(Signals):
         self.iterations = -1
 
 
+@pytest.mark.parametrize("snapshots", ["device", "host"])
+def test_what_was_written_while_the_sampler_was_in_use_is_taken(tmp_path, caplog, snapshots):
+    """It and the policy, which differ, may have changed places then."""
+    run, rows = tmp_path / "run", Rows()
+    settings = ["model.method=full", f"model.snapshots={snapshots}", "snapshots.sampler=0/0.5/0/0.5"]
+    settings += ["checkpoint.minutes=1e-9", "train.iterations=3"]
+    done, _ = finished(run, *settings, observer=ThirdIteration())
+    assert not done and (run / FILE).is_file()
+    done, _ = finished(run, *settings, observer=rows, resume=True)
+    assert done and "going on with 4 samples of this iteration" in caplog.text
+    assert rows.sampler == 2 * (8 - 4)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:200])
 

@@ -70,6 +70,38 @@ def test_a_tracker_of_accelerates_hears_what_metrics_say(tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+class Away(Recording):
+    """Whose server does not answer in iteration 1, and not at the end."""
+
+    name, heard = "away", []
+
+    def log(self, values, step=None, **kwargs):
+        if step == 1:
+            raise ConnectionError("no route\nto host")
+        super().log(values, step)
+
+    def finish(self):
+        raise RuntimeError
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
+    """The others hear all of it, and so does it as soon as it works again."""
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "away", Away)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recording", Recording)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["away", "recording"])
+    Recording.heard.clear()
+    recipe = load_recipe("builtin", [*SETTINGS, "train.iterations=2", "train.trackers=[away, recording]"])
+    assert Trainer(recipe, tmp_path / "run").run()
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+    def steps(heard):
+        return [entry[0] for entry in heard if len(entry) == 2 and isinstance(entry[1], list)]
+
+    assert steps(Away.heard) == [0, 2] and steps(Recording.heard) == [0, 1, 2]
+    warned = [text for text in caplog.messages if "tracker" in text]
+    assert warned == ["warning: tracker away: no route to host", "warning: tracker away: RuntimeError"]
+
+
 def records(file):
     """The messages in an offline run of W&B: a log as LevelDB's, blocks of 32 KiB, 7 bytes before a part."""
     data, at, message = file.read_bytes(), 7, b""
