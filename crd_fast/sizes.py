@@ -52,4 +52,4 @@ def size_of_text(text: str) -> Resolution:
     if found is None:
         raise ValueError(f"expected a side in pixels or HEIGHTxWIDTH, like 512 or 768x512, got {text[:40]!r}")
     height, width = found.groups()
-    return parse_size([int(height), int(width or height)])
+    return parse_size(int(height) if width is None else [int(height), int(width)])

@@ -129,12 +129,13 @@ def asked_for(names: list[str], scales: list[float], lora, model, ask) -> list[S
     from dataclasses import replace
 
     from crd_fast.config import build_recipe
-    from crd_fast.train.inference import Source
+    from crd_fast.train.inference import Source, check_moved
 
     found = [
         Source.of(name, model, lora if number == len(names) else None)
         for number, name in enumerate(names, start=1)
     ]
+    check_moved(model, found)
     leading = next((source for source in found if source.own), found[0])
     led = ask(leading)
     found = [led if source is leading else source.like(led) for source in found]

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 from crd_fast.doctor.check import GIB, Check, attempt, gib
+from crd_fast.errors import did_you_mean
+from crd_fast.worlds import WORLDS
 
 # parts of the hub ids whose weights are given only to those who accepted a licence at the model's page
 GATED = ("stable-diffusion-3.5", "FLUX.1-dev")
@@ -53,10 +55,15 @@ def access(model: str) -> Check:
     path = hub_id(model)
     if Path(path).expanduser().is_dir():
         return Check("model", "ok", f"a folder here, {path}")
+    if path in WORLDS:
+        return Check("model", "ok", f"{path}: ships with this package")
+    if "/" not in path:
+        return Check("model", "missing", f"{path}: no hub id, ORG/NAME, and no short name{_nearest(path)}")
     hub, reason = attempt("huggingface_hub")
-    if hub is None:
+    errors, _ = attempt("huggingface_hub.errors")
+    if hub is None or errors is None:
         return Check("model", "warning", f"{path}: unknown", reason)
-    errors, page = hub.errors, f"https://huggingface.co/{path}"
+    page = f"https://huggingface.co/{path}"
     try:
         hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT")).auth_check(path)
     except errors.GatedRepoError:
@@ -70,6 +77,12 @@ def access(model: str) -> Check:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         return Check("model", "warning", f"{path}: unknown", f"the hub did not say: {why}")
     return Check("model", "ok", f"{path}: may be downloaded")
+
+
+def _nearest(name: str) -> str:
+    from crd_fast.config import recipe_names, recipes_by_model
+
+    return did_you_mean(name, [*recipes_by_model(), *recipe_names()])
 
 
 def hub_id(model: str) -> str:

@@ -132,7 +132,7 @@ def parse_gpu(text: str) -> tuple[int, Card | None]:
 
 def parse_memory(text: str) -> int:
     """Bytes of `24GB` or `24GiB`: both are 24 * 2^30, as cards are sold. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise UserError(f"GPU memory: expected a size like 24GB, got {text!r}")
     return round(float(match[1]) * GIB)

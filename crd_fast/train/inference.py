@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from crd_fast.config import Recipe, build_recipe, load_recipe, recipe_names, recipes_by_model
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, did_you_mean
 from crd_fast.models import load_model, sizes_at_most
 from crd_fast.models.base import FlowModel
 from crd_fast.models.negative import encode_negatives, probe, texts
@@ -76,8 +76,9 @@ class Source:
                 (size,) = sizes_at_most(path, recipe)
                 recipe = build_recipe(values | {"rollout": {"resolution": size}})
             return cls(recipe, lora=lora, own=False)
+        hint = did_you_mean(source, [*recipes_by_model(), *recipe_names()])
         raise UserError(
-            f"{source}: no such folder (expected a run, a checkpoint, a pipeline, a recipe, a hub id, "
+            f"{source}: no such folder{hint} (expected a run, a checkpoint, a pipeline, a recipe, a hub id, "
             f"{', '.join(recipes_by_model())}, {' or '.join(WORLDS)})"
         )
 
@@ -126,6 +127,14 @@ class Source:
         values["rollout"]["resolution"] = wanted["rollout"]["resolution"]
         values["train"]["precision"] = wanted["train"]["precision"]
         return replace(self, recipe=build_recipe(values))
+
+
+def check_moved(base: str | None, sources: Sequence[Source]) -> None:
+    """Raises UserError where a base is named and none of the sources is a run's, which alone has one."""
+    if base is not None and all(source.folder is None for source in sources):
+        raise UserError(
+            f"--model {base}: expected with a run or its checkpoint, got a model without training"
+        )
 
 
 def _fitting(model: str) -> str:
@@ -222,19 +231,21 @@ def sample_grid(
     row.
     """
     found = Source.of(source, base, lora)
+    check_moved(base, [found])
+    values = found.recipe.model_dump()
     if size is not None:
-        found = replace(found, recipe=build_recipe(of_size(found.recipe.model_dump(), size)))
-    entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    recipe = found.recipe
+        values = of_size(values, size)
     changes = {"guidance_scale": guidance_scale, "steps": steps}
-    config = recipe.evaluate.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    guided = config.guidance_scale > 1
+    values["evaluate"] |= {key: value for key, value in changes.items() if value is not None}
+    found = replace(found, recipe=build_recipe(values))
+    entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+    recipe, guided = found.recipe, found.recipe.evaluate.guidance_scale > 1
     judges = Rewards(rewards or {})
     judges.check(entries)
     model = found.load([*texts(entries, guided), *probe(entries)])
     check_lengths(model.prompt_reader, [(entries, judges)])
     away = encode_negatives(model, entries if guided else [{}])
-    sampling = Sampling.of(recipe, config, away, resolve_micro_batch(recipe.rollout.micro_batch))
+    sampling = Sampling.of(recipe, recipe.evaluate, away, resolve_micro_batch(recipe.rollout.micro_batch))
     seeds = seed_table(seed, count=len(entries) * samples)
     latents = generate(
         model,

@@ -308,6 +308,9 @@ def test_access_to_a_named_model(monkeypatch, tmp_path):
     )
     assert "black-forest-labs/FLUX.1-dev" in found["flux"].note
     assert hub.access("my/open").status == "warning"  # nobody answers any more
+    wrong = hub.access("sd3.5-mediun")  # nor is anybody asked
+    assert wrong.status == "missing" and "did you mean 'sd3.5-medium" in wrong.found
+    assert hub.access("builtin").status == "ok"
 
     code, text = rendered(monkeypatch, [], model=str(tmp_path))
     assert code == 0 and f"a folder here, {tmp_path}" in text.replace("\n", "")

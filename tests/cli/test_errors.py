@@ -83,9 +83,19 @@ def test_a_negative_prompt_that_a_builtin_model_does_not_know(run, small, tmp_pa
         (("export", "x", "--to", "ckpt", "--out", "x"), "Invalid value for '--to': 'ckpt' is not one of "),
         (("export", "x", "--out", "x"), "Missing option '--to'. Choose from: diffusers, comfyui, fused, hub"),
         (("eval",), "Missing argument 'SOURCE' (crd-fast eval --help)"),
+        (("eval", "builtin-orc"), "no such folder, did you mean 'builtin-ocr'?"),
+        (("eval", "builtin", "--size", "0"), "--size: expected sides of at least 8 pixels, got 0"),
+        (("plan", "--gpu", "9" * 400 + "GB"), "expected a size like 24GB"),
+        (
+            ("sample", "builtin", "--prompt", "a", "--guidance-scale", "inf"),
+            "expected a finite number, got inf",
+        ),
+        (("eval", "builtin", "--model", "x"), "--model x: expected with a run or its checkpoint"),
+        (("sample", "builtin", "--prompt", "a", "--model", "x"), "--model x: expected with a run"),
         (("sample", "x", "--prompt"), "Option '--prompt' requires an argument (crd-fast"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where this test imports it first
 def test_slips_of_the_pen(run, arguments, words):
     """One line, as for whatever else is refused, and no box."""
     assert_refused(run(*arguments), words)
