@@ -29,6 +29,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 MOST_ALTERNATIVES = 20  # as many as the protocol gives
 REMEMBERED = 16384  # answers
+MOST_UNANSWERED = 64  # pictures in a row, after which it is not the pictures
 
 logger = logging.getLogger("crd_fast")
 
@@ -41,7 +42,8 @@ class VLM:
     `{NAME}` of the metadata are filled in. range: lowest and highest number. at_once: requests at a time.
     A picture that was asked about before is not asked about again. One whose answer is none of those asked
     for, or about which the server refuses to say anything, is not scored, once the server has answered for
-    others: one odd picture of thousands must not end a run, and would end it again when it is resumed.
+    others: one odd picture of thousands must not end a run, and would end it again when it is resumed. A
+    server that answers for none any more does.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class VLM:
         self.lowest, self.highest, self.at_once = lowest, highest, at_once
         self.max_tokens = max_tokens or (1 if answer == "probability" else 32)
         self._known: OrderedDict[bytes, float] = OrderedDict()
-        self._answers = self._warned = False
+        self._unanswered = MOST_UNANSWERED  # in a row
+        self._warned = False
 
     def setup(self, device: str) -> None:
         """Raises UserError where the server cannot be reached or has no such model."""
@@ -87,13 +90,13 @@ class VLM:
             self._asked(entry["prompt"], entry)
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
-        """Raises UserError where no picture has had an answer yet."""
+        """Raises UserError where no picture has had an answer yet, or none for long."""
         asked = [self._asked(*of) for of in zip(prompts, metadata, strict=True)]
         with ThreadPoolExecutor(self.at_once) as pool:
             answers = list(pool.map(self._answer, images, asked))
         none = [answer for answer in answers if isinstance(answer, NoAnswer)]
-        self._answers |= len(none) < len(answers)
-        if not self._answers and none:
+        self._unanswered = self._unanswered + len(none) if len(none) == len(answers) else 0
+        if none and self._unanswered >= MOST_UNANSWERED:
             raise none[0]
         if none and not self._warned:
             logger.warning("warning: pictures without an answer are not scored: %s", none[0])

@@ -17,7 +17,7 @@ from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards, needs_consent
 from crd_fast.rewards import http as client
-from crd_fast.rewards.vlm import VLM
+from crd_fast.rewards.vlm import MOST_UNANSWERED, VLM
 
 METADATA = [{"prompt": "a red square", "noun": "square"}] * 3
 
@@ -199,6 +199,19 @@ def test_pictures_without_an_answer_are_not_scored(say, refuse, caplog):
         server.refuse = list(refuse)
         assert vlm.score(images[:1], ["b"], METADATA[:1]) == [None]
     assert len(caplog.messages) == 1 and "without an answer are not scored: reward vlm" in caplog.text
+
+
+def test_a_server_that_answers_for_none_any_more_is_an_error():
+    """A key that was used up, or another model: a run would go on without its reward."""
+    server, images = Speaks(says("5")), pictures()
+    with server.running() as url:
+        vlm = VLM(url, "looks", answer="number", at_once=1, retries=0)
+        vlm.score(images, ["a"] * 3, METADATA)
+        server.refuse = [403] * 2 * MOST_UNANSWERED
+        with pytest.raises(UserError, match="refused with 403"):
+            for i in range(MOST_UNANSWERED // 3 + 1):
+                assert vlm.score(images, [str(i)] * 3, METADATA) == [None] * 3
+        assert i == MOST_UNANSWERED // 3
 
 
 def test_a_server_that_is_gone_is_an_error_for_all():
