@@ -101,6 +101,7 @@ class Watch:
         self._best: tuple[float, float, int] | None = None  # mean, its variance and end of the best window
         self._alike_since = 0  # the iteration from which on the prompts were the present ones
         self._constant: dict[str, int] = defaultdict(int)
+        self._silent: dict[str, int] = {}  # iterations in a row without a score
         self._bests: dict[str, set[float]] = defaultdict(set)  # of iterations whose pictures differed
         self._evaluations: list[dict] = []
         self._scores = functools.lru_cache(4)(functools.partial(scores_of, run))
@@ -121,7 +122,8 @@ class Watch:
     def _look(self, record: dict) -> list[str]:
         found: dict[str, str] = {}
         if "groups_equal" in record:
-            found |= self._constant_rewards(record) | self._equal_groups(record)
+            found |= self._constant_rewards(record) | self._silent_rewards(record)
+            found |= self._equal_groups(record)
             found |= self._trained_pictures(record)
         if "eval/reward_mean" in record:
             found |= self._hacking(record)
@@ -152,6 +154,17 @@ class Watch:
                 )
         return found
 
+    def _silent_rewards(self, record: dict) -> dict[str, str]:
+        """A reward that has scored nothing for long, while others have: the run goes on without it."""
+        scored = {key.removeprefix("scored/"): of for key, of in record.items() if key.startswith("scored/")}
+        self._silent = {name: self._silent.get(name, 0) + 1 for name, share in scored.items() if not share}
+        return {
+            f"silent {name}": f"iteration {record['iteration']}: reward {name} scored none of the pictures "
+            f"of the last {iterations} iterations: they are trained on without it"
+            for name, iterations in self._silent.items()
+            if iterations >= WINDOW
+        }
+
     def _equal_groups(self, record: dict) -> dict[str, str]:
         self._equal.append(record["groups_equal"])
         groups, share = len(self._equal) * self.prompts, sum(self._equal) / len(self._equal)
@@ -168,7 +181,7 @@ class Watch:
         Where a run has gone on with other prompts they begin anew.
         """
         if record.get(TRAINED_ALIKE, 0) != self._alike_since:
-            self._rewards, self._best, self._alike_since = [], None, record[TRAINED_ALIKE]
+            self._rewards, self._best, self._alike_since = [], None, record.get(TRAINED_ALIKE, 0)
         self._rewards.append(record["reward_mean"])
         if len(self._rewards) < WINDOW:
             return {}

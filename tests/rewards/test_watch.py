@@ -68,6 +68,18 @@ def test_another_constant_than_the_best_is_suspicious(watch, value):
     assert f"reward ocr was {value:g} for each of the last 32 images: it may be broken" in warning
 
 
+def test_a_reward_that_scores_nothing_any_more_is_named_once(watch):
+    """Beside another one, without which the run would end. Now and then a list has none of its prompts."""
+    for i in range(30):
+        scored = {"scored/face": 0.0 if i % 10 else 0.1} | ({} if i % 10 == 5 else {"scored/hand": 0.0})
+        assert watch.see(iteration(i) | scored) == []
+    found = [w for i in range(30, 60) for w in watch.see(iteration(i) | {"scored/face": 0.0})]
+    assert found == [
+        "iteration 30: reward face scored none of the pictures of the last 10 iterations: they are trained "
+        "on without it"
+    ]
+
+
 def test_a_reward_that_varies_again_is_not_broken(watch):
     for i, std in enumerate([0.0, 0.1, 0.0, 0.1]):
         assert watch.see(iteration(i, std=std)) == []
