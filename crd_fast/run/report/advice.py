@@ -222,7 +222,7 @@ def reward_is_exploited(seen: Seen) -> Advice | None:
         "a judge falls while the reward rises: the reward is being exploited",
         (
             f"a larger {seen.setting('loss.kl_beta')}",
-            "an earlier checkpoint: crd-fast eval RUN/checkpoints/best",
+            "an earlier checkpoint, by its folder in RUN/checkpoints: the best is so by this reward",
             "the judge as a second reward",
         ),
     )
@@ -260,7 +260,7 @@ def better_before(seen: Seen) -> Advice | None:
         f"{both.before:.{places}f} at iteration {iteration}, {both.after:.{places}f} at the last",
         "the run has become worse on what it is evaluated by",
         (
-            "its best checkpoint: crd-fast eval RUN/checkpoints/best",
+            "its best checkpoint: crd-fast eval RUN",
             f"a smaller {seen.setting('train.learning_rate')}, or fewer {seen.setting('train.iterations')}",
             "more prompts for training",
         ),
