@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,7 @@ def plan(
     ] = None,
     hours: Annotated[
         float | None,
-        typer.Option(min=0, help="Choose timesteps, batch, iterations and size for a run of so long."),
+        typer.Option(help="Choose timesteps, batch, iterations and size for a run of so long."),
     ] = None,
     json_: Annotated[
         Path | None,
@@ -70,6 +71,10 @@ def plan(
         raise UserError("--efficiency: goes with the name of a card, like --gpu rtx-4090")
     if hours is not None and card is None:
         raise UserError("--hours: goes with the name of a card, like --gpu rtx-4090")
+    if hours is not None and not 0 < hours < math.inf:
+        raise UserError(f"--hours: expected more than 0, got {hours:g}")
+    if efficiency is not None and not 0 < efficiency <= 1:
+        raise UserError(f"--efficiency: expected a fraction above 0 and at most 1, got {efficiency:g}")
     with console.status("planning"):
         with quick_imports():
             from crd_fast.plan import fit as fitting

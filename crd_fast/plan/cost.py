@@ -180,9 +180,7 @@ class Cost:
 
 
 def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float = EFFICIENCY) -> Cost:
-    """The cost of the recipe's run by its plan. Raises UserError for an efficiency that is none."""
-    if not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency: expected a fraction above 0 and at most 1, got {efficiency:g}")
+    """The cost of the recipe's run by its plan. efficiency: above 0, at most 1."""
     iterations, every = recipe.train.iterations, recipe.evaluate.every
     first = min(recipe.checkpoint.every, iterations)
     evaluated = _evaluated(recipe) if every else 0
