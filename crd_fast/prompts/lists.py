@@ -119,7 +119,7 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
     for name in recipe.rollout.prompt_lists:
         if name in SOURCES:
             parts[name] = PromptSource(name + HELDOUT).all(limit)
-    if _files(recipe) and not splits(recipe):
+    if own_files(recipe) and not splits(recipe):
         raise UserError("evaluate.prompts: expected a file: with evaluate.every: 0 no prompts are held out")
     if splits(recipe):
         parts[""] = list(_split(recipe).values())
@@ -137,23 +137,24 @@ def evaluated_lists(recipe: Recipe) -> list[str]:
     if recipe.model.path in WORLDS:
         return [recipe.model.path + HELDOUT]
     shipped = [name + HELDOUT for name in recipe.rollout.prompt_lists if name in SOURCES]
-    return [*shipped, *_files(recipe)]
+    return [*shipped, *own_files(recipe)]
 
 
 def splits(recipe: Recipe) -> bool:
     """Whether prompts are held out of the files for training."""
     own = recipe.evaluate.prompts == AUTO and recipe.model.path not in WORLDS
-    return bool(recipe.evaluate.every) and own and bool(_files(recipe))
+    return bool(recipe.evaluate.every) and own and bool(own_files(recipe))
 
 
-def _files(recipe: Recipe) -> list[str]:
+def own_files(recipe: Recipe) -> list[str]:
+    """Those of `rollout.prompts` that are files, and not lists that ship."""
     return [name for name in recipe.rollout.prompt_lists if name.removesuffix(HELDOUT) not in SOURCES]
 
 
 def _read(recipe: Recipe) -> dict[str, dict]:
     """The different prompts of all files, by what makes them the same, the first of each."""
     found: dict[str, dict] = {}
-    for name in _files(recipe):
+    for name in own_files(recipe):
         for entry in PromptSource(name).entries():
             found.setdefault(same_prompt(entry["prompt"]), entry)
     return found
@@ -178,7 +179,7 @@ def _split(recipe: Recipe) -> dict[str, dict]:
 def notes(recipe: Recipe) -> Iterator[str]:
     """What people should know of their files, a line each: what is held out, duplicates, and prompts that
     are both trained on and evaluated."""
-    if not (files := _files(recipe)):
+    if not (files := own_files(recipe)):
         return
     if splits(recipe):
         held_out, there = len(_split(recipe)), len(_read(recipe))
