@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -15,6 +16,8 @@ from crd_fast.worlds import WORLDS
 
 HELD_OUT = 10  # of so many prompts in files one is held out
 FEWEST = 8  # prompts that are worth an evaluation
+NEGATIVE = "negative_prompt"
+LIKE_NEGATIVE = ("negativeprompt", "negative", "negprompt", "negativeprompts")  # in small letters alone
 
 
 class PromptLists:
@@ -194,6 +197,10 @@ def notes(recipe: Recipe) -> Iterator[str]:
                 f"warning: {name}: duplicates of {len(twice)} of its {len(counts)} different prompts, "
                 f"{counts.total()} in all: {_short(twice[0])}"
             )
+    for name in files:
+        for key in dict.fromkeys(key for entry in PromptSource(name).entries() for key in entry):
+            if key != NEGATIVE and re.sub(r"[\W_]+", "", key.lower()) in LIKE_NEGATIVE:
+                yield f"warning: {name}: {key!r} is metadata like any other; expected {NEGATIVE} for guidance"
     seen: dict[str, str] = {}
     for name in files:
         trained = PromptSource(name, without_categories=recipe.rollout.without_categories).entries()
@@ -204,7 +211,7 @@ def notes(recipe: Recipe) -> Iterator[str]:
         seen |= {prompt: name for prompt in own if prompt not in seen}
     if not (recipe.guides_training or recipe.guides_evaluation):
         read = (entry for name in files for entry in PromptSource(name).entries())
-        if any(entry.get("negative_prompt") for entry in read):
+        if any(entry.get(NEGATIVE) for entry in read):
             yield (
                 "warning: negative prompts do nothing without guidance (loss.guidance_scale, "
                 "rollout.guidance_scale, evaluate.guidance_scale)"
