@@ -125,7 +125,13 @@ class Recipe(Section):
         return self
 
     def check_own(self, trains: bool, evaluates: bool) -> None:
-        """Raises UserError where the defaults, of a world that ships, meet another model."""
+        """Raises UserError where the defaults, of a world that ships, meet another model, and where no reward
+        has a weight to be trained on."""
+        values = self.rewards.values()
+        if trains and not any(v.get("weight", 1.0) if isinstance(v, dict) else v for v in values):
+            raise UserError(
+                "rewards: expected one of a weight other than 0, got none: nothing would be trained"
+            )
         prompts, rewards = {}, {}
         if trains:
             prompts["rollout.prompts"], rewards["rewards"] = list(self.rollout.prompt_lists), self.rewards

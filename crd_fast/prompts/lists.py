@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -15,6 +16,8 @@ from crd_fast.worlds import WORLDS
 
 HELD_OUT = 10  # of so many prompts in files one is held out
 FEWEST = 8  # prompts that are worth an evaluation
+NEGATIVE = "negative_prompt"
+LIKE_NEGATIVE = ("negativeprompt", "negative", "negprompt", "negativeprompts")  # in small letters alone
 
 
 class PromptLists:
@@ -119,7 +122,7 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
     for name in recipe.rollout.prompt_lists:
         if name in SOURCES:
             parts[name] = PromptSource(name + HELDOUT).all(limit)
-    if _files(recipe) and not splits(recipe):
+    if own_files(recipe) and not splits(recipe):
         raise UserError("evaluate.prompts: expected a file: with evaluate.every: 0 no prompts are held out")
     if splits(recipe):
         parts[""] = list(_split(recipe).values())
@@ -137,23 +140,24 @@ def evaluated_lists(recipe: Recipe) -> list[str]:
     if recipe.model.path in WORLDS:
         return [recipe.model.path + HELDOUT]
     shipped = [name + HELDOUT for name in recipe.rollout.prompt_lists if name in SOURCES]
-    return [*shipped, *_files(recipe)]
+    return [*shipped, *own_files(recipe)]
 
 
 def splits(recipe: Recipe) -> bool:
     """Whether prompts are held out of the files for training."""
     own = recipe.evaluate.prompts == AUTO and recipe.model.path not in WORLDS
-    return bool(recipe.evaluate.every) and own and bool(_files(recipe))
+    return bool(recipe.evaluate.every) and own and bool(own_files(recipe))
 
 
-def _files(recipe: Recipe) -> list[str]:
+def own_files(recipe: Recipe) -> list[str]:
+    """Those of `rollout.prompts` that are files, and not lists that ship."""
     return [name for name in recipe.rollout.prompt_lists if name.removesuffix(HELDOUT) not in SOURCES]
 
 
 def _read(recipe: Recipe) -> dict[str, dict]:
     """The different prompts of all files, by what makes them the same, the first of each."""
     found: dict[str, dict] = {}
-    for name in _files(recipe):
+    for name in own_files(recipe):
         for entry in PromptSource(name).entries():
             found.setdefault(same_prompt(entry["prompt"]), entry)
     return found
@@ -178,7 +182,7 @@ def _split(recipe: Recipe) -> dict[str, dict]:
 def notes(recipe: Recipe) -> Iterator[str]:
     """What people should know of their files, a line each: what is held out, duplicates, and prompts that
     are both trained on and evaluated."""
-    if not (files := _files(recipe)):
+    if not (files := own_files(recipe)):
         return
     if splits(recipe):
         held_out, there = len(_split(recipe)), len(_read(recipe))
@@ -193,6 +197,10 @@ def notes(recipe: Recipe) -> Iterator[str]:
                 f"warning: {name}: duplicates of {len(twice)} of its {len(counts)} different prompts, "
                 f"{counts.total()} in all: {_short(twice[0])}"
             )
+    for name in files:
+        for key in dict.fromkeys(key for entry in PromptSource(name).entries() for key in entry):
+            if key != NEGATIVE and re.sub(r"[\W_]+", "", key.lower()) in LIKE_NEGATIVE:
+                yield f"warning: {name}: {key!r} is metadata like any other; expected {NEGATIVE} for guidance"
     seen: dict[str, str] = {}
     for name in files:
         trained = PromptSource(name, without_categories=recipe.rollout.without_categories).entries()
@@ -203,7 +211,7 @@ def notes(recipe: Recipe) -> Iterator[str]:
         seen |= {prompt: name for prompt in own if prompt not in seen}
     if not (recipe.guides_training or recipe.guides_evaluation):
         read = (entry for name in files for entry in PromptSource(name).entries())
-        if any(entry.get("negative_prompt") for entry in read):
+        if any(entry.get(NEGATIVE) for entry in read):
             yield (
                 "warning: negative prompts do nothing without guidance (loss.guidance_scale, "
                 "rollout.guidance_scale, evaluate.guidance_scale)"

@@ -5,6 +5,7 @@ Also used for models that look at pictures in the same way (BLIP's ImageReward).
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of openai/CLIP, which OpenCLIP and
 STD = (0.26862954, 0.26130258, 0.27577711)
 MODEL_FILES = (("config.json",), ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
 TOKENIZER_FILES = (("tokenizer.json", "vocab.json", "vocab.txt"),)
+
+logger = logging.getLogger("crd_fast")
 
 
 class Clip:
@@ -43,9 +46,10 @@ class Clip:
     def _set(self, reward: str, model, tokenizer: str, device: str) -> None:
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = load_tokenizer(reward, tokenizer)
-        self.device = device
+        self.reward, self.device = reward, device
         self.size = model.config.vision_config.image_size
         self.length = model.config.text_config.max_position_embeddings
+        self.cut: set[str] = set()
 
     def to(self, device: str) -> None:
         """Moves the network."""
@@ -63,6 +67,7 @@ class Clip:
         There is no padding mask: attention is causal and the embedding is read at the end of the text, so
         that nothing that counts sees the padding.
         """
+        warn_of_cut(self.reward, self.tokenizer, texts, self.length, self.cut)
         ids = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).input_ids.to(self.device)
@@ -98,6 +103,26 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def warn_of_cut(reward: str, tokenizer, texts: list[str], length: int, cut: set[str]) -> None:
+    """Says, once, that texts are longer than a scorer reads: what stands at their end is not judged.
+
+    cut: the texts that were seen to be, empty before the first; that one is all it is told of.
+    """
+    if cut:
+        return
+    for text in dict.fromkeys(texts):
+        count = len(tokenizer(text, verbose=False).input_ids)
+        if count > length:
+            cut.add(text)
+            logger.warning(
+                "warning: reward %s: reads the first %d tokens of a prompt, and one has %d",
+                reward,
+                length,
+                count,
+            )
+            return
 
 
 def load_tokenizer(reward: str, path: str):

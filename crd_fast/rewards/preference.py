@@ -36,6 +36,7 @@ from crd_fast.rewards.clip import (
     preprocess,
     pretrained,
     standardized,
+    warn_of_cut,
     weights_file,
 )
 from crd_fast.rewards.conversions import blip_from_image_reward, clip_from_open_clip
@@ -216,6 +217,7 @@ class ImageReward(_Scorer):
         self.vision, self.text = (model.eval().requires_grad_(False).to(device) for model in models)
         self.head = affine_layers(self.name, head, device)
         self.tokens = load_tokenizer(self.name, self.tokenizer)
+        self.cut: set[str] = set()
 
     def to(self, device: str) -> None:
         self.vision.to(device)
@@ -225,6 +227,7 @@ class ImageReward(_Scorer):
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = preprocess(images, self.vision.config.image_size).to(self.vision.device)
         seen = self.vision(pixel_values=pixels).last_hidden_state
+        warn_of_cut(self.name, self.tokens, prompts, self.length, self.cut)
         tokens = self.tokens(
             prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.vision.device)

@@ -15,6 +15,7 @@ from crd_fast.run.lock import RunLock
 from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE, read_metrics
 from crd_fast.train.changes import OF_REWARDS, check_changes
 from crd_fast.train.places import check_base
+from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.weights import checkpoint
 
 SCORE = "eval/reward_mean"  # by which one is the best
@@ -46,6 +47,7 @@ class Checkpoints:
                 from crd_fast.weights import sharded
 
                 sharded.check_resumes(self.state, ranks.count, self.newest)
+        self._seen = SeenPrompts.of(recipe)
         self.saved: int = self.state["iteration"] if self.state else -1
         self._saved_at = time.monotonic()
         self._alike_since = self._found_alike_since()
@@ -56,9 +58,12 @@ class Checkpoints:
         if not self.state:
             return {TRAINED_ALIKE: 0, EVALUATED_ALIKE: 0}
         before = build_recipe(self.state["recipe"], source=str(self.newest))
+        seen = SeenPrompts(**self.state["prompts"]) if "prompts" in self.state else self._seen
+        for line in self._seen.changes(seen) if self.ranks.main else ():
+            logger.warning("warning: %s", line)
         alike = {
-            TRAINED_ALIKE: _prompts(before) == _prompts(self.recipe),
-            EVALUATED_ALIKE: evaluated_alike(before, self.recipe),
+            TRAINED_ALIKE: _prompts(before) == _prompts(self.recipe) and self._seen.trains_like(seen),
+            EVALUATED_ALIKE: evaluated_alike(before, self.recipe) and self._seen.evaluates_like(seen),
         }
         if self.ranks.main and not alike[EVALUATED_ALIKE]:
             logger.warning("evaluations are not as before: the best checkpoint is found anew")
@@ -124,7 +129,8 @@ class Checkpoints:
                 self._path(state["iteration"]),
                 weights,
                 optimizer,
-                state | {"recipe": self.recipe.model_dump(), **self._alike_since},
+                state
+                | {"recipe": self.recipe.model_dump(), **self._alike_since, "prompts": self._seen.state},
                 self.recipe.checkpoint.keep,
                 best=-self._best[1] if self._best else None,
                 used=self.recipe.evaluate.weights,

@@ -113,6 +113,19 @@ def test_distilled_guidance_takes_none(tiny, recipe, file, tmp_path):
         sample_grid(str(tiny("flux")), ENTRIES, tmp_path / "grid.png", samples=1, size=RESOLUTION)
 
 
+@pytest.mark.parametrize("name", ["Negative Prompt", "negative-prompt", "negative", "NEGATIVE_PROMPT"])
+def test_a_column_that_is_called_otherwise_is_named(recipe, tmp_path, name):
+    """It would be metadata, and every prompt would be guided away from the empty one."""
+    file = tmp_path / "table.csv"
+    found = []
+    for column in (name, "negative_prompt", "rating of negative prompts"):
+        file.write_text(f"prompt,{column}\na,b\n")
+        found += notes(recipe(tmp_path, f"rollout.prompts={file}"))
+    assert found == [
+        f"warning: {file}: {name!r} is metadata like any other; expected negative_prompt for guidance"
+    ]
+
+
 def test_without_guidance_they_do_nothing_and_that_is_said(tiny, recipe, file):
     unguided = recipe(tiny("sd3"), f"rollout.prompts={file}", "loss.guidance_scale=1")
     assert [note for note in notes(unguided) if "negative prompts do nothing without guidance" in note]

@@ -216,6 +216,28 @@ def test_imagereward(bert_folder, tmp_path, images):
     assert states.std(dim=0).mean() > 0.05
 
 
+def test_that_it_reads_no_more_is_said_once(clip_folder, bert_folder, images, tmp_path, caplog):
+    """Of the first prompt that is longer: training goes on for its beginning alone."""
+    state = {f"blip.{name}": value for name, value in blip_weights().items()}
+    state |= {f"mlp.layers.{name}": value for name, value in aesthetic_head(64).state_dict().items()}
+    torch.save(state, tmp_path / "ImageReward.pt")
+    reads = {"pickscore": 77, "imagereward": 35}
+    for reward in (
+        PickScore(str(clip_folder)),
+        ImageReward(str(tmp_path), tokenizer=str(bert_folder)),
+    ):
+        caplog.clear()
+        reward.setup("cpu")
+        reward.score(images[:3], PROMPTS[:3], [{}] * 3)
+        assert not caplog.messages
+        for _ in range(2):
+            reward.score(images, [*PROMPTS[:3], "a red dog " * 20], [{}] * 4)
+        (message,) = caplog.messages
+        most = reads[reward.name]
+        assert message.startswith(f"warning: reward {reward.name}: reads the first {most} tokens of a prompt")
+        assert int(message.split()[-1]) > most
+
+
 def test_from_a_recipe(clip_folder, images):
     rewards = Rewards(
         {"pickscore": {"weight": 0.5, "path": str(clip_folder)}, "clipscore": {"path": str(clip_folder)}}

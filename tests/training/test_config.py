@@ -11,6 +11,15 @@ from crd_fast.hints import MEANINGS
 from crd_fast.schema import Schedule
 
 
+@pytest.mark.parametrize("reward", ["0", "-0.0", "{weight: 0}"])
+def test_rewards_that_train_nothing(reward):
+    recipe = load_recipe("builtin", [f"rewards={{geneval: {reward}, colorfulness: 0}}"])
+    recipe.check_own(trains=False, evaluates=True)
+    with pytest.raises(UserError, match="rewards: expected one of a weight other than 0, got none"):
+        recipe.check_own(trains=True, evaluates=True)
+    load_recipe("builtin", ["rewards={geneval: {}, colorfulness: 0}"]).check_own(True, True)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
     recipe = load_recipe(name)
