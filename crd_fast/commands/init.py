@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from crd_fast.config import Recipe
     from crd_fast.plan.gpus import Card
 
-# For a folder of a pipeline: the model whose recipes are extended, by the pipeline's class.
-NEAREST = {
-    "StableDiffusion3Pipeline": "sd3.5-medium",
-    "FluxPipeline": "flux.1-dev",
-    "Flux2KleinPipeline": "flux.2-klein-4b",
-    "QwenImagePipeline": "qwen-image",
-    "ZImagePipeline": "z-image",
-    "SanaPipeline": "sana-1.6b",
-}
 JUDGES = ("colorfulness", "naturalness")  # of what is written, but for the one that is trained on
 
 
@@ -94,13 +85,11 @@ def short_name(model: str) -> str:
 
 
 def nearest(path: Path) -> str:
-    """The model with recipes that is most like a pipeline on disk."""
+    """The model with recipes that is most like a pipeline on disk: the first of its family."""
     from crd_fast.models import family_of
     from crd_fast.models.checks import read_index
 
-    index = read_index(path)
-    family_of(str(path), index)  # raises for what is not supported
-    return NEAREST[index["_class_name"]]
+    return next(iter(family_of(str(path), read_index(path)).configs.values()))
 
 
 def smaller_resolution(path: Path, extended: Recipe) -> str | None:
