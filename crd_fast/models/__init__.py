@@ -22,6 +22,8 @@ from crd_fast.worlds import WORLDS
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+    from crd_fast.models.pipeline import PipelineModel
+
 # By the class in the pipeline's model_index.json: the file here, the class in it, the family's usual name.
 FAMILIES = {
     "StableDiffusion3Pipeline": ("sd3", "SD3Model", "Stable Diffusion 3 and 3.5"),
@@ -185,7 +187,7 @@ def _refusal(path: str, error: BaseException) -> str:
     return f"is no folder here, and cannot be downloaded: {reason}"
 
 
-def family_of(path: str, index: dict) -> type:
+def family_of(path: str, index: dict) -> type[PipelineModel]:
     """The class for a pipeline by its model_index.json. Raises UserError for one that is not supported."""
     found = index.get("_class_name")
     if found not in FAMILIES:
@@ -193,7 +195,7 @@ def family_of(path: str, index: dict) -> type:
     return family(found)
 
 
-def family(pipeline: str) -> type:
+def family(pipeline: str) -> type[PipelineModel]:
     """The class in the row of a pipeline's name. Raises TypeError that lists all it lacks."""
     from crd_fast.models.checks import check_family
 

@@ -114,7 +114,7 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> FlowModel:
         network = cls.from_config(cls.load_config(folder, subfolder=component))
         return nn.Module.to(network, dtype)
 
-    model.pretrained = without_weights
+    model.pretrained = without_weights  # type: ignore[method-assign]
     with fakes(mode):
         model.load(recipe.train.checkpointing, quantize=_quantize)
     return model
