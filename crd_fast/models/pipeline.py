@@ -30,6 +30,7 @@ from crd_fast.models import checks, negative, prompt_cache
 from crd_fast.models.base import CLIP_TOKENS, FlowModel, states_and_pooled
 from crd_fast.models.components import with_weights
 from crd_fast.models.prompt_reader import PromptReader, Reading, load_tokenizers
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.sizes import Resolution, height_width
 
 logger = logging.getLogger("crd_fast")
@@ -193,7 +194,8 @@ class PipelineModel(FlowModel):
 
     def _decoded(self, vae: Any, latent: torch.Tensor) -> torch.Tensor:
         try:
-            return vae.decode(self._to_vae(latent), return_dict=False)[0]
+            with as_out_of_memory():
+                return vae.decode(self._to_vae(latent), return_dict=False)[0]
         except torch.OutOfMemoryError:
             if vae.use_tiling:
                 raise

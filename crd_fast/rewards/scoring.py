@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.lent import WRITES, lent_images, lent_metadata, writes_to_images
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
@@ -250,7 +251,8 @@ class _Lane:
             call.deadline = math.inf if reward.workers else time.monotonic() + reward.timeout
             call.started.set()
             try:
-                return reward.values(*call.arguments)
+                with as_out_of_memory():
+                    return reward.values(*call.arguments)
             except torch.OutOfMemoryError:
                 tries += alone
                 if tries == WITHOUT_MEMORY or self._ended:

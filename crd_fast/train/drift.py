@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import Observer
 from crd_fast.seeds import DRIFT, generator, seed_table, seeded_noise
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation
@@ -106,7 +107,7 @@ class Drift:
                 sigma = self.sigma[rows].to(latents.device)
                 x = torch.lerp(latents[rows], noise, sigma.view(-1, *[1] * (latents.ndim - 1)))
                 embeddings = chosen_prompts(evaluation.embeddings, self.prompt[rows], x.device)
-                with autocast(x.device.type, evaluation.recipe.train.precision):
+                with as_out_of_memory(), autocast(x.device.type, evaluation.recipe.train.precision):
                     found.append(of_part(x, sigma, embeddings, rows))
             except torch.OutOfMemoryError as error:
                 micro_batch.halve(error)

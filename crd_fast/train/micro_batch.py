@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.out_of_memory import as_out_of_memory
 
 AUTO_MICRO_BATCH = 96
 
@@ -59,12 +60,14 @@ def release_memory() -> None:
 def decoded(model, latents: torch.Tensor) -> torch.Tensor:
     """The model's images of latents, tried twice where memory runs out. Then it raises UserError."""
     try:
-        return model.decode(latents)
+        with as_out_of_memory():
+            return model.decode(latents)
     except torch.OutOfMemoryError:
         pass
     release_memory()
     try:
-        return model.decode(latents)
+        with as_out_of_memory():
+            return model.decode(latents)
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory while pictures are decoded: {first_sentence(error)}") from error
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from crd_fast.config import Recipe
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
@@ -109,7 +110,8 @@ def generate(
     while done < len(seeds):
         chunk = slice(done, min(done + micro_batch.size, len(seeds)))
         try:
-            latents[chunk] = integrate(chunk)
+            with as_out_of_memory():
+                latents[chunk] = integrate(chunk)
         except torch.OutOfMemoryError as error:
             micro_batch.halve(error)
         else:

@@ -16,6 +16,7 @@ from functools import partial
 import crd_kernels
 import torch
 
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.schema import LossConfig
 from crd_fast.seeds import seeded_noise
@@ -100,6 +101,7 @@ class Updater:
                 parameter.grad = None
             release_memory()
 
+    @as_out_of_memory()
     def _accumulate(self, pairs: Pairs, denominator: int) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         self._beside: dict[str, torch.Tensor] = {}  # of the penalty on norms

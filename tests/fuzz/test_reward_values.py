@@ -126,7 +126,9 @@ def test_every_kind_of_value_in_every_container(rewards, value, number):
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_what_is_raised(rewards, error):
+def test_what_is_raised(rewards, error, monkeypatch):
+    monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
+
     def make():
         raise error
 

@@ -12,6 +12,11 @@ from crd_fast.weights.full import FullWeights
 
 PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
 SHAPE = (3, 4, 4)
+NO_MEMORY = [  # as torch says it, a library of CUDA's, and the driver
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+]
 
 METHODS = {
     "nft": {"method": "nft", "beta": 0.5},

@@ -9,6 +9,7 @@ from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.forwards import autocast
 from crd_fast.train.rollout import Sampling, generate
+from tests.training.conftest import NO_MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,15 @@ def test_micro_batch_does_not_change_the_samples(model):
     torch.testing.assert_close(rollout(model, 1), rollout(model, 3), rtol=1e-4, atol=1e-4)
 
 
-def test_out_of_memory_halves_the_micro_batch(model, monkeypatch):
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_out_of_memory_halves_the_micro_batch(model, monkeypatch, error):
     wanted = rollout(model, 1)
     velocity, sizes = model.velocity, []
 
     def small_memory(x, *arguments):
         sizes.append(len(x))
         if len(x) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return velocity(x, *arguments)
 
     monkeypatch.setattr(model, "velocity", small_memory)

@@ -13,7 +13,7 @@ from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.micro_batch import decoded
 from crd_fast.train.objectives import deviation
 from crd_fast.train.pairs import Pairs
-from tests.training.conftest import PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
+from tests.training.conftest import NO_MEMORY, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
 
 
 def autograd_oracle(setting, beta=5.0, kl_beta=0.1, kl_min=1e-4, guidance=4.5, clip=5.0, size=SAMPLES):
@@ -118,7 +118,8 @@ def test_micro_batch_does_not_matter_for_any_loss(setting, temperature, centerin
     torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-10)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, monkeypatch, caplog):
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, monkeypatch, caplog, error):
     wanted_metrics, wanted = gradients(setting, 4)
     model = setting[0]
     velocity = model.velocity
@@ -126,7 +127,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, mon
     def small_memory(x, *arguments):
         result = velocity(x, *arguments)
         if len(x) > 4 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            raise error
         return result
 
     monkeypatch.setattr(model, "velocity", small_memory)
