@@ -238,6 +238,8 @@ class Rewards:
                 with answers_for(name):
                     reported = dict(reward.report(lent_images(images[rows]), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
+                if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
+                    raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
                 metrics |= reported
                 for key, of in each.items():
                     per_image[key] = np.full(len(images), np.nan)

@@ -87,14 +87,15 @@ def test_check_and_report_get_copies_as_well():
 class Detailed:
     """Reports of pictures one by one what it is told to."""
 
-    def __init__(self, count=2, per_image=None):
+    def __init__(self, count=2, per_image=None, of_all="redness"):
+        self.of_all = of_all
         self.reported = {"reds": [1.0] * count} if per_image is None else per_image
 
     def score(self, images, prompts, metadata):
         return [0.0] * len(images)
 
     def report(self, images, prompts, metadata):
-        return {"redness": 0.5, "per_image": self.reported}
+        return {self.of_all: 0.5, "per_image": self.reported}
 
 
 def test_what_is_reported_of_single_pictures():
@@ -107,6 +108,8 @@ def test_what_is_reported_of_single_pictures():
         ({"count": 3}, f"reward {name}: reds: expected 2 values, got 3"),
         ({"per_image": {"reds": [1.0, float("nan")]}}, "reds: expected finite numbers, got nan for image 1"),
         ({"per_image": 7}, "'int' object is not iterable"),
+        ({"of_all": "reward_mean"}, "its report names reward_mean, which every evaluation has"),
+        ({"per_image": {"reward": [1.0, 1.0]}}, "its report names reward, which every evaluation has"),
     ]:
         with pytest.raises(UserError, match=words):
             Rewards({Detailed: wrong}).report(images, metadata, values)
