@@ -1,4 +1,5 @@
-# 3.11 is what constraints.txt was made with and what is tested; 3.12 and 3.13 where none runs
+# 3.11 is what constraints.txt was made with and what the whole suite runs on; 3.12 (its quick tests in CI) and 3.13
+# (some of them, by hand) where none runs
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13; do $$name -c '' 2>/dev/null && echo $$name && exit; done; echo python3)
 # Where the packages go: VENV=build/py3.12 PYTHON=python3.12 makes a second environment beside the first.
 VENV ?= .venv
