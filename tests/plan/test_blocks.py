@@ -69,7 +69,7 @@ def test_a_verdict_names_no_setting_twice(monkeypatch):
         return Fit(["train.micro_batch=1", "rollout.micro_batch=1"], SimpleNamespace(phases=phases), memory)
 
     monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
-    fits = list(fit(published("flux.1-dev", PAPER), 1 << 20))
+    fits = list(fit(published("sana-1.6b", PAPER), 1 << 20))
     settings = [[override.partition("=")[0] for override in found.overrides] for found in fits]
     assert all(len(set(names)) == len(names) for names in settings)
     assert any("model.quantization=int8" in found.overrides for found in fits)
