@@ -90,7 +90,7 @@ def test_two_ranks_have_the_gradient_of_one(tiny, recipe, tmp_path):
         expected[family] = gradients(weights)
         weights.save_policy(tmp_path / "one" / family)  # also fills the cache of encoded prompts
     full += ("model.sharding=fsdp",)
-    recipes = {family: recipe(tiny(family), *full, f"train.compile={family == 'flux'}") for family in ALL}
+    recipes = {family: recipe(tiny(family), *full, f"train.compile={family == 'sd3'}") for family in ALL}
     in_two_processes(tmp_path, sharded, recipes, tmp_path)
     for family in ALL:
         found = torch.load(tmp_path / f"{family}.pt")
