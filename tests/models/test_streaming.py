@@ -279,7 +279,7 @@ def test_a_streamed_run_resumes_and_its_adapter_leaves(tiny, recipe, tmp_path):
 @pytest.mark.slow
 def test_compiled_blocks(loaded):
     """Traced and run by torch's own kernels. Batches of 6 come with one set of weights and with many."""
-    eager, compiled = (loaded("flux", "model.quantization=int8") for _ in range(2))
+    eager, compiled = (loaded("sd3", "model.quantization=int8") for _ in range(2))
     compile_blocks(compiled[0].transformer, backend="aot_eager")
     counter = Counter(compiled[0])
     plain = [by_rollout(model, GUIDANCE)[1] for model, *_ in (eager, compiled)]
