@@ -1,19 +1,21 @@
 """The tables of the pages, from the studies': `python -m tools.study_tables [FOLDER]`.
 
-`docs/studies/NAME` has what `crd-fast study NAME` wrote. With a folder that has studies by their names it is
-taken from there first. Then the tables between `<!-- table: NAME TASK: column, column -->` and `<!-- end -->`
-in pages are those of `docs/studies/NAME/table.md`, of the columns that are named and the arm. They say on
-which machines and at which commits they were made.
+`docs/studies/NAME` has what `crd-fast study NAME` wrote. With a folder that has studies by their names, their
+results are taken in first: of a run that is in both, the folder's; runs that were made elsewhere stay. Then
+the tables between `<!-- table: NAME TASK: column, column -->` and `<!-- end -->` in pages are those of
+`docs/studies/NAME/table.md`, of the columns that are named and the arm. They say on which machines and at
+which commits they were made.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
-import shutil
 from pathlib import Path
 
-from crd_fast.study.results import PLOT, RAW, TABLE
+from crd_fast.study.results import RAW, TABLE, write_records
+from crd_fast.study.study import Study, cells, load_study
 
 DOCS = Path(__file__).parent.parent / "docs"
 STUDIES = DOCS / "studies"
@@ -40,6 +42,30 @@ def table(study: str, task: str, columns: list[str]) -> str:
     return f"\n{kept}\n\n{whole}{made}\n"
 
 
+def merged(study: Study, known: list[dict], new: list[dict]) -> list[dict]:
+    """Records of both, in the study's order; a run that is in both is the new one."""
+    order = {(cell.task, cell.arm, cell.seed): place for place, cell in enumerate(cells(study))}
+
+    def run(record: dict) -> tuple[str, str, int]:
+        return record["task"], record["arm"], record["seed"]
+
+    again = {run(record) for record in new}
+    kept = [record for record in known if run(record) not in again and run(record) in order]
+    return sorted([*kept, *new], key=lambda record: order[run(record)])
+
+
+def take_in(folder: Path) -> None:
+    """The results of a study, into `docs/studies`."""
+    target = STUDIES / folder.name
+    target.mkdir(exist_ok=True)
+    known, new = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        for path in (target / RAW, folder / RAW)
+    )
+    study = load_study(folder.name)
+    write_records(study, merged(study, known, new), target)
+
+
 def with_tables(page: str) -> str:
     return MARKED.sub(
         lambda found: found[1] + table(found[2], found[3], found[4].split(", ")) + found[5], page
@@ -51,11 +77,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     arguments = parser.parse_args()
     if arguments.folder is not None:
-        for found in sorted(arguments.folder.glob(f"*/{TABLE}")):
-            target = STUDIES / found.parent.name
-            target.mkdir(exist_ok=True)
-            for name in (RAW, TABLE, PLOT):
-                shutil.copy(found.parent / name, target)
+        for found in sorted(arguments.folder.glob(f"*/{RAW}")):
+            take_in(found.parent)
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         if (new := with_tables(text)) != text:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -67,8 +68,11 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
 def write_results(study: Study, output: Path, say: Callable[[str], None] = print) -> list[Path]:
     """Raw metrics, table and plot of what is whole. Returns the files; none where nothing is."""
     records = collect(study, output, say)
-    if not records:
-        return []
+    return write_records(study, records, output) if records else []
+
+
+def write_records(study: Study, records: list[dict], output: Path) -> list[Path]:
+    """The three files of the records that `collect` made, of this machine's runs or of others' as well."""
     files = [output / name for name in (RAW, TABLE, PLOT)]
     write_atomically(files[0], "".join(json.dumps(record) + "\n" for record in records))
     write_atomically(files[1], table(study, records))
@@ -210,5 +214,7 @@ def plot(study: Study, records: list[dict]) -> Figure:
 
 
 def _save_svg(figure: Figure, path: Path) -> None:
+    """The same bytes for the same figure: no date, and ids that are not drawn at random."""
     FigureCanvasSVG(figure)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "crd-fast"}):
+        figure.savefig(path, metadata={"Date": None})

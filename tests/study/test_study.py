@@ -21,6 +21,7 @@ from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_
 from crd_fast.study.study import Study, cells, load_study, study_names
 from crd_fast.train.trainer import Trainer
 from tests.training.test_stopping import Signals
+from tools.study_tables import merged
 
 PROMPTS, SAMPLES, STEPS = 2, 4, 2
 STUDY = {
@@ -96,7 +97,10 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     assert all(r["samples"] == 2 * PROMPTS * SAMPLES and r["seconds"] > 0 for r in ends.values())
     table = (output / "table.md").read_text()
     assert "Does half do?" in table and "| whole | 2 |" in table and "| half | 2 |" in table
-    assert (output / "plot.svg").read_text().count("<svg") == 1
+    drawn = (output / "plot.svg").read_text()
+    assert drawn.count("<svg") == 1
+    assert inside("study", study, "--output", output, "--results")[0] == 0
+    assert (output / "plot.svg").read_text() == drawn
     assert not any("paired/overall" in end for (arm, _), end in ends.items() if arm == "whole")
     for seed in STUDY["seeds"]:
         arms = [
@@ -288,3 +292,16 @@ def test_a_value_is_reached_where_the_line_crosses_it():
     runs = {1: [{"iteration": i, "pflop": spent, "eval/x": value} for i, spent, value in ends]}
     assert _reached(runs, "x", 0.3) == "2" and _reached(runs, "x", 0.5) == "not reached"
     assert with_error([0.2, 0.4]) == "0.3 ± 0.1" and with_error([0.21234]) == "0.212"
+
+
+def test_results_that_were_made_elsewhere_stay_beside_new_ones():
+    study = Study(**STUDY)
+    known = [
+        {"task": "shapes", "arm": arm, "seed": seed, "iteration": iteration, "commit": "old"}
+        for seed, arm in ((1, "whole"), (1, "half"), (2, "whole"))
+        for iteration in (0, 2)
+    ]
+    gone = known[0] | {"arm": "no-longer"}
+    again = [record | {"commit": "new"} for record in known[2:4]]
+    more = [record | {"seed": 2} for record in again]
+    assert merged(study, [gone, *known], [*more, *again]) == [*known[:2], *again, *known[4:], *more]
