@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,17 @@ def check_configs(folder: Path) -> None:
     ):
         _must_exist(folder / name / file)
         _read_object(folder / name / file)
+
+
+def check_scheduler(folder: Path, config: Mapping[str, object]) -> None:
+    """Raises UserError for a schedule that is not walked from noise to image by the flow alone."""
+    for key, wanted in (
+        ("num_train_timesteps", 1000),
+        ("invert_sigmas", False),
+        ("stochastic_sampling", False),
+    ):
+        if (found := config.get(key, wanted)) != wanted:
+            raise UserError(f"model.path: {folder / 'scheduler'}: {key}: expected {wanted}, got {found}")
 
 
 def _refuse_quantized(folder: Path) -> None:

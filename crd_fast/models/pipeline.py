@@ -383,7 +383,9 @@ class PipelineModel(FlowModel):
             raise UserError(
                 f"{self.folder / 'scheduler'}: expected FlowMatchEulerDiscreteScheduler, got {found}"
             )
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        checks.check_scheduler(self.folder, scheduler.config)
+        return scheduler
 
 
 def encodes_on_gpu(weights: int, free: int) -> bool:

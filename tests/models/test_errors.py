@@ -117,6 +117,15 @@ def test_another_solver(recipe, copy):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"), [("num_train_timesteps", 500), ("invert_sigmas", True), ("stochastic_sampling", True)]
+)
+def test_a_schedule_that_is_walked_otherwise(recipe, copy, key, value):
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    refused(recipe(copy), f"scheduler: {key}: expected ")
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ((), "train.precision: bf16 needs a GPU of compute capability 8.0 (Ampere) or later"),
