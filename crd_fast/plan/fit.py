@@ -17,8 +17,8 @@ from crd_fast.worlds import WORLDS
 
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
 RESERVED = 3 * GIB // 4
-# By what they cost: seconds, rounding of the moments, copies to the device, rounding of trained weights, another
-# method, and of that, which alone has frozen weights, their rounding and many seconds.
+# By what they cost: seconds, rounding of the moments, copies to the device, rounding of trained weights,
+# another method, and of that, which alone has frozen weights, their rounding and many seconds.
 SAVINGS = (
     "train.checkpointing=true",
     "train.optimizer=adamw8bit",
