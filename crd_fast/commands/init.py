@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from crd_fast.config import Recipe
     from crd_fast.plan.gpus import Card
 
+# What rewards must be told: the address of `serve-reward`, and that of vLLM with a model.
+SETTINGS = {
+    "http": '{url: "http://127.0.0.1:8701"}   # where crd-fast serve-reward listens',
+    "vlm": '{url: "http://127.0.0.1:8000/v1", model: Qwen/Qwen2.5-VL-7B-Instruct}   # of a server you run',
+}
 JUDGES = ("colorfulness", "naturalness")  # of what is written, but for the one that is trained on
 
 
@@ -141,6 +146,8 @@ def chosen(model: str, reward: str) -> dict[str, str]:
         own = {"prompts": model, "heldout": f"{model}-heldout", "kinds": ""}
     if reward == "mine":
         return own | {"key": '"my_reward.py:score"', "settings": "1.0"}
+    if reward in SETTINGS:
+        return own | {"key": reward, "settings": SETTINGS[reward]}
     listed = {"key": reward, "settings": "1.0", "kinds": ""}
     if model in WORLDS:
         return own | listed | ({"settings": "{mode: word}"} if reward == "ocr" else {})

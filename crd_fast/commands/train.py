@@ -155,6 +155,14 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
         return None
 
 
+def bytes_of_checkpoints(output: Path) -> int:
+    """Of those that a run has, in whose place new ones will come."""
+    from crd_fast.weights.checkpoint import list_checkpoints
+
+    files = (path for folder in list_checkpoints(output / "checkpoints") for path in folder.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
     from crd_fast.run.log import refuse_existing, refuse_full
 
@@ -167,9 +175,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
     if takes is not None:
         from crd_fast.plan.text import card_lines
 
-        refuse_full(
-            output, takes.disk["checkpoints"] * (takes.keep + 1) / takes.keep
-        )  # one while it is written
+        refuse_full(output, takes.disk["checkpoints"] - bytes_of_checkpoints(output))
         for line in card_lines(takes):
             say(line)
     with console.status("loading torch"):

@@ -54,7 +54,7 @@ def choices() -> dict[str, str]:
     loss = dispatch.choose("auto", device)
     if loss == "cpu":
         compiled = packages.found_compiler()
-        loss += " (compiled C++)" if compiled else " (tiles of torch operations: no C++ compiler)"
+        loss += " (compiled C++)" if compiled else " (torch operations: no C++ compiler)"
     eight_bit = attempt("bitsandbytes")[0] is not None
     return {
         "device": f"GPU 0, {torch.cuda.get_device_name(0)}"

@@ -54,7 +54,7 @@ class Cost:
     prompts: int | None  # that are encoded; None where the prompts cannot be read here
     prompt_cache_bytes: int  # the most that is kept of them
     checkpoint_minutes: float
-    keep: int  # checkpoints
+    checkpoints: int  # the most that are there at a time
     published_here: bool  # nothing is downloaded
     pixels: int  # of the largest picture
     prompts_per_iteration: int
@@ -143,7 +143,7 @@ class Cost:
     def disk(self) -> dict[str, int]:
         """Bytes: of encoded prompts in the cache, of what is downloaded, of checkpoints."""
         sizes = self.plan.sizes
-        found = {"checkpoints": sizes["checkpoint"] * self.keep}
+        found = {"checkpoints": sizes["checkpoint"] * self.checkpoints}
         if "published" in sizes:
             found["prompt cache"] = min(sizes["prompt"] * (self.prompts or 0), self.prompt_cache_bytes)
             found["downloads"] = 0 if self.published_here else sizes["published"]
@@ -211,7 +211,8 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         prompts=_encoded_prompts(recipe),
         prompt_cache_bytes=round(recipe.model.prompt_cache_gb * GIB),
         checkpoint_minutes=recipe.checkpoint.minutes,
-        keep=min(recipe.checkpoint.keep, -(-iterations // recipe.checkpoint.every)),
+        # the best beside the newest, and one that is being written; time may make one of any iteration
+        checkpoints=min(iterations, recipe.checkpoint.keep + (every > 0) + 1),
         published_here=Path(recipe.model.path).is_dir(),
         pixels=max(map(pixels, recipe.rollout.sizes)),
         prompts_per_iteration=recipe.rollout.prompts_per_iteration,

@@ -17,18 +17,19 @@ from crd_fast.worlds import WORLDS
 
 # What a GPU holds beside our tensors: the driver's context, cuBLAS and cuDNN, fragments. A guess.
 RESERVED = 3 * GIB // 4
-# By what they cost: seconds, rounding of the moments, copies to the device, rounding of the weights (trained,
-# then frozen), another method, many seconds.
+# By what they cost: seconds, rounding of the moments, copies to the device, rounding of trained weights,
+# another method, and of that, which alone has frozen weights, their rounding and many seconds.
 SAVINGS = (
     "train.checkpointing=true",
     "train.optimizer=adamw8bit",
     "model.snapshots=host",
     "model.dtype=bf16",
+    "model.method=lora",
     "model.quantization=int8",
     "model.quantization=nf4",
-    "model.method=lora",
     "model.streaming=true",
 )
+OF_LORA = ("model.dtype=default", "model.snapshots=device")  # it has no other values of these
 
 TILES = "model.vae_tiling=always"  # where only whole pictures do not fit
 
@@ -73,11 +74,8 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
     """
     overrides: list[str] = []
     for saving in ("", *savings):
-        if saving == "model.method=lora":  # what full fine-tuning alone has
-            overrides = [o for o in overrides if o not in ("model.snapshots=host", "model.dtype=bf16")]
         if saving:
-            key = saving.partition("=")[0]  # of one setting only the last value counts
-            tried = [*(o for o in overrides if o.partition("=")[0] != key), saving]
+            tried = _with(recipe, overrides, saving)
             changed = overridden(recipe, tried)
             if changed is None or changed == overridden(recipe, overrides):
                 continue
@@ -97,6 +95,16 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
         yield found
         if not found.missing:
             return
+
+
+def _with(recipe: Recipe, overrides: list[str], saving: str) -> list[str]:
+    """The overrides with one more; of one setting the last value counts."""
+    changes = [saving]
+    if saving == "model.method=lora":
+        overrides = [o for o in overrides if not o.startswith(("model.dtype=", "model.snapshots="))]
+        changes += [change for change in OF_LORA if overridden(recipe, [change]) != recipe]
+    key = saving.partition("=")[0]
+    return [*(o for o in overrides if o.partition("=")[0] != key), *changes]
 
 
 def _faster(planner: Planner, found: Fit, memory: int) -> Fit:

@@ -16,7 +16,7 @@ In Python the reward itself may stand in the place of its name: `Rewards({my_rew
 `Trainer(recipe, folder, rewards={my_reward: 0.5, "ocr": 0.5})`.
 
 An image that a reward does not score neither counts in its means nor is moved by it; a prompt whose samples
-no reward scores ends the run.
+no reward scores is warned of, and an iteration or an evaluation of such prompts alone ends the run.
 
 Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call), `retries`
 (of a call that raises ConnectionError or TimeoutError), `workers` (a number of processes, or `auto`: the

@@ -19,7 +19,7 @@ import numpy as np
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
 from crd_fast.rewards.workers import Workers, cores, refuses
 from crd_fast.sizes import Resolution, height_width
 
@@ -240,7 +240,7 @@ class Rewards:
                     each = dict(reported.pop(PER_IMAGE, {}))
                 if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
-                metrics |= reported
+                metrics |= checked_metrics(name, reported)
                 for key, of in each.items():
                     per_image[key] = np.full(len(images), np.nan)
                     per_image[key][rows] = checked(f"{name}: {key}", of, len(rows))

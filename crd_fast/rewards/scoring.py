@@ -289,6 +289,22 @@ def checked(name: str, values, count: int) -> np.ndarray:
     return np.array([_number(name, i, value) for i, value in enumerate(values)])
 
 
+def checked_metrics(name: str, reported: Mapping) -> dict[str, float]:
+    """What a reward reports, as floats, without what is NaN, infinite or None. UserError for no number."""
+    found = {}
+    for key, value in reported.items():
+        try:
+            number = value.item() if hasattr(value, "item") else value
+        except (ValueError, RuntimeError):  # of an array, or a tensor, with several
+            number = value
+        if number is not None and not isinstance(number, numbers.Real):
+            got = reprlib.repr(value)
+            raise UserError(f"reward {name}: {key} of its report: expected a number, got {got}")
+        if number is not None and math.isfinite(number):
+            found[str(key)] = float(number)
+    return found
+
+
 def with_none(values: np.ndarray) -> list[float | None]:
     """What `checked` was given: None where an image was not scored."""
     return [None if math.isnan(value) else value for value in values.tolist()]

@@ -103,7 +103,8 @@ class Bars(Observer):
 def said_of(record: dict, prefix: str) -> str:
     """What an evaluation found in short, "" where there was none. prefix: eval/ or guided_base/."""
     if f"{prefix}overall" in record:
-        return f"held-out {record[f'{prefix}overall']:.3f} clean {record[f'{prefix}clean']:.3f}"
+        clean = f" clean {record[f'{prefix}clean']:.3f}" if f"{prefix}clean" in record else ""
+        return f"held-out {record[f'{prefix}overall']:.3f}{clean}"
     if f"{prefix}reward_mean" in record:
         return f"held-out reward {record[f'{prefix}reward_mean']:.3f}"
     return ""

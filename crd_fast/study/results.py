@@ -43,10 +43,20 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
             say(f"{folder}: left out, it was made with other settings: {other}")
             continue
         environment = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        flops = flops_by_iteration(folder / FLOPS)
+        records, flops = read_metrics(folder), flops_by_iteration(folder / FLOPS)
+        uncounted = [r["iteration"] for r in records if r["iteration"] and r["iteration"] not in flops]
+        if uncounted and not flops:
+            say(f"{folder}: left out, its operations were not counted: crd-fast study alone does so")
+            continue
+        if uncounted:
+            say(
+                f"{folder}: operations of {len(uncounted)} of {records[-1]['iteration']} iterations were not "
+                "counted, as crd-fast study alone does so; they are taken for the mean of the others"
+            )
+            flops |= dict.fromkeys(uncounted, statistics.fmean(flops.values()))
         rollout = cell.recipe.rollout
         spent, last = {"pflop": 0.0, "samples": 0, "seconds": 0.0}, None
-        for record in read_metrics(folder):
+        for record in records:
             if record["iteration"]:
                 spent["pflop"] += flops[record["iteration"]] / 1e15
                 spent["samples"] += rollout.prompts_per_iteration * rollout.samples_per_prompt

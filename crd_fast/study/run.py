@@ -18,6 +18,7 @@ from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.study.study import Cell, Study, cells
 from crd_fast.train.changes import differences
 from crd_fast.train.checkpoints import BESIDE, SCORE
+from crd_fast.train.places import absolute
 from crd_fast.train.trainer import Trainer
 
 FLOPS = "flops.jsonl"  # of each iteration, in a run's folder
@@ -60,7 +61,8 @@ def other_settings(folder: Path, cell: Cell) -> str:
     config = folder / RECIPE
     if not config.exists():
         return ""
-    before, now = load_recipe(str(config)).model_dump(), cell.recipe.model_dump()
+    # a run's own recipe has absolute paths
+    before, now = load_recipe(str(config)).model_dump(), absolute(cell.recipe).model_dump()
     changed = differences(before, now)
     return "; ".join(text for key, text in changed if not {key, key.partition(".")[0]} & LOOKS_ON)
 
@@ -125,9 +127,10 @@ def _line(iteration: int, flops: float) -> str:
 
 
 def flops_by_iteration(path: Path) -> dict[int, float]:
-    """What a `Ledger` wrote; of two lines of one iteration, which ran again, the later counts."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """What a `Ledger` wrote, {} where none did; of two lines of one iteration, which ran again, the later
+    counts."""
+    found: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             values = json.loads(line)
             found[int(values["iteration"])] = float(values["flops"])

@@ -66,7 +66,7 @@ def test_what_will_be_used_on_a_cpu(monkeypatch):
     used = doctor.choices()
     assert used["device"].startswith("CPU") and used["loss"] == "cpu (compiled C++)"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.choices()["loss"] == "cpu (tiles of torch operations: no C++ compiler)"
+    assert doctor.choices()["loss"] == "cpu (torch operations: no C++ compiler)"
 
 
 def test_without_torch_it_says_how_to_get_it():

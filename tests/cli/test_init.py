@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from crd_fast.config import load_recipe
+from crd_fast.config import WORLD_REWARDS, load_recipe
 from crd_fast.plan.planner import Planner
+from crd_fast.rewards import REWARDS, load
 from tests.models.conftest import tiny  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts of these runs
@@ -101,6 +102,14 @@ def test_pictures_no_larger_than_the_folders_model_draws(inside, tiny, tmp_path,
     code, _, errors = inside("init", tmp_path / "new", "--model", tmp_path / "broken")
     assert code == 2 and "config.json is missing" in errors
     assert not (tmp_path / "new").exists()
+
+
+def test_every_reward_has_the_settings_that_it_needs(inside, tmp_path):
+    for name in REWARDS.keys() - set(WORLD_REWARDS):
+        code, _, errors = inside("init", tmp_path / name, "--reward", name)
+        assert code == 0, errors
+        ((found, value),) = load_recipe(tmp_path / name / "recipe.yaml").rewards.items()
+        assert found == name and load(name, value if isinstance(value, dict) else None)
 
 
 @pytest.mark.parametrize(

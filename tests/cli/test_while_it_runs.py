@@ -101,6 +101,17 @@ def test_nothing_of_the_last_table_is_cut_at_80_columns(tmp_path, name, value, t
     assert all(len(line) <= 80 and "…" not in line for line in lines)
 
 
+def test_a_reward_that_reports_overall_alone():
+    """The built-in worlds have clean beside it; a reward of one's own need not."""
+    console = Console(file=io.StringIO(), width=80)
+    with Bars(console, 10) as bars:
+        bars.evaluated({"iteration": 0, "eval/images": 4, "eval/overall": 0.5, "eval/reward_mean": 1.0})
+        bars.evaluated({"iteration": 0, "eval/overall": 0.5, "eval/clean": 0.25})
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "before training, 4 images: held-out 0.500"
+    assert lines[1].endswith(": held-out 0.500 clean 0.250")
+
+
 def test_nothing_of_the_bars_is_cut_at_80_columns():
     console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
     seconds = {f"seconds_{name}": 30.0 for name in ("rollout", "reward", "update")}

@@ -195,6 +195,25 @@ def test_a_checkpoint_is_as_large_as_planned(recipe, tmp_path, method):
     assert Planner(settings).sizes["checkpoint"] == pytest.approx(written, rel=0.05)
 
 
+@pytest.mark.parametrize("every, best", [(20, 1), (0, None)])
+def test_disk_is_for_the_most_checkpoints_at_a_time(recipe, tmp_path, monkeypatch, every, best):
+    settings = recipe("builtin", *PLAIN, "checkpoint.keep=2", f"evaluate.every={every}")
+    real, there, seal = Real(settings), [], checkpoint.durable.seal
+
+    def sealed(folder):
+        there.append(len(list(tmp_path.iterdir())))
+        seal(folder)
+
+    monkeypatch.setattr(checkpoint.durable, "seal", sealed)
+    for iteration in range(1, 6):
+        folder = tmp_path / f"iteration-{iteration:06d}"
+        checkpoint.save(folder, real.weights, real.optimizer, {}, keep=2, best=best)
+    found = cost(settings, Planner(settings).plan())
+    assert found.disk["checkpoints"] == max(there) * found.plan.sizes["checkpoint"]
+    short = recipe("builtin", *PLAIN, "checkpoint.keep=2", "train.iterations=2")
+    assert cost(short, found.plan).checkpoints == 2
+
+
 def test_commands(inside, tmp_path):
     small = ("--set", "rollout.samples_per_prompt=4", "--set", "rollout.prompts_per_iteration=2")
     narrow = (*small, "--set", "train.precision=bf16", "--efficiency", "0.5")

@@ -98,6 +98,25 @@ def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
     assert not second.missing and second.overrides == ["model.quantization=nf4"]
 
 
+@pytest.mark.parametrize("own", [(), ("model.dtype=bf16", "model.snapshots=host")], ids=["plain", "bf16"])
+def test_a_lora_in_place_of_all_weights_is_quantised_before_it_is_streamed(monkeypatch, own):
+    """Also where the recipe has what full fine-tuning alone has. Peaks as of a large model."""
+
+    def largest(planner, memory):
+        model = planner.recipe.model
+        peak = 1 if model.streaming or (model.method, model.quantization) == ("lora", "nf4") else 9
+        return Fit([], SimpleNamespace(phases={"update": SimpleNamespace(bytes=peak)}), memory)
+
+    monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
+    monkeypatch.setattr("crd_fast.plan.fit._faster", lambda planner, found, memory: found)
+    monkeypatch.setattr("crd_fast.plan.fit.Planner", lambda recipe: SimpleNamespace(recipe=recipe))
+    full = build_recipe(published("flux.1-dev", PAPER).model_dump(), ["model.method=full", *own])
+    *_, last = fit(full, 1 + RESERVED)
+    model = build_recipe(full.model_dump(), last.overrides).model
+    assert (model.method, model.quantization, model.streaming) == ("lora", "nf4", False)
+    assert ("model.dtype=default" in last.overrides) == bool(own)
+
+
 @pytest.mark.parametrize("text", ["much", "", "-3GB", "0", "24TB"])
 def test_memory_that_is_none(text):
     with pytest.raises(UserError, match="expected a size like 24GB"):

@@ -1,10 +1,12 @@
 """Rewards by name, with settings, in a recipe."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
@@ -87,15 +89,15 @@ def test_check_and_report_get_copies_as_well():
 class Detailed:
     """Reports of pictures one by one what it is told to."""
 
-    def __init__(self, count=2, per_image=None, of_all="redness"):
-        self.of_all = of_all
+    def __init__(self, count=2, per_image=None, of_all="redness", value=0.5):
+        self.of_all, self.value = of_all, value
         self.reported = {"reds": [1.0] * count} if per_image is None else per_image
 
     def score(self, images, prompts, metadata):
         return [0.0] * len(images)
 
     def report(self, images, prompts, metadata):
-        return {self.of_all: 0.5, "per_image": self.reported}
+        return {self.of_all: self.value, "per_image": self.reported}
 
 
 def test_what_is_reported_of_single_pictures():
@@ -113,6 +115,27 @@ def test_what_is_reported_of_single_pictures():
     ]:
         with pytest.raises(UserError, match=words):
             Rewards({Detailed: wrong}).report(images, metadata, values)
+
+
+@pytest.mark.parametrize(
+    "value, reported",
+    [
+        *((np.float32(0.5), 0.5), (np.array(2), 2.0), (torch.tensor(0.25), 0.25), (True, 1.0), (3, 3.0)),
+        *((None, None), (math.nan, None), (np.float16("inf"), None)),
+    ],
+)
+def test_reported_numbers_are_plain_ones(value, reported):
+    """As metrics.jsonl holds them; what is not known is not there."""
+    images, metadata, values = pictures(0, 255), entries(2), {f"{__name__}:Detailed": np.zeros(2)}
+    found, _ = Rewards({Detailed: {"value": value}}).report(images, metadata, values)
+    assert found.get("redness") == reported and type(found.get("redness")) in (float, type(None))
+
+
+@pytest.mark.parametrize("value", ["0.5", np.zeros(2), torch.zeros(2), [0.5], {"of_reds": 0.5}])
+def test_a_report_of_no_number_is_refused(value):
+    name = f"{__name__}:Detailed"
+    with pytest.raises(UserError, match=f"reward {name}: redness of its report: expected a number, got "):
+        Rewards({Detailed: {"value": value}}).report(pictures(0, 255), entries(2), {name: np.zeros(2)})
 
 
 class Constant:

@@ -1,5 +1,7 @@
 """Rewards in a run: beside the rollout, when they fail, as judges."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,17 @@ def test_a_full_disk_is_found_before_anything_is_loaded(inside, mine, tmp_path, 
     refused = inside("train", recipe, "--output", tmp_path / "new" / "run")
     assert_refused(refused, "run: expected 931322574.62 GB free on its disk for checkpoints")
     assert not (tmp_path / "new").exists() and not mine().calls
+
+
+def test_a_run_goes_on_where_its_own_checkpoints_fill_the_disk(inside, tmp_path, monkeypatch):
+    """Of three that there will be two are there."""
+    run = tmp_path / "run"
+    small = ("--set", "evaluate.every=0", "--gpu", "rtx-4090")
+    assert inside("train", recipe_file(tmp_path, ""), "--output", run, *small)[0] == 0
+    one = sum(path.stat().st_size for path in next((run / "checkpoints").iterdir()).rglob("*"))
+    monkeypatch.setattr("crd_fast.train.trainer.SMALLEST_SPACE", 0)
+    going_on = ("train", "--resume", run, "--max-iterations", "3", "--gpu", "rtx-4090")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=one // 2))
+    assert_refused(inside(*going_on), "free on its disk for checkpoints")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * one // 2))
+    assert inside(*going_on)[0] == 0

@@ -117,6 +117,17 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     assert inside("study", study, "--output", output, "--results")[0] == 0
     assert "(1 of 2 seeds) |" in (output / "table.md").read_text()
 
+    ledger = output / "shapes" / "half" / "seed-2" / FLOPS  # as after `crd-fast train --resume`
+    ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    code, text, err = inside("study", study, "--output", output, "--results")
+    assert code == 0 and "seed-2: operations of 1 of 2 iterations were not counted" in text, err
+    written = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    of_run = [record["pflop"] for record in written if (record["arm"], record["seed"]) == ("half", 2)]
+    assert of_run[-1] == pytest.approx(2 * of_run[-2]) and of_run[-2] > 0
+    ledger.unlink()
+    code, text, err = inside("study", study, "--output", output, "--results")
+    assert code == 0 and "seed-2: left out, its operations were not counted" in text, err
+
     settings = run / "config.yaml"  # as of a recipe that has changed since
     settings.write_text(
         settings.read_text().replace("  learning_rate: 0.0003\n", "  learning_rate: 0.0007\n")
@@ -157,6 +168,26 @@ def test_runs_are_kept_where_the_study_looks_on_otherwise(study, inside, tmp_pat
     study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": apart}}, sort_keys=False))
     code, _, err = inside(*asked)
     assert code == 2 and "made with other settings: evaluate.guidance_scale 1.0 -> 4.5" in err
+
+
+def test_prompts_in_a_file_of_ones_own(study, inside, tmp_path, monkeypatch):
+    """Named from where the command is given: the run's folder has the whole path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a photo of a square\na photo of a circle\n")
+    own = {"rollout.prompts": "prompts.txt", "evaluate.prompts": "prompts.txt", "train.iterations": 1}
+    shapes = STUDY["tasks"]["shapes"] | {"measure": "reward_mean", "judges": []}
+    shapes |= {"overrides": shapes["overrides"] | own | {"rewards": {"colorfulness": 1.0}}}
+    study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": shapes}}, sort_keys=False))
+    asked = ("study", study, "--output", "out", "--arm", "whole", "--seed", "1")
+    code, text, err = inside(*asked)
+    assert code == 0 and "written: out/table.md" in text, err
+    code, text, err = inside(*asked)
+    assert code == 0 and "run 1" not in text and "written: out/table.md" in text, err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "prompts.txt").write_text("a photo of a triangle\n")
+    code, _, err = inside("study", study, "--output", tmp_path / "out", *asked[4:])
+    assert code == 2 and "made with other settings: rollout.prompts" in err
 
 
 def test_a_run_that_was_stopped_in_its_last_evaluation_is_gone_on_with(study, inside, tmp_path):
