@@ -10,13 +10,12 @@ from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import (
     NOT_CATEGORIES,
     Change,
-    best_before,
     ends,
     exploited,
     trained_on,
 )
 from crd_fast.run.report.run import Run, number, series
-from crd_fast.run.report.words import digits, label, sentence
+from crd_fast.run.report.words import label, sentence
 
 
 def warnings(run: Run, found: list[Change]) -> list[str]:
@@ -78,25 +77,8 @@ def _training_warnings(run: Run, found: list[Change]) -> list[str]:
             said.append(
                 f"The training reward rose by {gain:.2f} but the held-out result did not: overfitting."
             )
-        said += _better_before(run, main)
-    flat = sum(value < 1e-6 for value in series(rows, "reward_std"))
-    if flat:
-        said.append(f"In {flat} of {len(rows)} iterations all samples got the same reward: nothing to learn.")
-    limit = (run.config.get("train") or {}).get("max_grad_norm")
-    clipped = sum(value > float(limit or math.inf) for value in series(rows, "grad_norm"))
-    if clipped > len(rows) / 2:
-        said.append(f"The gradient was clipped to {limit} in {clipped} of {len(rows)} iterations.")
     for key in ("reward_mean", "policy_loss", "kl_loss", "grad_norm"):
         bad = [row["iteration"] for row in rows if key in row and not math.isfinite(number(row, key))]
         if bad:
             said.append(f"{label(key)} is not a finite number at iteration {bad[0]}.")
     return said
-
-
-def _better_before(run: Run, main: Change) -> list[str]:
-    found = best_before(run, main.name)
-    if found is None:
-        return []
-    iteration, both = found
-    lost = f"{-both.difference:.{digits(both.error)}f}"
-    return [f"The evaluation at iteration {iteration} was {lost} better than the last."]
