@@ -10,7 +10,6 @@ from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import (
     NOT_CATEGORIES,
     Change,
-    ends,
     exploited,
     trained_on,
 )
@@ -34,7 +33,7 @@ def warnings(run: Run, found: list[Change]) -> list[str]:
             f"From iteration {run.evaluated[0]['iteration']} on the run was evaluated otherwise (other "
             "prompts, guidance, steps or judges): its earlier evaluations are left out."
         )
-    said += _not_paired(run) + _warned(run)
+    said += _warned(run)
     categories = [change for change in found if change.name not in NOT_CATEGORIES]
     for change in categories:
         if change.fell(among=len(categories)):
@@ -44,17 +43,6 @@ def warnings(run: Run, found: list[Change]) -> list[str]:
 
 def _size(change: Change) -> str:
     return f"{abs(change.difference):.{change.digits}f}"
-
-
-def _not_paired(run: Run) -> list[str]:
-    if len(run.evaluated) < 2:
-        return []
-    first, last = (run.scores.get(row["iteration"]) for row in ends(run))
-    if first is None or last is None:
-        return ["The first or the last evaluation has no scores of single pictures: errors are not known."]
-    if sorted(first.pictures) != sorted(last.pictures):
-        return ["The first and the last evaluation have other prompts or seeds: errors are not known."]
-    return []
 
 
 def _warned(run: Run) -> list[str]:
