@@ -21,7 +21,7 @@ from rich.table import Table
 
 from crd_fast.run.metrics import EVALUATED_ALIKE, GPU_PEAK, GUIDED_BASE, comparable
 from crd_fast.run.observer import Observer
-from crd_fast.run.scores import Scores, compare_metric, guided_base_scores, scores_of
+from crd_fast.run.scores import Scores, guided_base_scores, scores_of, shown_difference
 
 
 class Bars(Observer):
@@ -191,7 +191,4 @@ def measures_table(
 
 
 def _change(before: float, after: float, start: Scores | None, end: Scores | None, name: str) -> str:
-    both = compare_metric(start, end, name)
-    if both is None or math.isnan(both.error):
-        return f"{after - before:+.3f}"
-    return f"{after - before:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"
+    return shown_difference(start, end, name) or f"{after - before:+.3f}"
