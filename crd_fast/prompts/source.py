@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from crd_fast.errors import UserError, did_you_mean, unreadable
-from crd_fast.prompts.geneval_metadata import check_metadata
+from crd_fast.prompts.geneval_metadata import check_metadata, draw_prompts
 from crd_fast.worlds import WORLDS
 
 # name: the module that has the prompts for training; those of NAME-heldout are never among them
@@ -47,7 +47,7 @@ class PromptSource:
         self._held_out = name != source
         self._ships = name in SOURCES
         module: Any = import_module(SOURCES[name]) if self._ships else None
-        self._categories: Any = module if hasattr(module, "draw_prompts") else None
+        self._categories: Any = module if hasattr(module, "prompts") else None
         self._without = frozenset(without_categories)
         self._entries: list[dict] | None = None
         if module is None:
@@ -96,7 +96,7 @@ class PromptSource:
         return self._entries[:limit]
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
-        return self._categories.draw_prompts(self._held_out, rng, count, self._without)
+        return draw_prompts(self._categories.prompts(self._held_out), rng, count, self._without)
 
 
 def category_of(entry: dict) -> str:
