@@ -205,7 +205,7 @@ def test_evaluations_that_were_made_otherwise_are_left_out(tmp_path):
     assert "iteration 40" not in page.text and "base" not in page.text
     assert page.row("Overall")[0] == f"{first['eval/overall']:.3f}"
     assert not any("Iteration 40" in image["alt"] for image in page.images)
-    (table,) = before_and_after(tmp_path / "run", rows)
+    table = before_and_after(tmp_path / "run", rows)
     assert table.title.endswith("iterations 60 and 120")
 
 
