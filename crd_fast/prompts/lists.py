@@ -67,7 +67,7 @@ class PromptLists:
             self._due[turn] += 2 * self._halves[turn]
         before, turns = self._turns[:first], self._turns[first : first + count]
         drawn = [
-            iter(source.draw_from(before.count(i), turns.count(i), seed, iteration, stream=i))
+            iter(source.draw(before.count(i), turns.count(i), seed, iteration, stream=i))
             for i, source in enumerate(self.sources.values())
         ]
         return [next(drawn[turn]) for turn in turns]

@@ -66,16 +66,12 @@ class PromptSource:
             return [entry for entries in kept for entry in entries]
         return self._entries
 
-    def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
-        """The prompts of one training iteration: a function of seed and iteration alone.
+    def draw(self, first: int, count: int, seed: int, iteration: int, stream: int) -> list[dict]:
+        """Prompts of one training iteration, those after the first so many of all that a run draws here.
 
         A list is gone through epoch by epoch, shuffled anew each time; where there are categories, each has
-        its equal share.
+        its equal share. stream: of randomness, another for each source of a run.
         """
-        return self.draw_from(iteration * count, count, seed, iteration)
-
-    def draw_from(self, first: int, count: int, seed: int, iteration: int, stream: int = 0) -> list[dict]:
-        """Those after the first so many of all that are drawn. stream: of randomness, 0 that of `draw`."""
         if self._entries is None:
             return self._drawn(np.random.default_rng((seed, iteration, stream)), count)
         drawn = []

@@ -8,6 +8,7 @@ import pytest
 from crd_fast.errors import UserError
 from crd_fast.prompts import coco
 from crd_fast.prompts.geneval_metadata import check_metadata, draw_prompts
+from crd_fast.prompts.lists import PromptLists
 from crd_fast.prompts.source import PromptSource, read_prompts
 from crd_fast.prompts.world import TAGS
 
@@ -96,7 +97,7 @@ def test_draws_give_every_category_its_share():
 
 
 def test_from_a_recipe_by_name():
-    train, held_out = PromptSource("geneval"), PromptSource("geneval-heldout")
+    train, held_out = PromptLists({"geneval": 1.0}), PromptSource("geneval-heldout")
     drawn = train.draw(12, seed=1, iteration=2)
     assert drawn == train.draw(12, seed=1, iteration=2) != train.draw(12, seed=1, iteration=3)
     assert {entry["tag"] for entry in drawn} == set(TAGS)
