@@ -150,7 +150,7 @@ def pretrained(reward: str, kind, path: str, files: tuple[tuple[str, ...], ...])
     except Exception as error:  # of a dozen libraries: bad JSON, a cut-off file, no network, another class
         wanted = " and ".join(group[0] for group in files)
         raise UserError(
-            f"reward {reward}: {path}: expected a folder with {wanted}, or a hub id: {_line(error)}"
+            f"reward {reward}: {path}: expected a folder with {wanted}, or a hub id: {reason_of(error)}"
         ) from None
     if not is_model:
         return loaded
@@ -182,9 +182,9 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
 
             file = Path(hf_hub_download(path, name))
         except Exception as error:  # no network, no such repository, refused
-            line = reason_of(error)
+            reason = reason_of(error)
             raise UserError(
-                f"reward {reward}: {name} of {path} cannot be had: {line}; it is {source}"
+                f"reward {reward}: {name} of {path} cannot be had: {reason}; it is {source}"
             ) from None
     try:
         if file.suffix == ".safetensors":
@@ -194,14 +194,8 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"reward {reward}: {file}: expected a file of weights: {_line(error)}") from None
+        raise UserError(f"reward {reward}: {file}: expected a file of weights: {reason_of(error)}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"reward {reward}: {file}: expected tensors by name")
     return state
-
-
-def _line(error: Exception) -> str:
-    """What a library said first, as one short line."""
-    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from crd_fast.errors import MissingPackage, UserError
+from crd_fast.errors import MissingPackage, UserError, reason_of
 from crd_fast.rewards import craft
 from crd_fast.rewards.ocr import TextReward, check_settings, checked_confidence, lines_of
 
@@ -98,8 +98,7 @@ def loaded(network: Network, file: str, path: str | None) -> Network:
         found = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict({name.removeprefix("module."): found[name] for name in found})
     except Exception as error:
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"reward easyocr: expected EasyOCR's {file} at {path}: {what[0]}") from None
+        raise UserError(f"reward easyocr: expected EasyOCR's {file} at {path}: {reason_of(error)}") from None
     return network.eval()
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate, pad
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.rewards.clip import (
     MODEL_FILES,
     Clip,
@@ -247,5 +247,5 @@ def converted(reward: str, path: str, convert):
     try:
         return convert()
     except (KeyError, RuntimeError, ZeroDivisionError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"reward {reward}: {path}: expected this scorer's own weights: {line}") from None
+        reason = reason_of(error)
+        raise UserError(f"reward {reward}: {path}: expected this scorer's own weights: {reason}") from None
