@@ -170,11 +170,7 @@ class _Worker:
             process.join(1)  # what closed its pipe is about to end
         code = self.kill() or 0
         if how is None:
-            how = (
-                f"ended with exit code {code}"
-                if code is None or code >= 0
-                else f"was ended by signal {-code}"
-            )
+            how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
         raise _Lost(how)
 
     def kill(self) -> int | None:
