@@ -30,22 +30,14 @@ class Clip:
     can be loaded.
     """
 
-    def __init__(self, reward: str, path: str, tokenizer: str | None, device: str):
+    def __init__(self, reward: str, path: str, tokenizer: str | None, device: str, model: Any = None):
+        """model: a CLIPModel that is already there, which is not looked for at `path`."""
         from transformers import CLIPModel
 
-        model = pretrained(reward, CLIPModel, path, MODEL_FILES)
-        self._set(reward, model, tokenizer or path, device)
-
-    @classmethod
-    def of(cls, reward: str, model, tokenizer: str, device: str) -> Clip:
-        """A CLIPModel that is already there, with its tokenizer."""
-        clip = cls.__new__(cls)
-        clip._set(reward, model, tokenizer, device)
-        return clip
-
-    def _set(self, reward: str, model, tokenizer: str, device: str) -> None:
+        if model is None:
+            model = pretrained(reward, CLIPModel, path, MODEL_FILES)
         self.model = model.eval().requires_grad_(False).to(device)
-        self.tokenizer = load_tokenizer(reward, tokenizer)
+        self.tokenizer = load_tokenizer(reward, tokenizer or path)
         self.reward, self.device = reward, device
         self.size = model.config.vision_config.image_size
         self.length = model.config.text_config.max_position_embeddings

@@ -170,7 +170,7 @@ class HPSv2(_ClipScorer):
         state = weights_file(self.name, self.path, self.file, f"on the hub as {self.hub}")
         ending = load_tokenizer(self.name, self.tokenizer).eos_token_id
         model = converted(self.name, self.path, lambda: clip_from_open_clip(state, ending))
-        self.clip = Clip.of(self.name, model, self.tokenizer, device)
+        self.clip = Clip(self.name, self.path, self.tokenizer, device, model)
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
