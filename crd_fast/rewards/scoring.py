@@ -326,11 +326,10 @@ def answers_for(name: str) -> Iterator[None]:
         raise UserError(failure(name, error)) from error
 
 
-def failure(name: str, error: BaseException) -> str:
+def failure(name: str, error: BaseException, where: bool = True) -> str:
     """One line: which reward raised what, and where."""
-    if writes_to_images(error):
-        return f"reward {name}: {WRITES}{_where(error)}"
-    return f"reward {name}: {_what(error)}{_where(error)}"
+    what = WRITES if writes_to_images(error) else _what(error)
+    return f"reward {name}: {what}{_where(error) if where else ''}"
 
 
 def _what(error: BaseException) -> str:
