@@ -236,7 +236,7 @@ class Rewards:
                 prompts = [metadata[i]["prompt"] for i in rows]
                 entries = lent_metadata([metadata[i] for i in rows])
                 with answers_for(name):
-                    reported = dict(reward.report(lent_images(images[rows]), prompts, entries))
+                    reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
                 if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
