@@ -18,6 +18,7 @@ import numpy as np
 
 from crd_fast.models.builtin import KINDS, BuiltinModel
 from crd_fast.prompts import signs, world
+from crd_fast.prompts.geneval_metadata import draw_prompts
 from crd_fast.run.machine import cpu_name, git_commit
 from tools import pretrain_builtin, pretrain_builtin_ocr
 from tools.pretraining import CAPTION_DROPOUT, GUIDANCE, Stage
@@ -121,7 +122,7 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 
 def correctness_table(model: BuiltinModel) -> str:
-    entries = world.draw_prompts(True, np.random.default_rng(0), IMAGES)
+    entries = draw_prompts(world.prompts(True), np.random.default_rng(0), IMAGES)
     measured = {scale: pretrain_builtin.correctness(model, entries, scale) for scale in GUIDANCE}
     header = ["", *(f"guidance {scale:g}" for scale in GUIDANCE)]
     names = [*world.TAGS, "overall", "clean"]

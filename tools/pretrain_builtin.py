@@ -20,7 +20,7 @@ import torch
 
 from crd_fast.models.builtin import WIDTH, WORLD, BuiltinModel
 from crd_fast.prompts import world
-from crd_fast.prompts.geneval_metadata import RELATIONS
+from crd_fast.prompts.geneval_metadata import RELATIONS, draw_prompts
 from crd_fast.rewards.world_geneval import WorldGenEval
 from tools.pretraining import CAPTION_DROPOUT, Pretraining, Stage, main, sample
 
@@ -157,7 +157,7 @@ class WorldPretraining(Pretraining):
         return batch_at(step, self.seed, stage)
 
     def measure(self, guidance_scale: float) -> dict[str, float]:
-        entries = world.draw_prompts(True, np.random.default_rng(0), 192)
+        entries = draw_prompts(world.prompts(True), np.random.default_rng(0), 192)
         return correctness(self.model, entries, guidance_scale)
 
     def side_loss(self, states: torch.Tensor, captions: list[dict | None]) -> torch.Tensor:

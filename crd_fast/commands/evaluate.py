@@ -157,19 +157,24 @@ def title_of(name: str, source: Source) -> str:
 def print_one(title: str, found: Evaluated, base: Scores | None) -> None:
     from rich.table import Table
 
+    from crd_fast.run.scores import error_of, shown_difference
+
     table = Table(title=f"{title}: {found.metrics['eval/images']} images")
     table.add_column("metric", overflow="fold")
     for head in ("value", "± error", *(["since iteration 0"] if base else [])):
         table.add_column(head, justify="right", no_wrap=True)
     for name, value in measures(found):
-        errors = with_errors(found.scores, base, name) if found.scores else []
-        table.add_row(name, f"{value:.3f}", *errors)
+        error = error_of(found.scores, name)
+        cells = [f"{value:.3f}", "" if math.isnan(error) else f"{error:.3f}"]
+        table.add_row(name, *cells, *([shown_difference(base, found.scores, name)] if base else []))
     console.print(table)
     say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if base else ""))
 
 
 def print_both(titles: list[str], found: list[Evaluated]) -> None:
     from rich.table import Table
+
+    from crd_fast.run.scores import shown_difference
 
     table = Table(title=f"{found[0].metrics['eval/images']} images each, same prompts and seeds")
     table.add_column("metric", overflow="fold")
@@ -179,7 +184,7 @@ def print_both(titles: list[str], found: list[Evaluated]) -> None:
     for name, value in measures(found[0]):
         if name not in after:
             continue
-        difference = difference_cell(found[0].scores, found[1].scores, name)
+        difference = shown_difference(found[0].scores, found[1].scores, name)
         difference = difference or f"{after[name] - value:+.3f}"
         table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}", difference)
     console.print(table)
@@ -208,34 +213,9 @@ def base_scores(source: Source) -> Scores | None:
     return scores_of(source.folder.resolve().parent.parent, 0)
 
 
-def error_of(scores: Scores | None, name: str) -> float:
-    """Standard error of a metric in one evaluation, NaN where it is not known."""
-    from crd_fast.run.scores import mean_of, measure_of
-
-    measure = measure_of(scores, name) if scores else None
-    return mean_of(scores, *measure)[1] if scores and measure else math.nan
-
-
-def with_errors(scores: Scores, base: Scores | None, name: str) -> list[str]:
-    """The cells beside a metric: its error and, where there is a base, the paired difference from it."""
-    error = error_of(scores, name)
-    cells = ["" if math.isnan(error) else f"{error:.3f}"]
-    return cells if base is None else [*cells, difference_cell(base, scores, name)]
-
-
-def difference_cell(before: Scores | None, after: Scores | None, name: str) -> str:
-    """The paired difference with its error and a star; nothing where it is not known."""
-    from crd_fast.run.scores import compare_metric
-
-    both = compare_metric(before, after, name)
-    if both is None or math.isnan(both.error):
-        return ""
-    return f"{both.difference:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"
-
-
 def as_json(names: list[str], sources: list[Source], found: list[Evaluated], seed: int | None) -> dict:
     """What was asked, what came out, and of two the paired differences; null where an error is not known."""
-    from crd_fast.run.scores import compare_metric
+    from crd_fast.run.scores import compare_metric, error_of
     from crd_fast.train.evaluate import EVALUATION_SEED
 
     recipe = sources[0].recipe

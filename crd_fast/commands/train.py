@@ -203,7 +203,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         finished = trainer.run()
     if main:
         records = read_metrics(output)
-        for table in before_and_after(output, records, console.width):
+        if (table := before_and_after(output, records)) is not None:
             console.print(table)
         memory = gpu_memory(records)
         if memory is not None:

@@ -1,9 +1,11 @@
-"""What a prompt asks for, in the metadata format of GenEval's own files."""
+"""Prompts in GenEval's categories: what one asks for, in the metadata format of GenEval's own files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -13,6 +15,24 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 def objects(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
     """A clause: so many of a class, more being their `color` or `position`."""
     return {"class": name, "count": count, **more}
+
+
+def draw_prompts(
+    by_tag: Mapping[str, Sequence[dict]], rng: np.random.Generator, count: int, without: Collection[str] = ()
+) -> list[dict]:
+    """`count` prompts, categories in turn, without repeats as far as a category has enough of them.
+
+    without: categories that are left out.
+    """
+    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] not in without]
+    queues: dict[str, list[dict]] = {tag: [] for tag in TAGS}
+    drawn = []
+    for i in range(count):
+        tag = tags[i % len(tags)]
+        if not queues[tag]:
+            queues[tag] = [by_tag[tag][j] for j in rng.permutation(len(by_tag[tag]))]
+        drawn.append(queues[tag].pop())
+    return drawn
 
 
 def check_metadata(metadata: Mapping) -> list[Mapping]:

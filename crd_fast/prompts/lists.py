@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,8 +43,12 @@ class PromptLists:
                     f"rollout.prompts: expected some of {name} to be left for training, got none: all are "
                     "held out for evaluations or of categories that are left out"
                 )
-        total = sum(map(Fraction, lists.values()))
-        self._weights = [Fraction(weight) / total for weight in lists.values()]
+        weights = [Fraction(weight) for weight in lists.values()]
+        whole = math.lcm(*(weight.numerator for weight in weights))
+        # exact, so that every call agrees on the order: half the time from one turn of a list to its next
+        self._halves = [int(whole / weight) for weight in weights]
+        self._due = list(self._halves)  # when each list's next turn is
+        self._turns: list[int] = []  # whose each position of the run is, as far as it was asked for
 
     def entries(self) -> list[dict]:
         """Every prompt there is, list by list."""
@@ -52,37 +57,20 @@ class PromptLists:
     def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
         """The prompts of one training iteration: a function of seed and iteration alone.
 
-        The lists take turns, so that every part of an iteration has its share of each.
+        The lists take turns, so that every part of an iteration has its share of each: the k-th turn of one
+        with weight w comes at time (k - 1/2) / w, of two at one time the first's.
         """
-        before = self._taken(iteration * count)
-        turns = self._turns(before, count)
+        first = iteration * count
+        while len(self._turns) < first + count:
+            turn = self._due.index(min(self._due))
+            self._turns.append(turn)
+            self._due[turn] += 2 * self._halves[turn]
+        before, turns = self._turns[:first], self._turns[first : first + count]
         drawn = [
-            iter(source.draw_from(first, turns.count(i), seed, iteration, stream=i))
-            for i, (source, first) in enumerate(zip(self.sources.values(), before))
+            iter(source.draw(before.count(i), turns.count(i), seed, iteration, stream=i))
+            for i, source in enumerate(self.sources.values())
         ]
         return [next(drawn[turn]) for turn in turns]
-
-    def _taken(self, position: int) -> list[int]:
-        """How many of the first so many positions are each list's.
-
-        The k-th turn of a list with weight w comes at time (k - 1/2) / w. All turns up to time t are at most
-        t + L / 2 for L lists and at least t - L / 2; exact fractions make every call agree on the order.
-        """
-        time = max(Fraction(0), position - Fraction(len(self._weights), 2))
-        taken = [int(time * weight + Fraction(1, 2)) for weight in self._weights]
-        for turn in self._turns(taken, position - sum(taken)):
-            taken[turn] += 1
-        return taken
-
-    def _turns(self, taken: list[int], count: int) -> list[int]:
-        """Whose the next positions are, where each list has had so many."""
-        taken, turns = list(taken), []
-        for _ in range(count):
-            turns.append(
-                min(range(len(taken)), key=lambda i: ((taken[i] + Fraction(1, 2)) / self._weights[i], i))
-            )
-            taken[turns[-1]] += 1
-        return turns
 
 
 def training_prompts(recipe: Recipe) -> PromptLists:

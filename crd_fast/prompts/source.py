@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from crd_fast.errors import UserError, did_you_mean, unreadable
-from crd_fast.prompts.geneval_metadata import check_metadata
+from crd_fast.prompts.geneval_metadata import check_metadata, draw_prompts
 from crd_fast.worlds import WORLDS
 
 # name: the module that has the prompts for training; those of NAME-heldout are never among them
@@ -47,7 +47,7 @@ class PromptSource:
         self._held_out = name != source
         self._ships = name in SOURCES
         module: Any = import_module(SOURCES[name]) if self._ships else None
-        self._categories: Any = module if hasattr(module, "draw_prompts") else None
+        self._categories: Any = module if hasattr(module, "prompts") else None
         self._without = frozenset(without_categories)
         self._entries: list[dict] | None = None
         if module is None:
@@ -66,16 +66,12 @@ class PromptSource:
             return [entry for entries in kept for entry in entries]
         return self._entries
 
-    def draw(self, count: int, seed: int, iteration: int) -> list[dict]:
-        """The prompts of one training iteration: a function of seed and iteration alone.
+    def draw(self, first: int, count: int, seed: int, iteration: int, stream: int) -> list[dict]:
+        """Prompts of one training iteration, those after the first so many of all that a run draws here.
 
         A list is gone through epoch by epoch, shuffled anew each time; where there are categories, each has
-        its equal share.
+        its equal share. stream: of randomness, another for each source of a run.
         """
-        return self.draw_from(iteration * count, count, seed, iteration)
-
-    def draw_from(self, first: int, count: int, seed: int, iteration: int, stream: int = 0) -> list[dict]:
-        """Those after the first so many of all that are drawn. stream: of randomness, 0 that of `draw`."""
         if self._entries is None:
             return self._drawn(np.random.default_rng((seed, iteration, stream)), count)
         drawn = []
@@ -96,7 +92,7 @@ class PromptSource:
         return self._entries[:limit]
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
-        return self._categories.draw_prompts(self._held_out, rng, count, self._without)
+        return draw_prompts(self._categories.prompts(self._held_out), rng, count, self._without)
 
 
 def category_of(entry: dict) -> str:

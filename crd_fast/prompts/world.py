@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,25 +170,6 @@ def vocabulary() -> set[str]:
 def spell(text: str) -> str:
     """The prompt itself: its tokens are its words."""
     return text
-
-
-def draw_prompts(
-    held_out: bool, rng: np.random.Generator, count: int, without: Collection[str] = ()
-) -> list[dict]:
-    """`count` prompts, categories in turn, without repeats as far as a category has enough of them.
-
-    without: categories that are left out.
-    """
-    by_tag = prompts(held_out)
-    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] not in without]
-    queues: dict[str, list[dict]] = {tag: [] for tag in TAGS}
-    drawn = []
-    for i in range(count):
-        tag = tags[i % len(tags)]
-        if not queues[tag]:
-            queues[tag] = [by_tag[tag][j] for j in rng.permutation(len(by_tag[tag]))]
-        drawn.append(queues[tag].pop())
-    return drawn
 
 
 @dataclass(frozen=True)

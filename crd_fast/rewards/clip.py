@@ -30,22 +30,14 @@ class Clip:
     can be loaded.
     """
 
-    def __init__(self, reward: str, path: str, tokenizer: str | None, device: str):
+    def __init__(self, reward: str, path: str, tokenizer: str | None, device: str, model: Any = None):
+        """model: a CLIPModel that is already there, which is not looked for at `path`."""
         from transformers import CLIPModel
 
-        model = pretrained(reward, CLIPModel, path, MODEL_FILES)
-        self._set(reward, model, tokenizer or path, device)
-
-    @classmethod
-    def of(cls, reward: str, model, tokenizer: str, device: str) -> Clip:
-        """A CLIPModel that is already there, with its tokenizer."""
-        clip = cls.__new__(cls)
-        clip._set(reward, model, tokenizer, device)
-        return clip
-
-    def _set(self, reward: str, model, tokenizer: str, device: str) -> None:
+        if model is None:
+            model = pretrained(reward, CLIPModel, path, MODEL_FILES)
         self.model = model.eval().requires_grad_(False).to(device)
-        self.tokenizer = load_tokenizer(reward, tokenizer)
+        self.tokenizer = load_tokenizer(reward, tokenizer or path)
         self.reward, self.device = reward, device
         self.size = model.config.vision_config.image_size
         self.length = model.config.text_config.max_position_embeddings
@@ -150,7 +142,7 @@ def pretrained(reward: str, kind, path: str, files: tuple[tuple[str, ...], ...])
     except Exception as error:  # of a dozen libraries: bad JSON, a cut-off file, no network, another class
         wanted = " and ".join(group[0] for group in files)
         raise UserError(
-            f"reward {reward}: {path}: expected a folder with {wanted}, or a hub id: {_line(error)}"
+            f"reward {reward}: {path}: expected a folder with {wanted}, or a hub id: {reason_of(error)}"
         ) from None
     if not is_model:
         return loaded
@@ -182,9 +174,9 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
 
             file = Path(hf_hub_download(path, name))
         except Exception as error:  # no network, no such repository, refused
-            line = reason_of(error)
+            reason = reason_of(error)
             raise UserError(
-                f"reward {reward}: {name} of {path} cannot be had: {line}; it is {source}"
+                f"reward {reward}: {name} of {path} cannot be had: {reason}; it is {source}"
             ) from None
     try:
         if file.suffix == ".safetensors":
@@ -194,14 +186,8 @@ def weights_file(reward: str, path: str, name: str, source: str) -> dict[str, to
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"reward {reward}: {file}: expected a file of weights: {_line(error)}") from None
+        raise UserError(f"reward {reward}: {file}: expected a file of weights: {reason_of(error)}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"reward {reward}: {file}: expected tensors by name")
     return state
-
-
-def _line(error: Exception) -> str:
-    """What a library said first, as one short line."""
-    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return (text if len(text) <= 160 else text[:157] + "...") or type(error).__name__

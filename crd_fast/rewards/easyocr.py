@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from crd_fast.errors import MissingPackage, UserError
+from crd_fast.errors import MissingPackage, UserError, reason_of
 from crd_fast.rewards import craft
 from crd_fast.rewards.ocr import TextReward, check_settings, checked_confidence, lines_of
 
@@ -34,24 +34,28 @@ BATCH = 32
 CHANNELS = 256
 FILE = "english_g2.pth"
 Network = TypeVar("Network", bound=nn.Module)
-NAMES = {  # in the file, and here
-    "module.FeatureExtraction.ConvNet.": "features.",
-    "module.SequenceModeling.0.rnn.": "recurrent.0.",
-    "module.SequenceModeling.1.rnn.": "recurrent.1.",
-    "module.SequenceModeling.0.linear.": "narrowed.0.",
-    "module.SequenceModeling.1.linear.": "narrowed.1.",
-    "module.Prediction.": "classes.",
-}
+
+
+class Recurrent(nn.Module):
+    """A bidirectional LSTM, brought back to the width of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(CHANNELS, CHANNELS, bidirectional=True, batch_first=True)
+        self.linear = nn.Linear(2 * CHANNELS, CHANNELS)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.rnn(frames)[0])
 
 
 class Recognizer(nn.Module):
     """Probabilities of characters along a line of text: (N, 1, 64, W) in [-1, 1] to (N, W / 4 - 1, 97), blank
-    first."""
+    first. Modules are named as in the file."""
 
     def __init__(self):
         super().__init__()
         eighth, quarter, half = CHANNELS // 8, CHANNELS // 4, CHANNELS // 2
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             *(nn.Conv2d(1, eighth, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(eighth, quarter, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(quarter, half, 3, padding=1), nn.ReLU()),
@@ -61,31 +65,27 @@ class Recognizer(nn.Module):
             nn.MaxPool2d((2, 1)),
             *(nn.Conv2d(CHANNELS, CHANNELS, 2), nn.ReLU()),
         )
-        self.recurrent = nn.ModuleList(
-            nn.LSTM(CHANNELS, CHANNELS, bidirectional=True, batch_first=True) for _ in range(2)
-        )
-        self.narrowed = nn.ModuleList(nn.Linear(2 * CHANNELS, CHANNELS) for _ in range(2))
-        self.classes = nn.Linear(CHANNELS, 1 + len(CHARACTERS))
+        self.FeatureExtraction = nn.ModuleDict({"ConvNet": features})
+        self.SequenceModeling = nn.Sequential(Recurrent(), Recurrent())
+        self.Prediction = nn.Linear(CHANNELS, 1 + len(CHARACTERS))
 
     def forward(self, lines: torch.Tensor) -> torch.Tensor:
-        frames = self.features(lines).mean(dim=2).transpose(1, 2)
-        for recurrent, narrowed in zip(self.recurrent, self.narrowed):
-            frames = narrowed(recurrent(frames)[0])
-        return self.classes(frames).softmax(dim=2)
+        frames = self.FeatureExtraction["ConvNet"](lines).mean(dim=2).transpose(1, 2)
+        return self.Prediction(self.SequenceModeling(frames)).softmax(dim=2)
 
 
 def load_recognizer(path: str | None = None) -> Recognizer:
     """From the file, or from the package that carries it. Raises UserError, MissingPackage without one."""
-    return loaded(Recognizer(), FILE, path, NAMES)
+    return loaded(Recognizer(), FILE, path)
 
 
 def load_detector(path: str | None = None) -> craft.Craft:
     """The same, of what finds words."""
-    return loaded(craft.Craft(), craft.FILE, path, {"module.": ""})
+    return loaded(craft.Craft(), craft.FILE, path)
 
 
-def loaded(network: Network, file: str, path: str | None, names: Mapping[str, str]) -> Network:
-    """With EasyOCR's weights. names: how names begin in the file, and here."""
+def loaded(network: Network, file: str, path: str | None) -> Network:
+    """With EasyOCR's weights, which were saved from within a DataParallel."""
     if path is None:
         try:
             import easyocr_en_models
@@ -96,14 +96,9 @@ def loaded(network: Network, file: str, path: str | None, names: Mapping[str, st
         path = str(Path(easyocr_en_models.model_dir()) / file)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {}
-        for name, tensor in found.items():
-            prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
-            weights[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
-        network.load_state_dict(weights)
+        network.load_state_dict({name.removeprefix("module."): found[name] for name in found})
     except Exception as error:
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"reward easyocr: expected EasyOCR's {file} at {path}: {what[0]}") from None
+        raise UserError(f"reward easyocr: expected EasyOCR's {file} at {path}: {reason_of(error)}") from None
     return network.eval()
 
 

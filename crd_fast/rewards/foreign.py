@@ -29,20 +29,8 @@ class NeedsConsent(UserError):
     """A loaded file names what the command may do only with `--allow-code`."""
 
 
-def brings_code(recipe: Any, shipped: Mapping[str, str]) -> list[str]:
-    """The rewards and judges of a recipe that run code, or ask a server, which do not ship.
-
-    A server of this machine is not among them. shipped: the names that are known.
-    """
-    return [
-        str(name)
-        for rewards in (recipe.rewards, recipe.eval_rewards)
-        for name, value in rewards.items()
-        if not _is_ours(str(name), value if isinstance(value, Mapping) else {}, shipped)
-    ]
-
-
-def _is_ours(name: str, settings: Mapping, shipped: Mapping[str, str]) -> bool:
+def is_ours(name: str, settings: Mapping, shipped: Mapping[str, str]) -> bool:
+    """Whether a reward runs nobody's code and asks no other machine. shipped: the names that are known."""
     address = settings.get("url", name if name.startswith(("http://", "https://")) else None)
     if name == "http" or address is not None:
         return is_loopback(_host(str(address)))

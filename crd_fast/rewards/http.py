@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-import numbers
 import os
 import random
 import time
@@ -24,6 +22,7 @@ import urllib3
 from PIL import Image
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.scoring import checked, with_none
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
 TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
@@ -187,12 +186,11 @@ class HttpReward:
             scores += self._scores(answer, len(images[part]))
         return scores
 
-    def _scores(self, answer, count: int) -> list[float | None]:
-        scores = answer.get("scores") if isinstance(answer, dict) else None
-        if not isinstance(scores, list) or len(scores) != count or not all(map(_finite, scores)):
-            wanted = f'{{"scores": [{count} finite numbers or null]}}'
+    def _scores(self, answer: Any, count: int) -> list[float | None]:
+        if not isinstance(answer, dict) or "scores" not in answer:
+            wanted = f'{{"scores": [{count} numbers or null]}}'
             raise self.client.error(f"expected {wanted}, got {shortened(json.dumps(answer))}")
-        return scores
+        return with_none(checked(f"http: {self.client.url}", answer["scores"], count))
 
 
 def token_from(variable: str) -> str:
@@ -208,14 +206,6 @@ def encode(image: np.ndarray) -> str:
     file = BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _finite(score: Any) -> bool:
-    """Or null, of an image that is not scored."""
-    if score is None:
-        return True
-    number = isinstance(score, numbers.Real) and not isinstance(score, bool)
-    return number and math.isfinite(score)
 
 
 def _detail(answer: bytes) -> str:

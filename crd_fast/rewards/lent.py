@@ -18,9 +18,9 @@ WRITES = "writes to its images, which are read-only; images.copy() may be drawn 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-def lent_images(images: np.ndarray) -> np.ndarray:
-    """A read-only copy. images: uint8 (N, height, width, 3)."""
-    return read_only(np.array(images))
+def lent_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A read-only copy of the chosen ones. images: uint8 (N, height, width, 3)."""
+    return read_only(images[rows])
 
 
 def read_only(images: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rapidfuzz.distance import Levenshtein
+from torch.nn.functional import ctc_loss
 
 from crd_fast.errors import MissingPackage, UserError
 
@@ -284,11 +286,14 @@ class OCRDense:
 
     def log_likelihood(self, probabilities: np.ndarray, target: list[int]) -> float:
         """Of the folded classes `target`, from the recogniser's (frames, classes): the classes that are one
-        character when case is ignored have their probabilities added, and the space adds to the blank."""
+        character when case is ignored have their probabilities added, and the space adds to the blank. -inf
+        where there are too few frames."""
         kinds = [0, *sorted(set(target))]
         folded = [probabilities[:, self.fold[kind]].sum(axis=1, dtype=np.float64) for kind in kinds]
-        log_probabilities = np.log(np.maximum(np.stack(folded, axis=1), TINY))
-        return ctc_log_likelihood(log_probabilities, [kinds.index(kind) for kind in target])
+        log_probabilities = torch.from_numpy(np.log(np.maximum(np.stack(folded, axis=1), TINY)))
+        classes = torch.tensor([kinds.index(kind) for kind in target])
+        frames, letters = torch.tensor(len(log_probabilities)), torch.tensor(len(target))
+        return -ctc_loss(log_probabilities, classes, frames, letters, reduction="sum").item()
 
 
 def check_settings(name: str, mode: str, threads: int, side: int) -> None:
@@ -332,24 +337,3 @@ def folded_classes(characters: Sequence[str]) -> tuple[dict[str, int], dict[int,
             folded = classes.setdefault(character.lower(), i)
             fold.setdefault(folded, []).append(i)
     return classes, fold
-
-
-def ctc_log_likelihood(log_probabilities: np.ndarray, target: Sequence[int]) -> float:
-    """log p(target) of connectionist temporal classification (Graves et al. 2006), over all alignments.
-
-    log_probabilities: (frames, classes), class 0 the blank; target: at least one class, none of them 0.
-    -inf if there are too few frames.
-    """
-    states = np.zeros(2 * len(target) + 1, dtype=int)  # blank, character, blank, ..., blank
-    states[1::2] = target
-    emitted = log_probabilities[:, states]
-    # a character may follow the one before without a blank between them, unless it is the same one
-    skips = np.where((states[2:] != 0) & (states[2:] != states[:-2]), 0.0, -np.inf)
-    alpha = np.full(len(states), -np.inf)
-    alpha[:2] = emitted[0, :2]
-    for frame in emitted[1:]:
-        reached = alpha.copy()
-        reached[1:] = np.logaddexp(reached[1:], alpha[:-1])
-        reached[2:] = np.logaddexp(reached[2:], alpha[:-2] + skips)
-        alpha = reached + frame
-    return float(np.logaddexp(alpha[-1], alpha[-2]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -53,29 +52,29 @@ def pairs(images: Path, prompts: Path | None) -> list[Pair]:
     """Which prompt belongs to which picture.
 
     images: a folder of pictures, in natural order of their names (2 before 10), each with the prompt on the
-    same line of `prompts`; or of folders as GenEval has them, `00000/metadata.jsonl` with the prompt of the
-    pictures in `00000/samples`, where `prompts` may be None; or a .jsonl manifest, `image` and `prompt` on a
-    line, the image by its path from the manifest's folder. `prompts` may be such a manifest as well, with
-    paths from the folder of pictures, all of which it must name.
-    Raises UserError where there is no such file, too few or too many prompts, or where a manifest in the
-    folder says otherwise than the order of files.
+    same line of `prompts`. Or what comes with its prompts, where `prompts` is to be None: a .jsonl manifest,
+    `image` and `prompt` on a line, the image by its path from the manifest's folder; or folders as GenEval
+    has them, `00000/metadata.jsonl` with the prompt of the pictures in `00000/samples`. `prompts` may be a
+    manifest as well, with paths from the folder of pictures, all of which it must name; metadata.jsonl in
+    that folder takes its place.
+    Raises UserError where there is no such file, or too few or too many prompts.
     """
     if images.is_file():
         if images.suffix.lower() != ".jsonl":
             raise UserError(f"--images {images}: expected a folder or a .jsonl manifest")
-        if prompts is not None:
-            raise UserError(f"--prompts {prompts}: expected none, as the manifest {images} has prompts")
+        _expect_none(prompts, images)
         return _named(images.parent, read_prompts(images), images)
     if not images.is_dir():
         raise UserError(f"--images {images}: expected a folder of pictures, found none")
     if not pictures_in(images) and (folders := _geneval_folders(images)):
-        return _of_folders(images, folders, prompts)
-    paths = image_paths(images)
-    own = images / MANIFEST
-    if prompts is None:
-        if not own.is_file():
-            raise UserError(f"--prompts: expected a file, as {images} has no {MANIFEST}")
+        _expect_none(prompts, folders[0] / MANIFEST)
+        return [pair for folder in folders for pair in _of_folder(folder)]
+    paths, own = image_paths(images), images / MANIFEST
+    if own.is_file():
+        _expect_none(prompts, own)
         prompts = own
+    if prompts is None:
+        raise UserError(f"--prompts: expected a file, as {images} has no {MANIFEST}")
     entries = read_prompts(prompts)
     if any("image" in entry for entry in entries):
         return _whole(_named(images, entries, prompts), paths, prompts)
@@ -83,10 +82,12 @@ def pairs(images: Path, prompts: Path | None) -> list[Pair]:
         raise UserError(
             f"--prompts {prompts}: expected {len(paths)} prompts, one for each picture, got {len(entries)}"
         )
-    found = [(path.name, path, entry) for path, entry in zip(paths, entries)]
-    if own.is_file() and own != prompts:
-        _agree(found, own, prompts)
-    return found
+    return [(path.name, path, entry) for path, entry in zip(paths, entries)]
+
+
+def _expect_none(prompts: Path | None, manifest: Path) -> None:
+    if prompts is not None:
+        raise UserError(f"--prompts {prompts}: expected none beside {manifest}; leave one of them out")
 
 
 def _named(folder: Path, entries: list[dict], manifest: Path) -> list[Pair]:
@@ -109,58 +110,17 @@ def _whole(named: list[Pair], paths: list[Path], manifest: Path) -> list[Pair]:
     return named
 
 
-def _agree(found: list[Pair], manifest: Path, prompts: Path) -> None:
-    """Raises UserError where the manifest in the folder pairs a picture with another prompt."""
-    try:
-        entries = read_prompts(manifest)
-    except UserError:  # somebody's file about something else
-        return
-    said = {}
-    for entry in entries:
-        name = entry.get("image", entry.get("file_name"))
-        if isinstance(name, str):
-            said[name] = entry["prompt"]
-    for name, _, entry in found:
-        if said.get(name, entry["prompt"]) != entry["prompt"]:
-            raise UserError(
-                f"--prompts {prompts}: the order of files gives {name} the prompt {entry['prompt'][:60]!r}, "
-                f"{manifest} says {said[name][:60]!r}; leave one of them out"
-            )
-
-
 def _geneval_folders(folder: Path) -> list[Path]:
     return _in_order(folder, [path for path in folder.iterdir() if (path / "samples").is_dir()])
 
 
-def _of_folders(images: Path, folders: list[Path], prompts: Path | None) -> list[Pair]:
-    entries = read_prompts(prompts) if prompts is not None else []
-    if prompts is not None and len(entries) != len(folders):
-        raise UserError(
-            f"--prompts {prompts}: expected {len(folders)} prompts, one for each folder, got {len(entries)}"
-        )
-    found = []
-    for i, folder in enumerate(folders):
-        own = folder / MANIFEST
-        said = list(_one_prompt(own))
-        if prompts is None and not said:
-            raise UserError(f"--images {images}: {own} is missing; expected it or --prompts")
-        if prompts is not None and said and said[0]["prompt"] != entries[i]["prompt"]:
-            raise UserError(
-                f"--prompts {prompts}: the order of folders gives {folder.name} the prompt "
-                f"{entries[i]['prompt'][:60]!r}, {own} says {said[0]['prompt'][:60]!r}"
-            )
-        entry = entries[i] if prompts is not None else said[0]
-        paths = image_paths(folder / "samples")
-        found += [(path.relative_to(images).as_posix(), path, entry) for path in paths]
-    return found
-
-
-def _one_prompt(manifest: Path) -> Iterator[dict]:
-    if manifest.is_file():
-        entries = read_prompts(manifest)
-        if len(entries) > 1:
-            raise UserError(f"{manifest}: expected one prompt, got {len(entries)}")
-        yield entries[0]
+def _of_folder(folder: Path) -> list[Pair]:
+    """The pictures of one of GenEval's folders, which have one prompt."""
+    entries = read_prompts(folder / MANIFEST)
+    if len(entries) != 1:
+        raise UserError(f"{folder / MANIFEST}: expected one prompt, got {len(entries)}")
+    paths = image_paths(folder / "samples")
+    return [(path.relative_to(folder.parent).as_posix(), path, entries[0]) for path in paths]
 
 
 def pictures_in(folder: Path) -> list[Path]:

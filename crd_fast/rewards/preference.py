@@ -3,9 +3,9 @@
     rewards:      {pickscore: 1.0}                                    # from the hub
     eval_rewards: {imagereward: {path: /models/ImageReward, tokenizer: /models/bert-base-uncased}}
 
-Each takes `path` (a local folder, the one file where there is one, or a hub id), `tokenizer` (the same;
-without it the folder of `path`, or the hub's) and `batch`, images at once. `setup` loads weights, in float32;
-`to` moves them, as judges wait on the host between evaluations.
+Each takes `path` (a local folder, the one file where there is one, or a hub id; without it what its authors
+published), `tokenizer` (the same; without it the folder of `path`, or the hub's) and `batch`, images at once.
+`setup` loads weights, in float32; `to` moves them, as judges wait on the host between evaluations.
 
 | name | model | score of an image | source |
 |---|---|---|---|
@@ -26,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate, linear, pad
+from torch import nn
+from torch.nn.functional import interpolate, pad
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.rewards.clip import (
     MODEL_FILES,
     Clip,
@@ -48,12 +49,13 @@ class _Scorer:
     """Batches over the images. Subclasses have `name`, `setup`, `to` and `_score(images, prompts)`."""
 
     name: str
+    hub: str  # where the weights are published
     hub_tokenizer: str | None = None  # None: it is where the model is
 
-    def __init__(self, path: str, tokenizer: str | None, batch: int):
+    def __init__(self, path: str | None = None, tokenizer: str | None = None, batch: int = 32):
         if not isinstance(batch, int) or batch < 1:
             raise UserError(f"reward {self.name}: batch: expected at least 1, got {batch!r}")
-        self.path, self.batch = str(path), batch
+        self.path, self.batch = str(path or self.hub), batch
         local = Path(self.path).expanduser().is_dir()
         self.tokenizer = str(tokenizer or (self.path if local else self.hub_tokenizer or self.path))
 
@@ -95,12 +97,7 @@ class PickScore(_ClipScorer):
     """exp(logit_scale) * cos(text, image). The published repository has no tokenizer; ViT-H/14's is used."""
 
     name = "pickscore"
-    hub_tokenizer = VIT_H_14
-
-    def __init__(
-        self, path: str = "yuvalkirstain/PickScore_v1", tokenizer: str | None = None, batch: int = 32
-    ):
-        super().__init__(path, tokenizer, batch)
+    hub, hub_tokenizer = "yuvalkirstain/PickScore_v1", VIT_H_14
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         return self.clip.model.logit_scale.exp() * super()._score(images, prompts)
@@ -110,11 +107,7 @@ class CLIPScore(_ClipScorer):
     """2.5 * max(cos("A photo depicts " + prompt, image), 0), CLIP-S of the paper, without references."""
 
     name, prefix = "clipscore", "A photo depicts "
-
-    def __init__(
-        self, path: str = "openai/clip-vit-base-patch32", tokenizer: str | None = None, batch: int = 32
-    ):
-        super().__init__(path, tokenizer, batch)
+    hub = "openai/clip-vit-base-patch32"
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         return 2.5 * super()._score(images, prompts).clamp(min=0)
@@ -128,7 +121,7 @@ class Aesthetic(_Scorer):
     a single linear layer (`weight`, `bias`), as LAION's first predictor has, is taken as well.
     """
 
-    name = "aesthetic"
+    name, hub = "aesthetic", "openai/clip-vit-large-patch14"
     head_file = "aesthetic-model.pth"  # the name of the hub's copy
     head_source = (
         "sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor on GitHub"
@@ -136,7 +129,7 @@ class Aesthetic(_Scorer):
 
     def __init__(
         self,
-        path: str = "openai/clip-vit-large-patch14",
+        path: str | None = None,
         head: str = "trl-lib/ddpo-aesthetic-predictor",
         batch: int = 32,
     ):
@@ -147,18 +140,18 @@ class Aesthetic(_Scorer):
         from transformers import CLIPVisionModelWithProjection
 
         state = weights_file(self.name, self.head_path, self.head_file, self.head_source)
-        self.head = affine_layers(self.name, state, device)
+        self.head = linear_layers(self.name, state).to(device)
         model = pretrained(self.name, CLIPVisionModelWithProjection, self.path, MODEL_FILES)
         self.model = model.eval().requires_grad_(False).to(device)
 
     def to(self, device: str) -> None:
         self.model.to(device)
-        self.head = moved(self.head, device)
+        self.head.to(device)
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = preprocess(images, self.model.config.image_size).to(self.model.device)
         embeddings = self.model(pixel_values=pixels).image_embeds
-        return through(self.head, embeddings / embeddings.norm(dim=-1, keepdim=True))
+        return self.head(embeddings / embeddings.norm(dim=-1, keepdim=True))[:, 0]
 
 
 class HPSv2(_ClipScorer):
@@ -170,17 +163,14 @@ class HPSv2(_ClipScorer):
     mends broken Unicode (ftfy) and HTML entities, which prompts rarely have.
     """
 
-    name = "hpsv2"
-    file, hub_tokenizer = "HPS_v2.1_compressed.pt", VIT_H_14
-
-    def __init__(self, path: str = "xswu/HPSv2", tokenizer: str | None = None, batch: int = 32):
-        super().__init__(path, tokenizer, batch)
+    name, file = "hpsv2", "HPS_v2.1_compressed.pt"
+    hub, hub_tokenizer = "xswu/HPSv2", VIT_H_14
 
     def setup(self, device: str) -> None:
-        state = weights_file(self.name, self.path, self.file, "on the hub as xswu/HPSv2")
+        state = weights_file(self.name, self.path, self.file, f"on the hub as {self.hub}")
         ending = load_tokenizer(self.name, self.tokenizer).eos_token_id
         model = converted(self.name, self.path, lambda: clip_from_open_clip(state, ending))
-        self.clip = Clip.of(self.name, model, self.tokenizer, device)
+        self.clip = Clip(self.name, self.path, self.tokenizer, device, model)
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
@@ -199,30 +189,27 @@ class ImageReward(_Scorer):
     package (`pip install image-reward`) needs transformers 4; here the same weights run in today's classes.
     """
 
-    name = "imagereward"
-    file, hub_tokenizer = "ImageReward.pt", "google-bert/bert-base-uncased"
+    name, file = "imagereward", "ImageReward.pt"
+    hub, hub_tokenizer = "THUDM/ImageReward", "google-bert/bert-base-uncased"
     mean, std = 0.16717362830052426, 1.0333394966054072  # the authors', of the raw score on their data
     length = 35  # tokens
 
-    def __init__(self, path: str = "THUDM/ImageReward", tokenizer: str | None = None, batch: int = 32):
-        super().__init__(path, tokenizer, batch)
-
     def setup(self, device: str) -> None:
-        state = weights_file(self.name, self.path, self.file, "on the hub as THUDM/ImageReward")
+        state = weights_file(self.name, self.path, self.file, f"on the hub as {self.hub}")
         blip, head = (
             {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
             for part in ("blip.", "mlp.")
         )
         models = converted(self.name, self.path, lambda: blip_from_image_reward(blip))
         self.vision, self.text = (model.eval().requires_grad_(False).to(device) for model in models)
-        self.head = affine_layers(self.name, head, device)
+        self.head = linear_layers(self.name, head).to(device)
         self.tokens = load_tokenizer(self.name, self.tokenizer)
         self.cut: set[str] = set()
 
     def to(self, device: str) -> None:
         self.vision.to(device)
         self.text.to(device)
-        self.head = moved(self.head, device)
+        self.head.to(device)
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = preprocess(images, self.vision.config.image_size).to(self.vision.device)
@@ -234,42 +221,31 @@ class ImageReward(_Scorer):
         read = self.text(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state[:, 0]
-        return (through(self.head, read) - self.mean) / self.std
+        return (self.head(read)[:, 0] - self.mean) / self.std
 
 
-def affine_layers(reward: str, state: dict[str, torch.Tensor], device: str) -> list[tuple]:
-    """(weight, bias) of the linear layers in `layers.N.*`, or of the single one in `weight`, `bias`."""
+def linear_layers(reward: str, state: dict[str, torch.Tensor]) -> nn.Sequential:
+    """Those in `layers.N.*`, or the single one in `weight`, `bias`, in float32."""
     found = (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state)
-    names = [f"layers.{number}." for number in sorted(int(match.group(1)) for match in found if match)] or [
-        ""
-    ]
+    numbers = sorted(int(match.group(1)) for match in found if match)
+    layers = nn.Sequential()
     try:
-        layers = [
-            (state[f"{name}weight"].float().to(device), state[f"{name}bias"].float().to(device))
-            for name in names
-        ]
+        for prefix in [f"layers.{number}." for number in numbers] or [""]:
+            weight, bias = state[f"{prefix}weight"], state[f"{prefix}bias"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers.append(layer)
     except KeyError as error:
         raise UserError(f"reward {reward}: expected {error.args[0]!r} among the head's weights") from None
-    widths = [layers[0][0].shape[1], *(len(weight) for weight, _ in layers)]
-    if widths[-1] != 1 or any(weight.shape[1] != width for (weight, _), width in zip(layers, widths)):
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    if widths[-1] != 1 or any(layer.in_features != width for layer, width in zip(layers, widths)):
         raise UserError(f"reward {reward}: expected linear layers down to one number, got widths {widths}")
-    return layers
-
-
-def moved(layers: list[tuple], device: str) -> list[tuple]:
-    return [(weight.to(device), bias.to(device)) for weight, bias in layers]
-
-
-def through(layers: list[tuple], states: torch.Tensor) -> torch.Tensor:
-    """(N, width) through the linear layers: (N,)."""
-    for weight, bias in layers:
-        states = linear(states, weight, bias)
-    return states[:, 0]
+    return layers.requires_grad_(False)
 
 
 def converted(reward: str, path: str, convert):
     try:
         return convert()
     except (KeyError, RuntimeError, ZeroDivisionError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"reward {reward}: {path}: expected this scorer's own weights: {line}") from None
+        reason = reason_of(error)
+        raise UserError(f"reward {reward}: {path}: expected this scorer's own weights: {reason}") from None

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
-from crd_fast.rewards.foreign import OPTION, NeedsConsent, brings_code, check_arguments, imported
+from crd_fast.rewards.foreign import OPTION, NeedsConsent, check_arguments, imported, is_ours
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
 from crd_fast.rewards.workers import Workers, cores, refuses
@@ -236,7 +236,7 @@ class Rewards:
                 prompts = [metadata[i]["prompt"] for i in rows]
                 entries = lent_metadata([metadata[i] for i in rows])
                 with answers_for(name):
-                    reported = dict(reward.report(lent_images(images[rows]), prompts, entries))
+                    reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
                 if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
@@ -276,8 +276,16 @@ def whole_prompts(prompts: list[str]) -> list[slice]:
 
 
 def needs_consent(recipe: Any) -> list[str]:
-    """The rewards and judges of a recipe that do not ship: of a loaded file, they need `--allow-code`."""
-    return brings_code(recipe, REWARDS)
+    """The rewards and judges of a recipe that run code, or ask a server, which do not ship.
+
+    A server of this machine is not among them. Of a loaded file they need `--allow-code`.
+    """
+    return [
+        str(name)
+        for rewards in (recipe.rewards, recipe.eval_rewards)
+        for name, value in rewards.items()
+        if not is_ours(str(name), value if isinstance(value, Mapping) else {}, REWARDS)
+    ]
 
 
 def check_consent(recipe: Any, source: str) -> None:

@@ -70,26 +70,18 @@ class Reward:
 
     def values(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         """Float64 (N,), NaN where it does not score."""
-        fitting = self.fitting(metadata)
-        if not fitting.all():
-            found = np.full(len(images), np.nan)
-            if fitting.any():
-                rows = fitting.nonzero()[0]
-                found[rows] = self._asked(
-                    images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows]
-                )
-            return found
-        return self._asked(images, prompts, metadata)
+        rows = self.fitting(metadata).nonzero()[0]
+        found = np.full(len(images), np.nan)
+        if len(rows):
+            entries = lent_metadata([metadata[i] for i in rows])
+            with torch.no_grad():
+                values = self.score(lent_images(images, rows), [prompts[i] for i in rows], entries)
+            found[rows] = checked(self.name, values, len(rows))
+        return found
 
     def fitting(self, metadata: list[dict]) -> np.ndarray:
         """Which prompts it scores, bool (N,)."""
         return np.array([self.fits is None or self.fits(entry) for entry in metadata])
-
-    def _asked(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-        given = images if self.workers else lent_images(images)  # a worker makes its own copy
-        with torch.no_grad():
-            values = self.score(given, list(prompts), lent_metadata(metadata))
-        return checked(self.name, values, len(images))
 
 
 @dataclass
@@ -342,11 +334,10 @@ def answers_for(name: str) -> Iterator[None]:
         raise UserError(failure(name, error)) from error
 
 
-def failure(name: str, error: BaseException) -> str:
+def failure(name: str, error: BaseException, where: bool = True) -> str:
     """One line: which reward raised what, and where."""
-    if writes_to_images(error):
-        return f"reward {name}: {WRITES}{_where(error)}"
-    return f"reward {name}: {_what(error)}{_where(error)}"
+    what = WRITES if writes_to_images(error) else _what(error)
+    return f"reward {name}: {what}{_where(error) if where else ''}"
 
 
 def _what(error: BaseException) -> str:

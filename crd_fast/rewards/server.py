@@ -41,10 +41,10 @@ from starlette.requests import ClientDisconnect
 from crd_fast.errors import UserError
 from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind, host_of
 from crd_fast.rewards.foreign import is_loopback
-from crd_fast.rewards.lent import WRITES, read_only, writes_to_images
+from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.rgb import to_rgb
-from crd_fast.rewards.scoring import TIMEOUT, checked, with_none
+from crd_fast.rewards.scoring import TIMEOUT, checked, failure, with_none
 from crd_fast.rewards.workers import RewardFailed, Workers
 
 PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
@@ -139,17 +139,8 @@ class Worker:
         images, prompts, metadata = parse_score(body, limits)
         reward = self.loaded.result()
         self._check(reward, metadata)
-        try:
-            with torch.no_grad():
-                values = getattr(reward, "score", reward)(images, prompts, metadata)
-        except RewardFailed as error:
-            log.error("%s", error)
-            raise Refused(500, str(error)) from None
-        except UserError as error:
-            raise Refused(422, str(error)) from None
-        except (Exception, SystemExit) as error:
-            log.exception("reward %s failed", self.name)
-            raise Refused(500, _failed(self.name, error)) from None
+        with self._refusing(500), torch.no_grad():
+            values = getattr(reward, "score", reward)(images, prompts, metadata)
         try:
             return {"scores": with_none(checked(self.name, values, len(images)))}
         except UserError as error:
@@ -163,26 +154,28 @@ class Worker:
         return {}
 
     def _check(self, reward, metadata: list[dict]) -> None:
-        """Raises Refused for metadata that the reward refuses, or over which its check falls."""
-        try:
-            if hasattr(reward, "check"):
+        if hasattr(reward, "check"):
+            with self._refusing(422):  # a check that falls over metadata has refused it
                 reward.check(metadata)
+
+    @contextmanager
+    def _refusing(self, status: int) -> Iterator[None]:
+        """Raises Refused, whatever the reward's code raises. status: of what is no error of ours.
+
+        Without the place in the reward's file, which is nothing that a client should know.
+        """
+        try:
+            yield
         except RewardFailed as error:
             log.error("%s", error)
             raise Refused(500, str(error)) from None
         except UserError as error:
             raise Refused(422, str(error)) from None
-        except SystemExit as error:
-            raise Refused(500, _failed(self.name, error)) from None
-        except Exception as error:
-            raise Refused(422, f"metadata: {_failed(self.name, error)}") from None
-
-
-def _failed(name: str, error: BaseException) -> str:
-    """Without the place in the reward's file, which is nothing that a client should know."""
-    if writes_to_images(error):
-        return f"reward {name}: {WRITES}"
-    return f"reward {name}: {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:
+            status = 500 if isinstance(error, SystemExit) else status
+            if status == 500:
+                log.exception("reward %s failed", self.name)
+            raise Refused(status, failure(self.name, error, where=False)) from None
 
 
 def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()) -> FastAPI:

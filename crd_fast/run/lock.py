@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import socket
 from pathlib import Path
 
 from crd_fast.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
 
@@ -34,8 +30,7 @@ class RunLock:
         except OSError as error:
             raise UserError(f"{run}: cannot be written to: {error.strerror}") from None
         try:
-            if fcntl is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 logger.warning("warning: %s: cannot be locked: %s", run / LOCK, error.strerror)

@@ -24,19 +24,8 @@ from crd_fast.run.watch import Watch
 RECIPE, ENVIRONMENT = "config.yaml", "environment.json"
 # what a run and its report write
 FILES = (
-    *(
-        METRICS,
-        RECIPE,
-        ENVIRONMENT,
-        "checkpoints",
-        "samples",
-        "evaluations",
-        "tensorboard",
-        "warnings.txt",
-        "report.html",
-        "rollout.safetensors",
-    ),
-    "flops.jsonl",
+    *(METRICS, RECIPE, ENVIRONMENT, "checkpoints", "samples", "evaluations", "tensorboard", "warnings.txt"),
+    *("report.html", "rollout.safetensors", "flops.jsonl"),
 )
 SMALLEST_SPACE = 2**27  # bytes without which no run begins; a plan knows how many its checkpoints take
 

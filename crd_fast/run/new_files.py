@@ -18,11 +18,10 @@ def check_new(path: Path, option: str) -> None:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError) as error:  # a name that is too long, links in a circle, a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, option, error) from None
     else:
-        raise UserError(f"{option} {path}: already exists; choose another name")
+        raise _unwritable(path, option, FileExistsError())
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise UserError(f"{option} {path}: {above} is no folder")
@@ -36,11 +35,8 @@ def write_new(path: Path, option: str, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
             file.write(content)
-    except FileExistsError:
-        raise UserError(f"{option} {path}: already exists; choose another name") from None
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, option, error) from None
 
 
 @contextmanager
@@ -54,9 +50,8 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {path}: cannot be written: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, option, error) from None
     try:
         partial = holder / path.name
         yield partial
@@ -64,9 +59,16 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
         try:
             partial.rename(path)
         except OSError as error:
-            raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+            raise _unwritable(path, option, error) from None
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _unwritable(path: Path, option: str, error: OSError | ValueError) -> UserError:
+    """A ValueError is one of a name with a zero byte."""
+    if isinstance(error, FileExistsError):
+        return UserError(f"{option} {path}: already exists; choose another name")
+    return UserError(f"{option} {path}: cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

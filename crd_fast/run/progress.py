@@ -21,7 +21,7 @@ from rich.table import Table
 
 from crd_fast.run.metrics import EVALUATED_ALIKE, GPU_PEAK, GUIDED_BASE, comparable
 from crd_fast.run.observer import Observer
-from crd_fast.run.scores import Scores, compare_metric, guided_base_scores, scores_of
+from crd_fast.run.scores import Scores, guided_base_scores, scores_of, shown_difference
 
 
 class Bars(Observer):
@@ -129,17 +129,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h ({seconds / 86400:.0f} days)"
 
 
-def before_and_after(run: Path, records: list[dict], width: int = 80) -> list[Table]:
-    """The last evaluation of a run beside the first that was made as it was; [] if there are not two.
+def before_and_after(run: Path, records: list[dict]) -> Table | None:
+    """The last evaluation of a run beside the first that was made as it was; None if there are not two.
 
     Changes have their standard error, paired picture by picture, where `run` has the pictures' scores. Beside
-    them the base with guidance, where it was evaluated, and what the last evaluation differs from it by; in a
-    table of its own where both do not fit into so many columns of the terminal.
+    them the base with guidance, where it was evaluated, and what the last evaluation differs from it by.
     """
     evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
     evaluated = comparable(evaluated, EVALUATED_ALIKE)
     if len(evaluated) < 2:
-        return []
+        return None
     first, last = evaluated[0], evaluated[-1]
     start, end = (scores_of(run, record["iteration"]) for record in (first, last))
     guided, scale = guided_base_scores(run), first.get(f"{GUIDED_BASE}guidance_scale")
@@ -150,49 +149,24 @@ def before_and_after(run: Path, records: list[dict], width: int = 80) -> list[Ta
         title = f"{title.replace('Held-out', 'Evaluated')}; {shared} of the prompts are trained on as well"
     names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
     names.sort(key=lambda name: ("reward" in name, name in ("overall", "clean")))
-    before, after, base = [], [], []
-    for name in names:
-        value = last.get(f"eval/{name}", math.nan)
-        before.append([f"{first[f'eval/{name}']:.3f}", f"{value:.3f}"])
-        before[-1].append(_change(first[f"eval/{name}"], value, start, end, name))
-        known = first.get(GUIDED_BASE + name)
-        base.append(["", ""] if known is None else [f"{known:.3f}", _change(known, value, guided, end, name)])
-        after.append([f"{value:.3f}"])
     heads = ["before", "after", "change"]
     caption = "± one standard error, prompts as the units; * p < 0.05, paired"
-    if scale is None:
-        return [measures_table(title, caption, names, heads, before)]
-    caption += f"; guided base: the base with guidance scale {scale:g}"
-    guided_heads = ["guided\nbase", "against it"]
-    both = [own + other for own, other in zip(before, base)]
-    table = measures_table(title, caption, names, heads + guided_heads, both)
-    if Console(width=10_000).measure(table).maximum <= width:
-        return [table]
-    other = [[*row[:1], *value, *row[1:]] for row, value in zip(base, after)]
-    return [
-        measures_table(title, None, names, heads, before),
-        measures_table(None, caption, names, [guided_heads[0], heads[1], guided_heads[1]], other),
-    ]
-
-
-def measures_table(
-    title: str | None, caption: str | None, names: list[str], heads: list[str], rows: list[list[str]]
-) -> Table:
-    """Values by measure, with no lines between: they would take the room of the names.
-
-    No value is broken or cut; a name is folded where it finds no room.
-    """
+    if scale is not None:
+        heads += ["guided\nbase", "against it"]
+        caption += f"; guided base: the base with guidance scale {scale:g}"
+    # no lines between: they would take the room of names, which are folded where they find none
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", style="bold", overflow="fold")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
-    for name, row in zip(names, rows):
+    for name in names:
+        before, after = first[f"eval/{name}"], last.get(f"eval/{name}", math.nan)
+        row = [f"{before:.3f}", f"{after:.3f}", _change(before, after, start, end, name)]
+        if (known := first.get(GUIDED_BASE + name)) is not None:
+            row += [f"{known:.3f}", _change(known, after, guided, end, name)]
         table.add_row(name, *row)
     return table
 
 
 def _change(before: float, after: float, start: Scores | None, end: Scores | None, name: str) -> str:
-    both = compare_metric(start, end, name)
-    if both is None or math.isnan(both.error):
-        return f"{after - before:+.3f}"
-    return f"{after - before:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"
+    return shown_difference(start, end, name) or f"{after - before:+.3f}"

@@ -205,6 +205,20 @@ def compare_metric(before: Scores | None, after: Scores | None, metric: str) -> 
         return None
 
 
+def shown_difference(before: Scores | None, after: Scores | None, metric: str) -> str:
+    """`+0.012 ± 0.004*`, paired, with a star where p < 0.05; nothing where the error is not known."""
+    both = compare_metric(before, after, metric)
+    if both is None or math.isnan(both.error):
+        return ""
+    return f"{both.difference:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"
+
+
+def error_of(scores: Scores | None, metric: str) -> float:
+    """Standard error of a metric in one evaluation, NaN where it is not known."""
+    measure = measure_of(scores, metric) if scores else None
+    return mean_of(scores, *measure)[1] if scores and measure else math.nan
+
+
 def mean_of(scores: Scores, name: str, category: str | None = None) -> tuple[float, float]:
     """A measure's mean in one evaluation and its standard error, NaN for one prompt.
 

@@ -144,7 +144,7 @@ class Watch:
             name = key.removeprefix("reward_std/")
             images = round(self.prompts * self.samples * record.get(f"scored/{name}", 1))
             self._constant[name] = 0 if record[key] else self._constant[name] + images
-            best = record.get(f"reward_best/{name}", record[f"reward/{name}"])
+            best = record[f"reward_best/{name}"]
             if record[key]:
                 self._bests[name].add(best)
             elif self._constant[name] >= CONSTANT_IMAGES and best not in self._bests[name]:

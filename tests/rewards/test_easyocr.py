@@ -10,7 +10,7 @@ import yaml
 from crd_fast.errors import MissingPackage, UserError
 from crd_fast.rewards import Rewards
 from crd_fast.rewards import easyocr as module
-from crd_fast.rewards.easyocr import CHARACTERS, NAMES, EasyOCR, Recognizer, best_path, line_tensor, trimmed
+from crd_fast.rewards.easyocr import CHARACTERS, EasyOCR, Recognizer, best_path, line_tensor, trimmed
 from tests.cli.conftest import SMALL, metrics
 from tests.rewards.conftest import assert_refused
 from tests.rewards.test_ocr import render, sign
@@ -26,11 +26,12 @@ def without(monkeypatch):
 def file(tmp_path_factory):
     """Random weights under the names that EasyOCR's file has."""
     torch.manual_seed(0)
-    weights = {}
-    for name, tensor in Recognizer().state_dict().items():
-        prefix = next(prefix for prefix in NAMES.values() if name.startswith(prefix))
-        theirs = next(theirs for theirs, ours in NAMES.items() if ours == prefix)
-        weights[theirs + name.removeprefix(prefix)] = tensor
+    weights = {f"module.{name}": tensor for name, tensor in Recognizer().state_dict().items()}
+    shapes = {name: tuple(weights[name].shape) for name in weights}
+    assert shapes["module.FeatureExtraction.ConvNet.0.weight"] == (32, 1, 3, 3)
+    assert shapes["module.SequenceModeling.0.rnn.weight_hh_l0_reverse"] == (1024, 256)
+    assert shapes["module.SequenceModeling.1.linear.bias"] == (256,)
+    assert shapes["module.Prediction.weight"] == (97, 256)
     path = tmp_path_factory.mktemp("easyocr") / "english_g2.pth"
     torch.save(weights, path)
     return path
@@ -39,9 +40,10 @@ def file(tmp_path_factory):
 def test_every_weight_of_the_file_finds_its_place(file):
     torch.manual_seed(1)
     network = module.load_recognizer(str(file))
-    for name, tensor in torch.load(file, weights_only=True).items():
-        prefix = next(prefix for prefix in NAMES if name.startswith(prefix))
-        assert torch.equal(network.state_dict()[NAMES[prefix] + name.removeprefix(prefix)], tensor)
+    weights = torch.load(file, weights_only=True)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(weights.pop(f"module.{name}"), tensor)
+    assert not weights
     assert not network.training
     with torch.no_grad():
         assert network(torch.zeros(2, 1, 64, 96)).shape == (2, 23, 97)

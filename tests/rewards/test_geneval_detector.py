@@ -7,6 +7,7 @@ from PIL import Image
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import coco
+from crd_fast.prompts.geneval_metadata import draw_prompts
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.geneval_detector import (
     ColorClassifier,
@@ -269,7 +270,7 @@ def test_the_reward_judges_what_was_detected(reward, monkeypatch):
 
 
 def test_end_to_end_from_a_recipe(mask2former_folder, clip_folder):
-    metadata = coco.draw_prompts(True, np.random.default_rng(0), 6)
+    metadata = draw_prompts(coco.prompts(True), np.random.default_rng(0), 6)
     images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     settings = {"path": str(mask2former_folder), "clip": str(clip_folder), "batch": 4}
     rewards = Rewards({"geneval_mask2former": settings}, device="cpu")

@@ -7,7 +7,8 @@ import pytest
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import coco
-from crd_fast.prompts.geneval_metadata import check_metadata
+from crd_fast.prompts.geneval_metadata import check_metadata, draw_prompts
+from crd_fast.prompts.lists import PromptLists
 from crd_fast.prompts.source import PromptSource, read_prompts
 from crd_fast.prompts.world import TAGS
 
@@ -86,15 +87,17 @@ def test_training_prompts_without_those_of_a_file(tmp_path, monkeypatch):
 
 
 def test_draws_give_every_category_its_share():
-    drawn = coco.draw_prompts(True, np.random.default_rng(3), 60)
+    drawn = draw_prompts(coco.prompts(True), np.random.default_rng(3), 60)
     assert [sum(entry["tag"] == tag for entry in drawn) for tag in TAGS] == [10] * 6
     assert len({entry["prompt"] for entry in drawn}) == 60
-    assert drawn == coco.draw_prompts(True, np.random.default_rng(3), 60)
-    assert len(coco.draw_prompts(True, np.random.default_rng(0), 600)) == 600  # more than single_object has
+    assert drawn == draw_prompts(coco.prompts(True), np.random.default_rng(3), 60)
+    assert (
+        len(draw_prompts(coco.prompts(True), np.random.default_rng(0), 600)) == 600
+    )  # more than single_object has
 
 
 def test_from_a_recipe_by_name():
-    train, held_out = PromptSource("geneval"), PromptSource("geneval-heldout")
+    train, held_out = PromptLists({"geneval": 1.0}), PromptSource("geneval-heldout")
     drawn = train.draw(12, seed=1, iteration=2)
     assert drawn == train.draw(12, seed=1, iteration=2) != train.draw(12, seed=1, iteration=3)
     assert {entry["tag"] for entry in drawn} == set(TAGS)

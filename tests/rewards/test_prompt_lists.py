@@ -75,13 +75,6 @@ def test_the_files_take_turns_within_an_iteration(written):
     assert all({one, other} == {"a", "b"} for one, other in itertools.pairwise(drawn))
 
 
-def test_one_file_is_drawn_as_it_is_alone(written):
-    path = written("a", 10)
-    assert PromptLists({path: 5.0}).draw(4, 7, 3) == PromptSource(path).draw(4, 7, 3)
-    for name in ("builtin", "ocr-words"):  # with categories, and a list
-        assert PromptLists({name: 1.0}).draw(4, 7, 3) == PromptSource(name).draw(4, 7, 3)
-
-
 @pytest.mark.parametrize(
     "prompts, words",
     [

@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 
 from crd_fast.errors import UserError
 from crd_fast.prompts import world
+from crd_fast.prompts.geneval_metadata import draw_prompts
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
 from crd_fast.train.features import METRIC, random_features, relative_distance
@@ -21,7 +22,7 @@ ASKED = (f"evaluate.drift={SCALE}", "evaluate.features=random")
 
 def rendered(seed, count=200):
     rng = np.random.default_rng(seed)
-    entries = world.draw_prompts(False, rng, count)
+    entries = draw_prompts(world.prompts(False), rng, count)
     images = world.render_scenes([world.scene(entry, rng) for entry in entries])
     return (images * 255).round().astype(np.uint8)
 
@@ -99,7 +100,7 @@ def test_pictures_that_the_guided_bases_evaluation_has_drawn_are_not_drawn_again
 def test_a_negative_prompt_makes_other_pictures_of_the_guided_base(tmp_path):
     """What is kept of the guided base is not used for those of other negative prompts."""
     path = tmp_path / "asked.jsonl"
-    entries = world.draw_prompts(True, np.random.default_rng(0), 4)
+    entries = draw_prompts(world.prompts(True), np.random.default_rng(0), 4)
 
     def evaluated(**more):
         path.write_text("".join(json.dumps(entry | more) + "\n" for entry in entries))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from crd_fast.prompts import world
+from crd_fast.prompts.geneval_metadata import draw_prompts
 from crd_fast.rewards.geneval import judge
 from crd_fast.rewards.registry import Rewards
 from crd_fast.rewards.world_detector import detect
@@ -47,7 +48,7 @@ def test_detector_sees_what_was_drawn_and_not_only_what_was_asked_for():
 
 def test_wrong_pictures_are_not_correct():
     rng = np.random.default_rng(3)
-    entries = world.draw_prompts(False, rng, 300)
+    entries = draw_prompts(world.prompts(False), rng, 300)
     images = render(entries, rng)
     shuffled = entries[1:] + entries[:1]  # neighbours have different categories
     correct = [judge(detect(image), entry).clean for image, entry in zip(images, shuffled)]
@@ -62,7 +63,7 @@ def test_nothing_on_blank_images(value):
 @pytest.mark.parametrize("mean, spread", [(0.5, 0.5), (0.5, 0.2), (0.3, 0.1), (0.09, 0.1)])
 def test_nothing_is_correct_on_noise(mean, spread):
     rng = np.random.default_rng(4)
-    entries = world.draw_prompts(True, rng, 100)
+    entries = draw_prompts(world.prompts(True), rng, 100)
     images = np.clip(mean + spread * rng.standard_normal((100, 32, 32, 3)), 0, 1).astype(np.float32)
     assert not any(judge(detect(image), entry).correct for image, entry in zip(images, entries))
 
@@ -111,8 +112,8 @@ def test_pretraining_names_no_held_out_combination():
 
 
 def test_draws_are_balanced_and_repeatable():
-    first = world.draw_prompts(True, np.random.default_rng(0), 384)
-    assert first == world.draw_prompts(True, np.random.default_rng(0), 384)
+    first = draw_prompts(world.prompts(True), np.random.default_rng(0), 384)
+    assert first == draw_prompts(world.prompts(True), np.random.default_rng(0), 384)
     assert {tag: sum(e["tag"] == tag for e in first) for tag in world.TAGS} == dict.fromkeys(world.TAGS, 64)
 
 

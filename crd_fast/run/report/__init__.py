@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from crd_fast.errors import UserError
 from crd_fast.run.new_files import write_atomically
 from crd_fast.run.observer import Observer
+from crd_fast.run.progress import duration
 from crd_fast.run.report.advice import advice
 from crd_fast.run.report.charts import TEMPLATES, charts
 from crd_fast.run.report.held_out import (
@@ -33,7 +34,7 @@ from crd_fast.run.report.run import Run, read_run
 from crd_fast.run.report.samples import samples
 from crd_fast.run.report.spent import phases, seconds_of, spent
 from crd_fast.run.report.warnings import warnings
-from crd_fast.run.report.words import duration, label, signed
+from crd_fast.run.report.words import label, signed
 
 logger = logging.getLogger("crd_fast")
 

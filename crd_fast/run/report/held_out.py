@@ -10,7 +10,7 @@ from crd_fast.run.hacking import Fall, first_falls, planned_evaluations
 from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
-from crd_fast.run.scores import LEVEL, Comparison, compare_metric, deviation, gap, mean_of, measure_of
+from crd_fast.run.scores import LEVEL, Comparison, compare_metric, deviation, error_of, gap, measure_of
 
 NOT_CATEGORIES = ("overall", "clean", "reward_mean", "reward_std", "images")
 REWARD = "reward_mean"
@@ -120,15 +120,6 @@ def best_before(run: Run, name: str) -> tuple[int, Comparison] | None:
     return (best["iteration"], both) if both is not None and both.p < LEVEL / len(run.evaluated) else None
 
 
-def standard_error(run: Run, iteration: int, name: str) -> float | None:
-    """Of a metric in one evaluation, None where it is not known."""
-    if iteration not in run.scores:
-        return None
-    found = measure_of(run.scores[iteration], name)
-    error = mean_of(run.scores[iteration], *found)[1] if found else math.nan
-    return None if math.isnan(error) else error
-
-
 def headline(run: Run, found: list[Change]) -> str:
     """The result in one plain sentence."""
     if not found:
@@ -138,9 +129,9 @@ def headline(run: Run, found: list[Change]) -> str:
     what = f"Held-out {name}" if held_out else f"{name.capitalize()} on the evaluated prompts"
     if first is last:
         when = f"after iteration {first['iteration']}" if first["iteration"] else "before training"
-        error = standard_error(run, first["iteration"], main.name)
+        error = error_of(run.scores.get(first["iteration"]), main.name)
         shown = f"{main.after:.{digits(error)}f}"
-        said = "." if error is None else f", standard error {error:.{digits(error)}f}."
+        said = "." if math.isnan(error) else f", standard error {error:.{digits(error)}f}."
         return f"{what} {when} is {shown}{said}"
     places = digits(main.error)
     when = counted(last["iteration"] - first["iteration"])

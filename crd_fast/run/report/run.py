@@ -80,10 +80,8 @@ def read_run(folder: Path) -> Run:
         path = scores_path(folder, iteration)
         try:
             run.scores[iteration] = read_scores(path)
-        except UserError:
-            run.problems.append(f"{path.relative_to(folder)} could not be read.")
-        except OSError:  # an evaluation of an earlier version
-            pass
+        except (UserError, OSError):
+            run.problems.append(f"{path.relative_to(folder)} could not be read: errors are not known.")
     return run
 
 

@@ -6,8 +6,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from crd_fast.run.progress import duration
 from crd_fast.run.report.run import Run, number, series
-from crd_fast.run.report.words import duration
 
 # the seconds of each phase in metrics.jsonl, how it is called, and the phase of its memory
 PHASES = (
@@ -45,7 +45,7 @@ def spent(run: Run) -> list[tuple[str, str]]:
     found, rows = [], run.trained
     seconds = seconds_of(run)
     if seconds:
-        found.append(("time", _long(seconds)))
+        found.append(("time", duration(seconds)))
     each = [sum(number(row, key) for key, _, _ in PHASES[:3]) for row in rows]
     each = [value for value in each if math.isfinite(value)]
     if each:
@@ -86,8 +86,3 @@ def _total(run: Run, key: str) -> float:
 
 def _most(run: Run, key: str) -> float:
     return max((value for value in series(run.metrics, key) if math.isfinite(value)), default=math.nan)
-
-
-def _long(seconds: float) -> str:
-    """Hours as well, where a run is paid by them."""
-    return duration(seconds) + (f" ({seconds / 3600:.2f} h)" if seconds >= 360 else "")

@@ -10,13 +10,11 @@ from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import (
     NOT_CATEGORIES,
     Change,
-    best_before,
-    ends,
     exploited,
     trained_on,
 )
 from crd_fast.run.report.run import Run, number, series
-from crd_fast.run.report.words import digits, label, sentence
+from crd_fast.run.report.words import label, sentence
 
 
 def warnings(run: Run, found: list[Change]) -> list[str]:
@@ -35,7 +33,7 @@ def warnings(run: Run, found: list[Change]) -> list[str]:
             f"From iteration {run.evaluated[0]['iteration']} on the run was evaluated otherwise (other "
             "prompts, guidance, steps or judges): its earlier evaluations are left out."
         )
-    said += _not_paired(run) + _warned(run)
+    said += _warned(run)
     categories = [change for change in found if change.name not in NOT_CATEGORIES]
     for change in categories:
         if change.fell(among=len(categories)):
@@ -45,17 +43,6 @@ def warnings(run: Run, found: list[Change]) -> list[str]:
 
 def _size(change: Change) -> str:
     return f"{abs(change.difference):.{change.digits}f}"
-
-
-def _not_paired(run: Run) -> list[str]:
-    if len(run.evaluated) < 2:
-        return []
-    first, last = (run.scores.get(row["iteration"]) for row in ends(run))
-    if first is None or last is None:
-        return ["The first or the last evaluation has no scores of single pictures: errors are not known."]
-    if sorted(first.pictures) != sorted(last.pictures):
-        return ["The first and the last evaluation have other prompts or seeds: errors are not known."]
-    return []
 
 
 def _warned(run: Run) -> list[str]:
@@ -78,25 +65,8 @@ def _training_warnings(run: Run, found: list[Change]) -> list[str]:
             said.append(
                 f"The training reward rose by {gain:.2f} but the held-out result did not: overfitting."
             )
-        said += _better_before(run, main)
-    flat = sum(value < 1e-6 for value in series(rows, "reward_std"))
-    if flat:
-        said.append(f"In {flat} of {len(rows)} iterations all samples got the same reward: nothing to learn.")
-    limit = (run.config.get("train") or {}).get("max_grad_norm")
-    clipped = sum(value > float(limit or math.inf) for value in series(rows, "grad_norm"))
-    if clipped > len(rows) / 2:
-        said.append(f"The gradient was clipped to {limit} in {clipped} of {len(rows)} iterations.")
     for key in ("reward_mean", "policy_loss", "kl_loss", "grad_norm"):
         bad = [row["iteration"] for row in rows if key in row and not math.isfinite(number(row, key))]
         if bad:
             said.append(f"{label(key)} is not a finite number at iteration {bad[0]}.")
     return said
-
-
-def _better_before(run: Run, main: Change) -> list[str]:
-    found = best_before(run, main.name)
-    if found is None:
-        return []
-    iteration, both = found
-    lost = f"{-both.difference:.{digits(both.error)}f}"
-    return [f"The evaluation at iteration {iteration} was {lost} better than the last."]
