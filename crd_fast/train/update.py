@@ -248,7 +248,7 @@ class Updater:
                     chunk.old = self._velocity(chunk, "old")
                     continue
                 rows = chunk.pairs.policy.nonzero().flatten()
-                chunk.old = chunk.x  # where the term has no weight any finite prediction will do
+                chunk.old = chunk.x  # where the term has no weight `_measure` puts the policy's prediction
                 if len(rows):
                     old = self._velocity(chunk[rows], "old")
                     chunk.old = chunk.x.to(old.dtype).index_put((rows,), old)
@@ -335,6 +335,9 @@ class Updater:
     def _measure(self, chunk: Chunk, policy: torch.Tensor) -> crd_kernels.Stats:
         old = policy if self._old_is_policy else chunk.old
         assert old is not None  # `_old` or `_rows` came before
+        if self._weighted and not self._old_is_policy:  # a pair without the term has an implicit reward of 0
+            rows = (chunk.pairs.policy == 0).nonzero().flatten()
+            old = old.index_copy(0, rows, policy[rows].to(old.dtype))
         return crd_kernels.measure(
             policy,
             old,

@@ -153,14 +153,16 @@ def test_inputs_of_checkpointed_blocks_go_to_the_host_and_nothing_else():
 def test_groups_with_equal_rewards_have_an_anchor_alone(setting):
     """The first group of two: no policy's term, its anchored pairs as before, its others not run at all."""
     model, _, pairs, *_ = setting
-    policy, anchor = torch.ones(len(pairs)), torch.ones(len(pairs))
-    policy[:SAMPLES], anchor[1:SAMPLES] = 0.0, 0.0
-    skipped = Pairs(**vars(pairs) | {"policy": policy, "anchor": anchor})
-    _, gradient = gradients(setting, 4, skipped)
+    policy, anchor, advantage = torch.ones(len(pairs)), torch.ones(len(pairs)), pairs.advantage.clone()
+    policy[:SAMPLES], anchor[1:SAMPLES], advantage[:SAMPLES] = 0.0, 0.0, 0.0
+    skipped = Pairs(**vars(pairs) | {"policy": policy, "anchor": anchor, "advantage": advantage})
+    metrics, gradient = gradients(setting, 4, skipped)
     assert model.samples_run[True] == len(pairs) - SAMPLES + 1
     rest = Pairs(**vars(pairs[SAMPLES:]))
-    _, of_rest = gradients(setting, 4, rest)
-    first = Pairs(**vars(pairs[:1]) | {"policy": torch.zeros(1)})
+    metrics_of_rest, of_rest = gradients(setting, 4, rest)
+    for name in ("policy_loss", "implicit_reward_abs", "implicit_variance", "old_deviation"):
+        assert metrics[name] * len(pairs) == pytest.approx(metrics_of_rest[name] * len(rest)), name
+    first = skipped[:1]
     _, of_first = gradients(setting, 4, first)
     expected = (of_rest * len(rest) + of_first) / len(pairs)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-10)
