@@ -22,7 +22,7 @@ from torch import nn
 
 from crd_fast.errors import MissingPackage, UserError, reason_of
 from crd_fast.rewards import craft
-from crd_fast.rewards.ocr import TextReward, check_settings, checked_confidence, lines_of
+from crd_fast.rewards.ocr import TextReward, check_settings
 
 # of the classes, after the blank of CTC
 CHARACTERS = string.digits + string.punctuation + " €" + string.ascii_uppercase + string.ascii_lowercase
@@ -149,15 +149,12 @@ class EasyOCR(TextReward):
         path: str | None = None,
         detector: str | None = None,
     ):
-        check_settings("easyocr", mode, 1, side)
-        self.mode, self.confidence, self.side = mode, checked_confidence("easyocr", confidence), side
+        check_settings("easyocr", mode, side, confidence=confidence)
+        self.mode, self.confidence, self.side = mode, confidence, side
         self.network = load_recognizer(path)
         self.detector = load_detector(detector) if mode == "scene" else None
 
-    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
-        return lines_of(self._words, images, self.mode)
-
-    def _words(self, image: np.ndarray) -> list[np.ndarray]:
+    def crops(self, image: np.ndarray) -> list[np.ndarray]:
         assert self.detector is not None
         return craft.words(self.detector, image, self.side)
 

@@ -33,11 +33,12 @@ def is_ours(name: str, settings: Mapping, shipped: Mapping[str, str]) -> bool:
     """Whether a reward runs nobody's code and asks no other machine. shipped: the names that are known."""
     address = settings.get("url", name if name.startswith(("http://", "https://")) else None)
     if name == "http" or address is not None:
-        return is_loopback(_host(str(address)))
+        return is_loopback(host_of(str(address)))
     return name in shipped
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
+    """The name or number of `SCHEME://HOST:PORT/...`, or of `//HOST:PORT`; "" where there is none."""
     try:
         return urlsplit(address).hostname or ""
     except ValueError:

@@ -173,14 +173,16 @@ def reader(threads: int, side: int) -> Reader:
 class TextReward(ABC):
     """The rule of `ocr`, for whatever reads the text.
 
-    Read with less than `confidence` a line counts as not read.
+    mode: `word` takes the picture for one line, `scene` finds them. Read with less than `confidence` a line
+    counts as not read.
     """
 
+    mode: str
     confidence: float
 
     @abstractmethod
-    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
-        """Pictures of single lines, uint8 RGB (H, W, 3), in reading order, and which image each is from."""
+    def crops(self, image: np.ndarray) -> list[np.ndarray]:
+        """The lines of text in a picture, in reading order. All are uint8 RGB (H, W, 3)."""
 
     @abstractmethod
     def read_lines(self, images: Sequence[np.ndarray]) -> list[tuple[str, float]]:
@@ -188,7 +190,7 @@ class TextReward(ABC):
 
     def read(self, images: np.ndarray) -> list[str]:
         """The text of each picture; lines are joined by spaces. images: uint8 (N, H, W, 3)."""
-        owners, crops = self.lines(images)
+        owners, crops = lines_of(self.crops, images, self.mode)
         texts: list[list[str]] = [[] for _ in images]
         for owner, (text, confidence) in zip(owners, self.read_lines(crops)):
             if confidence >= self.confidence:
@@ -219,12 +221,12 @@ class OCR(TextReward):
     def __init__(
         self, mode: str = "scene", confidence: float = 0.5, threads: int = 1, side: int = DETECTOR_SIDE
     ):
-        check_settings("ocr", mode, threads, side)
-        self.mode, self.confidence = mode, checked_confidence("ocr", confidence)
+        check_settings("ocr", mode, side, threads, confidence)
+        self.mode, self.confidence = mode, confidence
         self.reader = reader(threads, side)
 
-    def lines(self, images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
-        return lines_of(self.reader.crops, images, self.mode)
+    def crops(self, image: np.ndarray) -> list[np.ndarray]:
+        return self.reader.crops(image)
 
     def read_lines(self, images: Sequence[np.ndarray]) -> list[tuple[str, float]]:
         return self.reader.read_lines(images)
@@ -248,7 +250,7 @@ class OCRDense:
         threads: int = 1,
         side: int = DETECTOR_SIDE,
     ):
-        check_settings("ocr_dense", mode, threads, side)
+        check_settings("ocr_dense", mode, side, threads)
         if reduction not in ("mean", "total"):
             raise UserError(f"reward ocr_dense: reduction: expected mean or total, got {reduction!r}")
         if not 0 < scale < math.inf:
@@ -296,7 +298,7 @@ class OCRDense:
         return -ctc_loss(log_probabilities, classes, frames, letters, reduction="sum").item()
 
 
-def check_settings(name: str, mode: str, threads: int, side: int) -> None:
+def check_settings(name: str, mode: str, side: int, threads: int = 1, confidence: float = 0.5) -> None:
     """Raises UserError for what a reader of this name cannot be made with."""
     if mode not in MODES:
         raise UserError(f"reward {name}: mode: expected scene or word, got {mode!r}")
@@ -304,12 +306,8 @@ def check_settings(name: str, mode: str, threads: int, side: int) -> None:
         raise UserError(f"reward {name}: threads: expected at least 1, got {threads!r}")
     if not isinstance(side, int) or side < 32:
         raise UserError(f"reward {name}: side: expected at least 32 pixels, got {side!r}")
-
-
-def checked_confidence(name: str, confidence: float) -> float:
     if not 0 <= confidence <= 1:
         raise UserError(f"reward {name}: confidence: expected 0 to 1, got {confidence!r}")
-    return confidence
 
 
 def lines_of(

@@ -39,8 +39,8 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
-from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind, host_of
-from crd_fast.rewards.foreign import is_loopback
+from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind
+from crd_fast.rewards.foreign import host_of, is_loopback
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.rgb import to_rgb
@@ -184,7 +184,7 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()
     held = 0  # requests that are read, wait or are scored; only the event loop's thread counts
 
     def addressed(request: Request) -> None:
-        if token is None and not is_loopback(host_of(request.headers.get("host", ""))):
+        if token is None and not is_loopback(host_of(f"//{request.headers.get('host', '')}")):
             raise HTTPException(421, "expected this machine's own name in Host, or a token")
 
     def authorise(request: Request) -> None:

@@ -2,9 +2,9 @@
 
 For what holds Python's lock or may take the process with it. A call is what it is without workers, one
 prompt's samples or the part of an evaluation, so that values are the same; several calls are at work at once.
-A worker that dies or gives no answer within `timeout` is ended and started
-again, and its call repeated once. Workers are in process groups of their own, which end with this process
-however it ends, and do not get its Ctrl-C.
+A worker that dies or gives no answer within `timeout` is ended and started again, and its call repeated once.
+Workers are in process groups of their own, which end with this process however it ends, and do not get its
+Ctrl-C.
 """
 
 from __future__ import annotations

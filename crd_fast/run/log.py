@@ -51,7 +51,8 @@ class RunLog:
                 aside = next(path for path in names if not path.exists())
                 self._metrics.replace(aside)
                 logger.warning("warning: no checkpoint yet: starting over; its metrics are now %s", aside)
-            self._replace_metrics([record for record in records if record["iteration"] <= after])
+            kept = (record for record in records if record["iteration"] <= after)
+            write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
         self._watch = Watch(
@@ -74,9 +75,6 @@ class RunLog:
 
     def close(self) -> None:
         self._trackers.close()
-
-    def _replace_metrics(self, records: list[dict]) -> None:
-        write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def refuse_existing(output: Path) -> None:
