@@ -2,9 +2,9 @@
 
 For what holds Python's lock or may take the process with it. A call is what it is without workers, one
 prompt's samples or the part of an evaluation, so that values are the same; several calls are at work at once.
-A worker that dies or gives no answer within `timeout` is ended and started again, and its call repeated once.
-Workers are in process groups of their own, which end with this process however it ends, and do not get its
-Ctrl-C.
+Pictures travel in shared memory. A worker that dies or gives no answer within `timeout` is ended and started
+again, and its call repeated once. Workers are in process groups of their own, which end with this process
+however it ends, and do not get its Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, resource_tracker, util
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -31,6 +33,7 @@ from crd_fast.rewards.scoring import checked, failure, is_remote, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
 METHODS = ("check", "report")  # that a reward may have
+SHARED = Path("/dev/shm")
 TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
 log = logging.getLogger(__name__)
 
@@ -108,10 +111,11 @@ class Workers:
 
 
 class _Worker:
-    """One process, which gets pictures and answers through a pipe."""
+    """One process, and the memory in which it gets pictures."""
 
     def __init__(self) -> None:
         self._process: multiprocessing.process.BaseProcess | None = None
+        self._memory: SharedMemory | None = None
         self._ended = False
         self._changing = threading.Lock()  # between a thread that starts it and the one that ends all
 
@@ -142,8 +146,11 @@ class _Worker:
 
     def ask(self, method: str, arguments: tuple, timeout: float | None) -> Any:
         """What the reward's method returns. Raises _Lost if it dies or takes longer; then it has ended."""
+        pictures, rest = None, arguments
+        if arguments and isinstance(arguments[0], np.ndarray):
+            pictures, rest = self._share(arguments[0]), arguments[1:]
         try:
-            self._connection.send((method, arguments))
+            self._connection.send((method, pictures, rest))
         except OSError:
             self._lose()
         return self._answer(timeout)
@@ -163,6 +170,20 @@ class _Worker:
             base, name, text = answer
             raise type(name, (base,), {})(text)
         raise kind(answer)
+
+    def _share(self, images: np.ndarray) -> tuple:
+        """Puts them where the worker finds them; themselves, by the pipe, where shared memory is full."""
+        if self._memory is None or self._memory.size < images.nbytes:
+            self._release()
+            try:
+                memory = SharedMemory(create=True, size=max(images.nbytes, 1))
+                _reserve(memory)
+            except OSError:
+                return None, images
+            self._memory = memory
+        shared = np.ndarray(images.shape, images.dtype, buffer=self._memory.buf)
+        shared[...] = images
+        return self._memory.name, (images.shape, images.dtype)
 
     def _lose(self, how: str | None = None) -> None:
         process = self._process
@@ -187,16 +208,39 @@ class _Worker:
         self._connection.close()
         return process.exitcode
 
+    def _release(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
+            memory.unlink()
+
     def end(self) -> None:
         """For good."""
         with self._changing:
             self._ended = True
             self.kill()
+            self._release()
 
 
 def _close(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.end()
+
+
+def _reserve(memory: SharedMemory) -> None:
+    """Raises OSError where there is no room: a container may have 64 MB, and writing beyond kills."""
+    file = SHARED / memory.name.lstrip("/")
+    if not file.exists():
+        return
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.posix_fallocate(descriptor, 0, memory.size)
+    except OSError:
+        memory.close()
+        memory.unlink()
+        raise
+    finally:
+        os.close(descriptor)
 
 
 # -- in the worker ------------------------------------------------------------------------------------------
@@ -207,10 +251,13 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     os.setpgid(0, 0)
     _end_with_parent()
     kind, reward = _outcome(name, _load, pickled, device)
+    memory = _Memory()
     try:
         parent.send((kind, None if kind == "value" else reward))
         while True:
-            method, arguments = parent.recv()
+            method, pictures, arguments = parent.recv()
+            if pictures is not None:
+                arguments = (memory.pictures(*pictures), *arguments)
             parent.send(_outcome(name, _call, name, reward, method, arguments))
     except (EOFError, BrokenPipeError):
         return
@@ -244,13 +291,28 @@ def _load(pickled: bytes, device: str) -> Any:
 def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method == "offers":
         return [method for method in METHODS if hasattr(reward, method)]
-    for argument in arguments:
-        if isinstance(argument, np.ndarray):
-            read_only(argument)
     if method != "score":
         return getattr(reward, method)(*arguments)
     with torch.no_grad():
         return with_none(checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0])))
+
+
+class _Memory:
+    """The pictures that are shared with the other process."""
+
+    def __init__(self) -> None:
+        self._memory: SharedMemory | None = None
+
+    def pictures(self, memory: str | None, found: Any) -> np.ndarray:
+        """A read-only copy, which the reward may keep."""
+        if memory is None:
+            return read_only(found)
+        if self._memory is None or self._memory.name != memory:
+            if self._memory is not None:
+                self._memory.close()
+            self._memory = SharedMemory(memory)
+        shape, dtype = found
+        return read_only(np.array(np.ndarray(shape, dtype, buffer=self._memory.buf)))
 
 
 def _end_with_parent() -> None:

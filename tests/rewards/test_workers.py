@@ -19,7 +19,7 @@ from PIL import Image
 
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards, load
-from crd_fast.rewards.workers import RewardFailed, Workers
+from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
 from tests.cli.conftest import SMALL, metrics
 from tests.forked import crd_fast
 
@@ -93,9 +93,20 @@ def test_calls_are_at_work_at_the_same_time(rewards):
     assert len(scored(rewards("both", workers=2, timeout=PATIENCE), pictures(2), ["a", "b"])) == 2
 
 
-def test_pictures_that_fill_the_pipe_many_times(rewards):
-    images = pictures(3, 512)
-    assert scored(rewards("mean", workers=1), images, ["a"]) == scored(rewards("mean"), images, ["a"])
+def test_larger_and_smaller_pictures_and_none_in_shared_memory(rewards, monkeypatch):
+    found, alone = rewards("mean", workers=1), rewards("mean")
+    for size in (4, 64, 2, 65):
+        images = pictures(3, size)
+        assert scored(found, images, ["a"]) == scored(alone, images, ["a"])
+    monkeypatch.setattr("crd_fast.rewards.workers._reserve", full)
+    images = pictures(3, 128)
+    assert scored(found, images, ["a"]) == scored(alone, images, ["a"])
+
+
+def full(memory):
+    memory.close()
+    memory.unlink()
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("how", ["exits", "killed", "hangs"])
@@ -197,10 +208,12 @@ def test_auto_is_the_cores_but_one(folder, monkeypatch):
 
 
 def test_nothing_is_left_after_the_end(rewards):
+    segments = set(SHARED.iterdir())
     found = rewards("process", workers=2)
     processes = set(map(int, scored(found, pictures(20), [str(i) for i in range(20)])))
+    assert set(SHARED.iterdir()) - segments
     found.close()
-    assert all(map(gone, processes))
+    assert all(map(gone, processes)) and not set(SHARED.iterdir()) - segments
     with pytest.raises(UserError, match="have been ended"):
         scored(found, pictures(1), ["a"])
 
