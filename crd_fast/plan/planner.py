@@ -20,7 +20,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
 from crd_fast.models.pipeline import PipelineModel
-from crd_fast.models.streaming import pinned_bytes
+from crd_fast.models.streaming import SLAB, pinned_bytes
 from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
@@ -305,15 +305,16 @@ class Planner:
                 parts = peak.parts | {"latents": peak.parts["latents"] + more}
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
             if account.graphs > 1:
-                self._keep(result, account.graph * (unit - micro_batch) // micro_batch)
+                self._keep(result, account.graph, unit / micro_batch)
         self._count(result, account, count, prompts * group * timesteps)
 
-    def _keep(self, result: Plan, others: int) -> None:
-        """The graphs of a unit's other micro-batches, in bytes, beside that of the one that goes backward."""
+    def _keep(self, result: Plan, graph: int, count: float) -> None:
+        """The graphs of a unit's micro-batches, of so many bytes each: on the host all of them, on the device
+        the others beside that of the one that goes backward."""
         if result.kept_graphs == "host":
-            result.host_bytes += others
+            result.host_bytes += math.ceil(graph * count / SLAB) * SLAB
             return
-        peak = self.live.peaks["update"]
+        others, peak = round(graph * (count - 1)), self.live.peaks["update"]
         parts = peak.parts | {"activations": peak.parts.get("activations", 0) + others}
         self.live.peaks["update"] = Peak(peak.bytes + others, parts)
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from crd_fast.errors import UserError, did_you_mean
 from crd_fast.run.log import ENVIRONMENT
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.new_files import write_atomically
@@ -62,6 +63,7 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
                 spent["samples"] += rollout.prompts_per_iteration * rollout.samples_per_prompt
                 spent["seconds"] += sum(record[name] for name in SECONDS)
             if "eval/images" in record:
+                _check_measure(study, cell.task, record)
                 run = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, **spent}
                 where = {name: environment[name] for name in ("cpu", "threads", "gpu", "commit")}
                 found.append(run | record | where)
@@ -73,6 +75,15 @@ def collect(study: Study, output: Path, say: Callable[[str], None] = print) -> l
         if both is not None and not math.isnan(both.error) and cell.arm != study.baseline:
             found[-1] |= {f"paired/{measure}": both.difference, f"paired_error/{measure}": both.error}
     return found
+
+
+def _check_measure(study: Study, task: str, record: dict) -> None:
+    """Raises UserError where an evaluation has not what the task is measured by."""
+    measure = study.tasks[task].measure
+    if f"eval/{measure}" not in record:
+        known = [name.removeprefix("eval/") for name in record if name.startswith("eval/")]
+        near = did_you_mean(measure, known) or f"; known: {', '.join(known)}"
+        raise UserError(f"tasks.{task}.measure: expected one of its evaluations', got {measure}{near}")
 
 
 def write_results(study: Study, output: Path, say: Callable[[str], None] = print) -> list[Path]:

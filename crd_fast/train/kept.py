@@ -13,12 +13,12 @@ class OnHost(saved_tensors_hooks):
 
     With checkpointed blocks that is their inputs: hooks outside a block see nothing of its inside. Weights,
     which are kept anyway, and small tensors stay. The copies are in the order of the stream that computes, so
-    that nothing waits for them but what comes after. bytes: how much went to the host.
+    that nothing waits for them but what comes after. bytes: how much went to the host. pinned: where to, of
+    all that is kept at a time, as its pieces are large.
     """
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module, pinned: Pinned):
         weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        pinned = Pinned()
         self.bytes = 0
 
         def pack(tensor: torch.Tensor):

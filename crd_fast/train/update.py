@@ -16,6 +16,7 @@ from functools import partial
 import crd_kernels
 import torch
 
+from crd_fast.models.streaming import Pinned
 from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.schema import LossConfig
@@ -153,11 +154,11 @@ class Updater:
     ) -> tuple[crd_kernels.Stats, crd_kernels.Coefficients]:
         """Forwards with gradient; their graphs are held until all are measured."""
         policies, parts = [], []
-        on_host = self.kept_graphs == "host" and len(chunks) > 1
+        on_host, pinned = self.kept_graphs == "host" and len(chunks) > 1, Pinned()
         for chunk in chunks:
             if self.one_pass:
                 self._rows(chunk, policy=False)
-            with OnHost(self.model.transformer) if on_host else nullcontext():
+            with OnHost(self.model.transformer, pinned) if on_host else nullcontext():
                 policies.append(self._velocity(chunk))
             parts.append(self._measure(chunk, policies[-1].detach()))
             if self.objective.coupled:  # its gradient does not need old

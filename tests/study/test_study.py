@@ -183,6 +183,12 @@ def test_prompts_in_a_file_of_ones_own(study, inside, tmp_path, monkeypatch):
     assert code == 0 and "written: out/table.md" in text, err
     code, text, err = inside(*asked)
     assert code == 0 and "run 1" not in text and "written: out/table.md" in text, err
+    misspelt = STUDY | {"tasks": {"shapes": shapes | {"measure": "reward_maen"}}}
+    study.write_text(yaml.safe_dump(misspelt, sort_keys=False))
+    code, _, err = inside(*asked, "--results")
+    assert code == 2 and "shapes.measure: expected one of its evaluations', got reward_maen" in err
+    assert "did you mean 'reward_mean'" in err
+    study.write_text(yaml.safe_dump(STUDY | {"tasks": {"shapes": shapes}}, sort_keys=False))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "prompts.txt").write_text("a photo of a triangle\n")

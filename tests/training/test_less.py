@@ -9,6 +9,7 @@ import torch
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.builtin import PATCH, WORLD, BuiltinModel
+from crd_fast.models.streaming import Pinned
 from crd_fast.ranks import Ranks
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.draws import drawn_in_groups, drawn_weights, inclusion, systematic
@@ -125,6 +126,21 @@ def test_kept_graphs_save_a_forward_and_change_no_bit(setting, micro_batch, cent
     assert model.samples_run == {True: run[True], False: run[False] - len(pairs)}
 
 
+def test_kept_graphs_of_a_group_share_pieces_of_pinned_memory(setting, monkeypatch):
+    """A piece has 256 MB: one for each micro-batch would be several times what is kept."""
+    seen = []
+
+    class Noted(OnHost):
+        def __init__(self, network, pinned):
+            seen.append(pinned)
+            super().__init__(network, pinned)
+
+    monkeypatch.setattr("crd_fast.train.update.OnHost", Noted)
+    gradients(setting, 1, updater={"kept_graphs": "host"})
+    pairs = len(setting[2])
+    assert len(seen) == pairs and len(set(map(id, seen))) == pairs // SAMPLES
+
+
 def test_inputs_of_checkpointed_blocks_go_to_the_host_and_nothing_else():
     """Their gradients are the same to the bit, and what is inside a block is recomputed there."""
     model = BuiltinModel.load(WORLD)
@@ -141,7 +157,7 @@ def test_inputs_of_checkpointed_blocks_go_to_the_host_and_nothing_else():
         velocity.square().sum().backward()
         return [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
-    expected, on_host = gradient(nullcontext()), OnHost(network)
+    expected, on_host = gradient(nullcontext()), OnHost(network, Pinned())
     found = gradient(on_host)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     tokens = count * (model.kind.height // PATCH) * (model.kind.width // PATCH)
