@@ -29,7 +29,7 @@ FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before: taken as it is
 STATE, TENSORS = "state.json", "training.safetensors"
 MARKS = (STATE, durable.MANIFEST)  # files that say that a folder is a checkpoint
-PARTIAL, DAMAGED, BEST = "partial-", "damaged-", "best"
+PARTIAL, DAMAGED, COPIED, BEST = "partial-", "damaged-", "copied-", "best"
 NAME = re.compile(r"iteration-(\d{6,})")
 
 logger = logging.getLogger("crd_fast")
@@ -89,13 +89,20 @@ def _remove_old(folder: Path, keep: int, best: int | None) -> None:
 
 
 def mark_best(folder: Path) -> None:
-    """Makes `best`, beside the checkpoint, a link to it, where the file system has links."""
+    """Makes `best`, beside the checkpoint, a link to it, where the file system has links.
+
+    A copy of the run may have a checkpoint itself in the link's place: it gets another name, which is said.
+    """
     link, partial = folder.with_name(BEST), folder.with_name(PARTIAL + BEST)
-    if link.exists() and not link.is_symlink():
+    taken = link.exists() and not link.is_symlink()
+    if taken and not is_checkpoint(link):
         return  # somebody else's
     with contextlib.suppress(OSError, NotImplementedError):
         partial.unlink(missing_ok=True)
         partial.symlink_to(folder.name)
+        if taken:
+            aside = _put_aside(link, COPIED)
+            logger.warning("warning: %s: a copy where a link was: it is now called %s", link, aside.name)
         partial.replace(link)
 
 
@@ -190,9 +197,9 @@ def _damage(folder: Path) -> str | None:
     return durable.damage(folder)
 
 
-def _put_aside(folder: Path) -> Path:
+def _put_aside(folder: Path, prefix: str = DAMAGED) -> Path:
     """Renames what has a checkpoint's name and is none that counts. Returns its new name."""
-    names = (f"{DAMAGED}{folder.name}" + f".{count}" * (count > 0) for count in itertools.count())
+    names = (f"{prefix}{folder.name}" + f".{count}" * (count > 0) for count in itertools.count())
     return folder.rename(next(p for p in map(folder.with_name, names) if not os.path.lexists(p)))
 
 

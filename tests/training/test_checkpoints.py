@@ -188,6 +188,19 @@ def test_a_folder_called_best_is_left_alone(tmp_path):
     assert checkpoint.find(tmp_path) == folder / "iteration-000001"
 
 
+def test_a_copy_of_a_run_finds_its_best_again(tmp_path, caplog):
+    """Copied with `cp -rL`, by a cloud's tools or in an archive, it has a folder where the link was."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(save(folder, 1), folder / "best")
+    checkpoint.mark_best(save(folder, 2))
+    assert checkpoint.read_state(folder / "best")["iteration"] == 2
+    assert checkpoint.read_state(folder / "copied-best")["iteration"] == 1
+    assert caplog.messages == [
+        f"warning: {folder / 'best'}: a copy where a link was: it is now called copied-best"
+    ]
+    assert checkpoint.find(tmp_path) == folder / "iteration-000002"
+
+
 def test_what_has_the_name_already_is_put_aside(tmp_path):
     (tmp_path / "iteration-000001").mkdir()
     (tmp_path / "iteration-000001" / "mine.txt").write_text("mine")
