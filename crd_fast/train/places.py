@@ -16,11 +16,13 @@ RANDOM = "random"  # in evaluate.features: of a network with random weights, whi
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The same with absolute paths of what is here: folders of models, files of prompts, rewards' files."""
+    """The same with absolute paths of what is here: folders of models, LoRA, prompts, rewards' files."""
     values = recipe.model_dump()
     model = values["model"]
     if model["path"] not in WORLDS and os.path.isdir(model["path"]):  # else a hub id
         model["path"] = os.path.abspath(model["path"])
+    if model["init_lora"] is not None and os.path.exists(model["init_lora"]):
+        model["init_lora"] = os.path.abspath(model["init_lora"])
     if model["prompt_cache"] != "default":
         model["prompt_cache"] = os.path.abspath(model["prompt_cache"])
     prompts = values["rollout"]["prompts"]

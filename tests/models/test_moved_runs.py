@@ -108,3 +108,12 @@ def test_features_are_of_the_folder_that_the_run_began_with(tmp_path, monkeypatc
     for name in ("clip", "random"):
         (tmp_path / name).mkdir()
     assert found("clip") == str(tmp_path / "clip") and found("random") == "random"
+
+
+def test_a_lora_to_begin_with_is_found_from_anywhere(tmp_path, monkeypatch):
+    """A run that is stopped before its first checkpoint begins with it again."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": {"path": "org/name", "init_lora": "lora.safetensors"}}
+    assert absolute(build_recipe(settings)).model.init_lora == "lora.safetensors"  # which is then missed
+    Path("lora.safetensors").touch()
+    assert absolute(build_recipe(settings)).model.init_lora == str(tmp_path / "lora.safetensors")
