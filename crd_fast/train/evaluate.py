@@ -120,12 +120,13 @@ class Evaluation:
 
     def run(self, observer: Observer = NOBODY) -> Evaluated:
         """With the active weights. Each rank makes its part of the images; the main process scores them."""
-        return self.run_with(
-            Sampling.of(self.recipe, self.recipe.evaluate, self.empty, self.micro_batch), observer
-        )
+        config = self.recipe.evaluate
+        if config.guidance_scale > 1 >= self.recipe.rollout.guidance_scale:
+            return self.run_with(self.guided(config.guidance_scale), observer)
+        return self.run_with(Sampling.of(self.recipe, config, self.empty, self.micro_batch), observer)
 
     def guided(self, guidance_scale: float) -> Sampling:
-        """As evaluations are sampled, but for the guidance, of which the recipe's own know nothing."""
+        """As evaluations are sampled, but for the guidance, of which the rollout knows nothing."""
         # guided forwards are twice as large; whether these fit says nothing about others
         size = max(1, self.micro_batch.size // 2)
         config = self.recipe.evaluate.model_copy(update={"guidance_scale": guidance_scale})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crd_fast.config import build_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.rewards import Rewards
@@ -54,6 +54,20 @@ def test_a_checkpoint_of_such_a_run_is_evaluated_on_prompts_that_are_given(off):
         HeldOut(recipe, Rewards(recipe.rewards))
     recipe = build_recipe(off, [f"evaluate.prompts={off['rollout']['prompts']}"])
     assert len(HeldOut(recipe, Rewards(recipe.rewards)).entries) == 2
+
+
+def test_guided_evaluations_of_unguided_rollouts_leave_the_rollouts_micro_batch(tmp_path, monkeypatch):
+    """Their forwards are twice as large: what they do not fit with says nothing about the rollout."""
+    trainer = Trainer(load_recipe("builtin", ["rollout.micro_batch=8"]), tmp_path / "run")
+    evaluation, drawn = trainer.evaluation, []
+    monkeypatch.setattr(evaluation, "run_with", lambda sampling, observer: drawn.append(sampling))
+    for guided, rollout in ((1.0, 1.0), (4.5, 1.0), (4.5, 4.5)):
+        changes = [f"evaluate.guidance_scale={guided}", f"rollout.guidance_scale={rollout}"]
+        evaluation.recipe = build_recipe(trainer.recipe.model_dump(), changes)
+        evaluation.run()
+    assert [sampling.micro_batch.size for sampling in drawn] == [8, 4, 8]
+    assert [sampling.guidance_scale for sampling in drawn] == [1.0, 4.5, 4.5]
+    assert [sampling.micro_batch is evaluation.micro_batch for sampling in drawn] == [True, False, True]
 
 
 def test_held_out_prompts_of_a_file_are_evaluated_and_not_trained_on(tiny, recipe, tmp_path, caplog):
