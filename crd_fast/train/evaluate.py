@@ -45,6 +45,11 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
+def pictures_of(model, latents: torch.Tensor) -> np.ndarray:
+    """uint8 (N, height, width, 3), decoded a few at a time: as floats, many take gigabytes."""
+    return np.concatenate([to_uint8(decoded(model, part)) for part in latents.split(DECODED)])
+
+
 class HeldOut:
     """What an evaluation asks for and who judges it: checked, and tried out, before anything is loaded.
 
@@ -143,9 +148,7 @@ class Evaluation:
             sampling,
             observer=observer,
         )
-        # a few at a time: as floats, the images of an evaluation would take gigabytes
-        images = np.concatenate([to_uint8(decoded(self.model, part)) for part in latents.split(DECODED)])
-        return self.ranks.gather(images)[: len(self)], latents
+        return self.ranks.gather(pictures_of(self.model, latents))[: len(self)], latents
 
     def run_with(self, sampling: Sampling, observer: Observer = NOBODY) -> Evaluated:
         """The active weights' pictures, sampled so, and their scores on the main process."""

@@ -23,8 +23,8 @@ from crd_fast.rewards.scoring import with_none
 from crd_fast.run.new_files import write_new
 from crd_fast.seeds import seed_table
 from crd_fast.sizes import Resolution
-from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, tile, to_uint8
-from crd_fast.train.micro_batch import decoded, release_memory, resolve_micro_batch
+from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, pictures_of, tile
+from crd_fast.train.micro_batch import release_memory, resolve_micro_batch
 from crd_fast.train.places import check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
@@ -254,7 +254,7 @@ def sample_grid(
         seeds,
         sampling,
     )
-    images = to_uint8(decoded(model, latents))
+    images = pictures_of(model, latents)
     png = BytesIO()
     Image.fromarray(tile(images, columns=samples)).save(png, "PNG")
     write_new(out, "--out", png.getvalue())
