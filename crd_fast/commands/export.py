@@ -62,6 +62,8 @@ def export(
     out = out.expanduser()
     if to == "comfyui" and out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a name that ends with .safetensors")
+    if to != "comfyui" and out.suffix == ".safetensors":
+        raise UserError(f"--out {out}: --to {to} writes a folder, expected a name without .safetensors")
     if base_model is not None and to != "hub":
         raise UserError(f"--base-model: is for the model card of --to hub, got --to {to}")
     with made_beside(out, "--out") as partial, TemporaryDirectory() as aside, console.status("exporting"):

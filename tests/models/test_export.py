@@ -224,6 +224,13 @@ def test_nothing_is_written_over_and_nothing_is_left(inside, run_of, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("to, name", [("comfyui", "lora"), ("diffusers", "lora.safetensors")])
+def test_a_name_says_whether_a_file_or_a_folder_is_wanted(inside, tmp_path, to, name):
+    code, _, errors = inside("export", tmp_path, "--to", to, "--out", tmp_path / name)
+    assert code == 2 and f"{name}: " in errors and ".safetensors" in errors
+    assert not (tmp_path / name).exists()
+
+
 def test_what_comfyui_does_not_read(inside, run_of, tmp_path):
     code, _, errors = inside(
         *("export", run_of("sana"), "--to", "comfyui", "--out", tmp_path / "a.safetensors")
