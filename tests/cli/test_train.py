@@ -143,8 +143,8 @@ def test_bfloat16_weights_follow_float32(inside, no_charts, small, tmp_path):
         assert code == 0, err
         found[name] = metrics(tmp_path / name)[-4:], weights(tmp_path / name, 4)
     (wide, wide_weights), (narrow, narrow_weights) = found["wide"], found["narrow"]
-    # predictions in bfloat16 are right to 2^-8 each; gradients are sums of what is left of differences, of few
-    # samples, where a processor's way of rounding shows: in one iteration as 18 % of the policy's loss
+    # predictions in bfloat16 are right to 2^-8 each; gradients are sums of what is left of differences.
+    # Of few samples a processor's way of rounding shows: in one iteration as 18 % of the policy's loss.
     for name, tolerance in {"kl_loss": 0.05, "policy_loss": 0.15, "grad_norm": 0.2}.items():
         one, two = (sum(record[name] for record in records) for records in (wide, narrow))
         assert two == pytest.approx(one, rel=tolerance), name
