@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +81,9 @@ def check_configs(folder: Path) -> None:
         _read_object(folder / name / file)
 
 
-def check_scheduler(folder: Path, config: Mapping[str, object]) -> None:
+def check_scheduler(folder: Path) -> None:
     """Raises UserError for a schedule that is not walked from noise to image by the flow alone."""
+    config = _read_object(folder / "scheduler" / "scheduler_config.json")
     for key, wanted in (
         ("num_train_timesteps", 1000),
         ("invert_sigmas", False),

@@ -61,6 +61,7 @@ class PipelineModel(FlowModel):
         if recipe.model.text_length != "default":
             self.text_length = recipe.model.text_length
         self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        checks.check_scheduler(folder)
         self.scheduler = self._scheduler()
         self.pipe = self._skeleton()
         self.lora_loader = self.pipeline
@@ -383,9 +384,7 @@ class PipelineModel(FlowModel):
             raise UserError(
                 f"{self.folder / 'scheduler'}: expected FlowMatchEulerDiscreteScheduler, got {found}"
             )
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        checks.check_scheduler(self.folder, scheduler.config)
-        return scheduler
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
 
 
 def encodes_on_gpu(weights: int, free: int) -> bool:

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 
 from crd_fast.errors import UserError
-from crd_fast.models import checks, negative
+from crd_fast.models import negative
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.prompt_reader import Reading
 
@@ -49,7 +49,6 @@ class SanaModel(PipelineModel):
 
     def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         own = self.component_class("scheduler").from_pretrained(self.folder, subfolder="scheduler")
-        checks.check_scheduler(self.folder, own.config)
         if isinstance(own, FlowMatchEulerDiscreteScheduler):
             return own
         if not own.config.get("use_flow_sigmas"):

@@ -2,26 +2,12 @@
 
 import json
 
-from crd_fast.config import build_recipe, load_recipe
+from crd_fast.config import build_recipe
 from crd_fast.prompts.source import PromptSource
 from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
-
-SETTINGS = [
-    "rollout.prompts_per_iteration=2",
-    "rollout.samples_per_prompt=2",
-    "rollout.steps=2",
-    "train.timesteps=1",
-    "train.steps_per_iteration=1",
-    "evaluate.steps=1",
-    "evaluate.max_prompts=4",
-    "model.method=lora",
-]
-
-
-def recipe(*more):
-    return load_recipe("builtin", [*SETTINGS, *more])
+from tests.training.test_resuming import recipe
 
 
 def test_the_best_is_found_anew_where_the_file_of_prompts_was_edited(tmp_path, caplog):
