@@ -322,8 +322,7 @@ class TrainConfig(Section):
     """Share of each group that goes backward, drawn without bias. Below 1 it saves little and learns more
     slowly with groups of 8."""
     skip_equal_groups: bool = False
-    """No policy term where all rewards of a group are equal. It saves up to a fifth of a short run with a
-    reward of few values; a long run ended lower, as the term there holds the policy near `old`."""
+    """No policy term where rewards of a group are equal: a fifth less of a short run, worse in a long one."""
     kept_graphs: Literal["none", "device", "host"] = "none"
     """A group larger than the micro-batch is run forward twice, unless the graphs are kept, on the device or
     in pinned host memory. Same numbers."""

@@ -55,7 +55,7 @@ def say_warning(line: str) -> None:
 @contextmanager
 def with_consent() -> Iterator[None]:
     """Where a loaded file names code: the command that allows it, as it can be typed."""
-    from crd_fast.rewards.foreign import OPTION, NeedsConsent
+    from crd_fast.rewards.consent import OPTION, NeedsConsent
 
     try:
         yield

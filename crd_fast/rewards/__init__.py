@@ -28,14 +28,7 @@ generated; in an evaluation with up to 64 images, no prompt's samples parted. Wi
 same ones, several at work at once, each in a process that has loaded the reward for itself.
 """
 
-from crd_fast.rewards.registry import (
-    REWARDS,
-    Rewards,
-    check_consent,
-    load,
-    name_of,
-    named,
-    needs_consent,
-)
+from crd_fast.rewards.consent import check_consent, needs_consent
+from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named
 
 __all__ = ["REWARDS", "Rewards", "check_consent", "load", "name_of", "named", "needs_consent"]

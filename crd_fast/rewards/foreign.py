@@ -1,10 +1,4 @@
-"""Code that is not this package's: which rewards bring some, how it is found, and who has to agree to it.
-
-A recipe that somebody gives to `crd-fast train`, and a name on the command line, are their own word. What a
-checkpoint's `state.json` or a run's `config.yaml` names is the word of whoever wrote that file, so that
-commands which read one refuse to run code, or to send pictures elsewhere, that its rewards name, until they
-are told otherwise.
-"""
+"""Rewards that are not this package's: how their code is found, and which address is of this machine."""
 
 from __future__ import annotations
 
@@ -21,20 +15,6 @@ from urllib.parse import urlsplit
 
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.rewards.scoring import failure
-
-OPTION = "--allow-code"
-
-
-class NeedsConsent(UserError):
-    """A loaded file names what the command may do only with `--allow-code`."""
-
-
-def is_ours(name: str, settings: Mapping, shipped: Mapping[str, str]) -> bool:
-    """Whether a reward runs nobody's code and asks no other machine. shipped: the names that are known."""
-    address = settings.get("url", name if name.startswith(("http://", "https://")) else None)
-    if name == "http" or address is not None:
-        return is_loopback(host_of(str(address)))
-    return name in shipped
 
 
 def host_of(address: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
-from crd_fast.rewards.foreign import OPTION, NeedsConsent, check_arguments, imported, is_ours
+from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
 from crd_fast.rewards.workers import Workers, cores, refuses
@@ -273,28 +273,6 @@ def whole_prompts(prompts: list[str]) -> list[slice]:
         if stop - parts[-1] > CALL_IMAGES and start > parts[-1]:
             parts.append(start)
     return [slice(*part) for part in itertools.pairwise([*parts, len(prompts)])]
-
-
-def needs_consent(recipe: Any) -> list[str]:
-    """The rewards and judges of a recipe that run code, or ask a server, which do not ship.
-
-    A server of this machine is not among them. Of a loaded file they need `--allow-code`.
-    """
-    return [
-        str(name)
-        for rewards in (recipe.rewards, recipe.eval_rewards)
-        for name, value in rewards.items()
-        if not is_ours(str(name), value if isinstance(value, Mapping) else {}, REWARDS)
-    ]
-
-
-def check_consent(recipe: Any, source: str) -> None:
-    """Raises NeedsConsent for such a recipe. source: the file or folder that it was loaded from."""
-    if found := needs_consent(recipe):
-        raise NeedsConsent(
-            f"{source} names rewards that do not ship with crd-fast, and running them runs code, or asks "
-            f"servers, that whoever wrote it chose: {', '.join(found)}. If you trust it, add {OPTION}"
-        )
 
 
 def default_device() -> str:

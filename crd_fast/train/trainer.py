@@ -21,7 +21,7 @@ from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
-from crd_fast.rewards.foreign import OPTION
+from crd_fast.rewards.consent import OPTION
 from crd_fast.run import profiling
 from crd_fast.run.gpu_memory import GpuMemory
 from crd_fast.run.log import SMALLEST_SPACE, RunLog, refuse_full
