@@ -6,9 +6,10 @@ CHECKOUT: of Flow-Factory, whose CRD trainer is compared (public_trainer.py). Eq
 Diffusion 3 of the real classes, fp32, with the same base and adapters, old and policy unlike; the same 4
 prompts x 8 samples x timesteps, two by default, each with the forwards of old, of the policy and of the
 guided reference, the loss, the backward pass; one step of AdamW; both with activation checkpointing or both
-without. The public trainer centers over its micro-batch. At the group's size that is the same, and gradients
-must agree to rounding before anything is timed. Below, it computes something else, at 1 no policy gradient
-at all, by as many forwards as this trainer has where it keeps graphs. `bare` are these forwards and backward
+without. The public trainer centers over its micro-batch. At the group's size that is the same, and
+gradients must agree to rounding before anything is timed. Below, it computes something else, at 1 no policy
+gradient at all, by as many forwards as this trainer has where it keeps graphs. In the last cases this
+trainer has `train.compile`, which the public one has no setting for. `bare` are these forwards and backward
 passes of the network and nothing else: no loss, no noise.
 
 CPU seconds. Two take turns (crd_turns.py); what counts is the median of the rounds' ratios.
@@ -30,7 +31,7 @@ import torch
 
 from benchmarks import measure_iteration, public_trainer
 from crd_fast.config import build_recipe
-from crd_fast.models import load_model
+from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks
 from crd_fast.run.machine import cpu_name, git_commit
 from crd_fast.seeds import seeded_noise
@@ -47,14 +48,25 @@ RESULT = Path(__file__).parent / "results" / "compare-trainer.json"
 PROMPTS = measure_iteration.PROMPTS
 CLOSE = 1e-4  # of the gradient's norm, in fp32
 GROUP = 8
-# checkpointing, micro-batch, rounds against bare forwards
-CASES = [(False, GROUP, 5), (False, 2, 0), (False, 1, 0), (True, GROUP, 0), (True, 1, 0)]
+# checkpointing, micro-batch, rounds against bare forwards, ours compiled
+CASES = [
+    (False, GROUP, 5, False),
+    (False, 2, 0, False),
+    (False, 1, 0, False),
+    (True, GROUP, 0, False),
+    (True, 1, 0, False),
+    (False, GROUP, 0, True),
+    (False, 1, 0, True),
+    (True, GROUP, 0, True),
+]
 
 
 class Case:
     """Both trainers at one micro-batch, on the same inputs."""
 
-    def __init__(self, checkout: Path, root: Path, checkpointing: bool, micro_batch: int, steps: int):
+    def __init__(
+        self, checkout: Path, root: Path, checkpointing: bool, micro_batch: int, steps: int, compiled: bool
+    ):
         values = measure_iteration.recipe_of(root / "sd3").model_dump()
         values["rollout"]["steps"] = steps
         values["train"] |= {
@@ -62,10 +74,15 @@ class Case:
             "checkpointing": checkpointing,
             "kept_graphs": "none" if micro_batch == GROUP else "device",
             "steps_per_iteration": 1,
+            "compile": compiled,
         }
         self.recipe = recipe = build_recipe(values)
         self.model = load_model(recipe, PROMPTS)
         self.weights: Any = make_weights(self.model, recipe)
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it would go on uncompiled
+            compile_blocks(self.model.transformer)
         self._scatter()
         self.ranks, self.optimizer = Ranks(), make_optimizer(recipe, self.weights.trained())
         self.updater = Updater(
@@ -106,6 +123,11 @@ class Case:
         strength = self.updater.objective.anchor_strength(self.advantage_PK)
         prompts = np.arange(len(PROMPTS))
         return draw_pairs(self.recipe, 0, self.sigmas, prompts, prompts, self.advantage_PK, strength)
+
+    @property
+    def graphs(self) -> int:
+        """That torch.compile has made, in this process."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def noise(self) -> torch.Tensor:
         """(N, T, C, h, w), as the updater draws it."""
@@ -184,19 +206,25 @@ def turns(runs: dict, rounds: int) -> dict:
 
 
 def measured(case: Case, rounds: int, rounds_bare: int) -> dict:
-    train = case.recipe.train
+    train, graphs = case.recipe.train, case.graphs
     difference, size = case.gradient_difference()
+    if train.compile and case.graphs == graphs:
+        raise SystemExit("train.compile: no graph was compiled, nothing is timed")
+    graphs = case.graphs
     if train.micro_batch == GROUP and difference >= CLOSE:
         raise SystemExit(f"gradients differ by {difference:.2g} of their norm: nothing is timed")
     result = {
         "micro_batch": train.micro_batch,
         "checkpointing": train.checkpointing,
         "kept_graphs": train.kept_graphs,
+        "compile": train.compile,
         "pairs": len(case.pairs()),
         "gradient_difference": difference,
         "public_gradient_norm": size,
         "turns": turns({"ours": case.ours, "public": case.theirs}, rounds),
     }
+    if case.graphs != graphs:
+        raise SystemExit(f"train.compile: {case.graphs - graphs} graphs were compiled while it was timed")
     if rounds_bare:
         result["floor"] = turns({"bare": case.bare, "ours": case.ours}, rounds_bare)
     return result
@@ -229,8 +257,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         measure_iteration.pipeline(root / "sd3")
-        for checkpointing, micro_batch, rounds_bare in CASES:
-            case = Case(options.checkout, root, checkpointing, micro_batch, options.steps)
+        for checkpointing, micro_batch, rounds_bare, compiled in CASES:
+            case = Case(options.checkout, root, checkpointing, micro_batch, options.steps, compiled)
             cases.append(measured(case, options.rounds, rounds_bare))
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(cases[-1]), flush=True)
