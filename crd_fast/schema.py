@@ -316,8 +316,8 @@ class TrainConfig(Section):
     timestep_range: float = Field(0.99, gt=0, le=1)
     """Share of the denoising that is trained, from the noise on."""
     timestep_sampling: Literal["uniform", "high-noise", "by-signal"] = "uniform"
-    """Where they are drawn: everywhere alike, in the noisier half, or where gradients were large. `high-
-    noise` suits rewards of layout and hurts fine detail."""
+    """Where they are drawn: everywhere alike, in the noisier half, or where gradients were large. High noise
+    alone suits rewards of layout and hurts fine detail."""
     backward_fraction: float = Field(1.0, gt=0, le=1)
     """Share of each group that goes backward, drawn without bias. Below 1 it saves little and learns more
     slowly with groups of 8."""
