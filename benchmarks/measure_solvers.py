@@ -44,6 +44,7 @@ def measured(checkpoint: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint's folder")
+    parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
     result = {
         "cpu": cpu_name(),
@@ -52,7 +53,7 @@ def main() -> None:
         "pictures": PROMPTS,
         "checkpoints": {Path(name).name: measured(name) for name in arguments.checkpoints},
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
