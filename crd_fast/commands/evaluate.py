@@ -100,7 +100,7 @@ def evaluate(
             model,
             lambda source: asked(
                 source,
-                change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else dict,
+                change=(lambda values: benchmarks.geneval_recipe(values, settings)) if benchmark else None,
                 allow_code=allow_code,
                 rewards=typed_rewards(reward, settings),
                 size=pixels,

@@ -20,7 +20,7 @@ def combine(rewards: dict[str, np.ndarray], weights: dict[str, float], aggregate
     """
     total: np.ndarray | float = 0.0
     scored = np.array(False)
-    for name, reward_PK in rewards.items():
+    for name, reward_PK in weighted(rewards, weights).items():
         known_PK = ~np.isnan(reward_PK)
         mean_P1 = masked_mean(reward_PK, known_PK)
         if aggregate == "gdpo":
@@ -29,6 +29,11 @@ def combine(rewards: dict[str, np.ndarray], weights: dict[str, float], aggregate
         total = total + weights[name] * np.where(known_PK, reward_PK, mean_P1)
         scored = scored | known_PK
     return np.where(scored, total, np.nan)
+
+
+def weighted(rewards: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Those that are trained on; all where none is."""
+    return {name: of for name, of in rewards.items() if weights[name]} or rewards
 
 
 def advantages(reward_PK: np.ndarray, std: str, kind_P: np.ndarray | None = None) -> np.ndarray:
@@ -78,9 +83,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.where(known, places / max(1, 2 * len(found)), np.nan)
 
 
-def kinds(rewards: dict[str, np.ndarray]) -> np.ndarray:
-    """A number for the set of rewards that score a prompt, (P,): what others score is no measure for it."""
-    scored_PR = np.stack([~np.isnan(reward_PK).all(axis=1) for reward_PK in rewards.values()], axis=1)
+def kinds(rewards: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
+    """A number for the set of rewards that train a prompt, (P,): what others score is no measure for it."""
+    trained = weighted(rewards, weights).values()
+    scored_PR = np.stack([~np.isnan(reward_PK).all(axis=1) for reward_PK in trained], axis=1)
     return np.unique(scored_PR, axis=0, return_inverse=True)[1].reshape(-1)
 
 

@@ -26,10 +26,12 @@ def geneval_recipe(values: dict, settings: dict | None = None) -> dict:
     """
     builtin = values["model"]["path"] == "builtin"
     rewards = {**values.get("eval_rewards", {}), **values["rewards"]}
-    name = next((name for name in rewards if name in GENEVAL_REWARDS), None)
+    usable = GENEVAL_REWARDS if builtin else GENEVAL_REWARDS[-1:]  # the others read the built-in world alone
+    name = next((name for name in rewards if name in usable), None)
     name = name or ("geneval" if builtin else "geneval_mask2former")
     known = rewards.get(name)
     known = known if isinstance(known, dict) else {}
+    known = {key: value for key, value in known.items() if key != "optional"}  # of a judge alone
     prompts = "builtin-heldout" if builtin else "geneval-heldout"
     return values | {
         "rewards": {name: {**known, **(settings or {}), "weight": 1.0}},

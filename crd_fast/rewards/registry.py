@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
+from crd_fast.rewards.advantage import weighted
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
@@ -209,6 +210,7 @@ class Rewards:
 
     def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """The sum of the rewards by weight, of values as `score` returns them; NaN where none scored."""
+        values = weighted(values, self.weights)
         known = {name: ~np.isnan(value) for name, value in values.items()}
         total = sum(self.weights[name] * np.where(known[name], value, 0.0) for name, value in values.items())
         return np.where(np.any(list(known.values()), axis=0), total, np.nan)

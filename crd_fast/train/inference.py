@@ -17,10 +17,12 @@ from crd_fast.errors import UserError, did_you_mean
 from crd_fast.models import load_model, sizes_at_most
 from crd_fast.models.base import FlowModel
 from crd_fast.models.negative import encode_negatives, probe, texts
+from crd_fast.prompts.source import HELDOUT, SOURCES
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
 from crd_fast.rewards.scoring import with_none
 from crd_fast.run.new_files import write_new
+from crd_fast.schema import AUTO
 from crd_fast.seeds import seed_table
 from crd_fast.sizes import Resolution
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, pictures_of, tile
@@ -151,7 +153,7 @@ def _fitting(model: str) -> str:
 
 def asked(
     found: Source,
-    change: Callable[[dict], dict] = lambda values: values,
+    change: Callable[[dict], dict] | None = None,
     allow_code: bool = False,
     rewards: dict[str, Any] | None = None,
     size: Resolution | None = None,
@@ -162,14 +164,17 @@ def asked(
     change: the recipe's values to those that are used, before the rest. allow_code: whether rewards that do
     not ship may run, where a checkpoint names them. overrides: keys of the section `evaluate`; None keeps it.
     """
-    values = change(found.recipe.model_dump())
+    values = found.recipe.model_dump()
+    values = change(values) if change else values
     if rewards is not None:
         values |= {"rewards": rewards, "eval_rewards": {}}
     if size is not None:
         values = of_size(values, size)
+    if (overrides.get("prompts") or AUTO).removesuffix(HELDOUT) not in (AUTO, *SOURCES):
+        values["evaluate"]["max_prompts"] = None  # a file's are all asked for: the limit is for the recipe's
     values["evaluate"] |= {key: value for key, value in overrides.items() if value is not None}
     recipe = build_recipe(values)
-    if not found.own:
+    if not found.own and change is None:
         lacking = {"--reward": rewards, "--prompts": overrides.get("prompts")}
         if missing := [option for option, given in lacking.items() if given is None]:
             raise UserError(f"{' and '.join(missing)}: expected for {recipe.model.path}, which has no recipe")

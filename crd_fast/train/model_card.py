@@ -17,6 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from crd_fast import __version__
 from crd_fast.models import checks
+from crd_fast.run.hacking import weights_of_rewards
 from crd_fast.run.report import facts
 from crd_fast.run.report.held_out import (
     REWARD,
@@ -120,8 +121,16 @@ def run_until(trained: Trained) -> Run | None:
         return None
     run = read_run(trained.run)
     return dataclasses.replace(
-        run, metrics=[row for row in run.metrics if row["iteration"] <= trained.iteration]
+        run,
+        metrics=[row for row in run.metrics if row["iteration"] <= trained.iteration],
+        warned=[line for line in run.warned if warned_at(line) <= trained.iteration],
     )
+
+
+def warned_at(line: str) -> int:
+    """The iteration that a line of warnings.txt begins with; 0 where it has none."""
+    found = re.match(r"iteration (\d+):", line)
+    return int(found[1]) if found else 0
 
 
 def said_of(run: Run | None) -> dict[str, Any]:
@@ -149,15 +158,19 @@ def rows(run: Run) -> list[dict[str, str]]:
     order = [name for name in names if name.startswith("reward/")]
     order += [name for name in names if name.startswith("judge/")]
     order += [name for name in names if "/" not in name and name not in (REWARD, "reward_std", "images")]
+    given = run.config.get("rewards") or {}
+    untrained = set(given) - set(weights_of_rewards(given))
     found = []
     for name in [REWARD, *order]:
         change = change_of(run, name)
         if change is None:
             continue
-        kind, _, own = name.rpartition("/")
+        kind, _, own = name.partition("/") if "/" in name else ("", "", name)  # addresses have more of them
         role = {"reward": "trained on", "judge": "judge"}.get(
             kind, "trained on" if name == REWARD else "reported"
         )
+        if kind == "reward" and own in untrained:
+            role = "weight 0"
         title = "Reward, weighted sum" if name == REWARD else label(without_folders(own))
         places = change.digits
         error = "error not known" if change.error is None else f"± {change.error:.{places}f}"

@@ -11,7 +11,10 @@ from crd_fast.run.report.run import read_run
 from tests.cli.report_runs import CONFIG, Page, fake_run, guided_base, metrics
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example-run"
-DONE = CONFIG | {"train": CONFIG["train"] | {"iterations": 40}}
+DONE = CONFIG | {
+    "train": CONFIG["train"] | {"iterations": 40},
+    "rewards": CONFIG["rewards"] | {"a": 1.0, "b": {"weight": 1.0}, "unwanted": -0.1, "watched": 0.0},
+}
 
 
 def advised(folder):
@@ -75,6 +78,13 @@ CASES = [
         {"reward/a": lambda p: 0.8 - 0.2 * p + noise(p) / 10, "reward/b": lambda p: p},
         *("reward/a", "to 0.6", "a larger weight"),
     ),
+    (
+        {
+            "reward/watched": lambda p: 0.8 - 0.2 * p + noise(p) / 10,
+            "reward/unwanted": lambda p: 0.6 + 0.2 * p + noise(p) / 10,
+        },
+        *("reward/unwanted", "to 0.8", "a more negative weight"),
+    ),
 ]
 
 
@@ -85,6 +95,12 @@ def test_what_is_off_is_named_with_its_value(tmp_path, no_charts, values, metric
     assert value in found.value and tries in "; ".join(found.tries)
     page = Page(write_report(folder))
     assert "What to try next" in page.text and f"{metric} {found.value}: {found.said}" in page.text
+
+
+def test_what_falls_as_it_is_to_fall_needs_no_advice(tmp_path, no_charts):
+    falling = {f"reward/{name}": lambda p: 0.8 - 0.2 * p + noise(p) / 10 for name in ("unwanted", "watched")}
+    folder = fake_run(tmp_path, changed(metrics(40), **falling), config=DONE)
+    assert not any(name.startswith("reward/") for name in advised(folder))
 
 
 def test_a_reward_that_rises_in_spite_of_equal_groups_at_the_end_is_healthy(tmp_path):
@@ -117,7 +133,8 @@ def test_evaluations_that_say_what_is_off(tmp_path):
 
 
 def test_every_rule_is_tried_here():
-    assert len(RULES) == len({metric for _, metric, _, _ in CASES}) + 5  # two of two metrics, three above
+    known = {metric for _, metric, _, _ in CASES}
+    assert len(RULES) == len(known) + 4  # two of two metrics, one of two, three above
 
 
 def test_what_it_took(tmp_path, no_charts):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
+from crd_fast.run.report.run import Run
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train import model_card
 from crd_fast.train.export import Trained, write_comfyui, write_fused
@@ -153,6 +154,26 @@ def test_a_folder_for_the_hub(inside, run_of, tiny, tmp_path):
     names = {}
     exec(code.replace("torch.bfloat16", "torch.float32"), names)
     assert names["image"].size == (RESOLUTION, RESOLUTION)
+
+
+def test_a_card_of_an_earlier_checkpoint_has_no_later_warning(tmp_path):
+    for name, text in {
+        "config.yaml": "{}",
+        "metrics.jsonl": '{"iteration": 10}\n{"iteration": 20}\n',
+        "warnings.txt": "iteration 10: early\niteration 20: late\nfrom the start\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    run = model_card.run_until(SimpleNamespace(run=tmp_path, iteration=10))
+    assert run.warned == ["iteration 10: early", "from the start"] and len(run.metrics) == 1
+
+
+def test_the_roles_on_a_card(tmp_path):
+    """Names may have slashes, as addresses and files have, and a reward of weight 0 is not trained on."""
+    names = ["reward/http://127.0.0.1:8701", "reward/ink", "judge//home/me/my.py:f", "reward_mean", "clean"]
+    run = Run(tmp_path, config={"rewards": {"http://127.0.0.1:8701": {"weight": 1.0}, "ink": 0.0}})
+    run.metrics = [{"iteration": i, **{f"eval/{name}": 0.1 * i for name in names}} for i in (0, 10)]
+    roles = {row["name"]: row["role"] for row in model_card.rows(run)}
+    assert list(roles.values()) == ["trained on", "trained on", "weight 0", "judge", "reported"]
 
 
 def test_the_licence_of_the_base(inside, run_of, tiny, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import crd_fast.cli
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.rewards.geneval_benchmark import geneval_recipe, geneval_table
+from crd_fast.train.inference import Source, asked
 
 
 def recipe(path, rewards, eval_rewards=None):
@@ -27,6 +28,13 @@ def recipe(path, rewards, eval_rewards=None):
             {"geneval_mask2former": {"path": "/models/m2f", "weight": 1.0, "batch": 2}},
             "geneval-heldout",
         ),
+        (  # a judge of this name reads the built-in world alone, and a reward cannot be optional
+            "sd3",
+            {"geneval": 1.0},
+            {"geneval_mask2former": {"path": "/models/m2f", "optional": True}},
+            {"geneval_mask2former": {"path": "/models/m2f", "weight": 1.0, "batch": 2}},
+            "geneval-heldout",
+        ),
     ],
 )
 def test_the_recipes_own_detector_comes_first(path, rewards, judges, expected, prompts):
@@ -39,6 +47,22 @@ def test_the_recipes_own_detector_comes_first(path, rewards, judges, expected, p
 def test_what_comes_out_is_a_recipe():
     values = geneval_recipe(load_recipe("builtin").model_dump())
     assert build_recipe(values).evaluate.prompts == "builtin-heldout"
+
+
+def test_a_file_is_asked_for_whole():
+    """The limit of a recipe is for its own prompts: of a file by categories it would leave the first ones."""
+    source = Source(load_recipe("builtin", ["evaluate.max_prompts=4"]))
+    limits = {
+        prompts: asked(source, prompts=prompts).recipe.evaluate.max_prompts
+        for prompts in (None, "builtin-heldout", "mine.jsonl")
+    }
+    assert limits == {None: 4, "builtin-heldout": 4, "mine.jsonl": None}
+
+
+def test_a_model_without_a_recipe_has_the_benchmarks_reward():
+    source = Source(build_recipe({"model": {"path": "foo/bar"}}), own=False)
+    found = asked(source, geneval_recipe, prompts="mine.jsonl").recipe
+    assert list(found.rewards) == ["geneval_mask2former"] and found.evaluate.prompts.endswith("mine.jsonl")
 
 
 def test_the_table_has_the_papers_columns():

@@ -63,7 +63,7 @@ def test_advantages_are_of_what_was_scored():
     a = np.array([[0.0, 1.0, NAN, 3.0], [NAN] * 4, [5.0, 5.0, 7.0, 7.0]])
     b = np.array([[NAN] * 4, [100.0, 300.0, 200.0, NAN], [NAN] * 4])
     found, weights = {"a": a, "b": b}, {"a": 2.0, "b": 0.1}
-    assert kinds(found).tolist() in ([1, 0, 1], [0, 1, 0])
+    assert kinds(found, weights).tolist() in ([1, 0, 1], [0, 1, 0])
     total = combine(found, weights, "sum")
     np.testing.assert_array_equal(total, [[0, 2, NAN, 6], [10, 30, 20, NAN], [10, 10, 14, 14]])
     of_a, of_b = np.std([0, 2, 6, 10, 10, 14, 14]), np.std([10, 30, 20])
@@ -73,7 +73,7 @@ def test_advantages_are_of_what_was_scored():
         [-10 / of_b, 10 / of_b, 0, 0],
         [-2 / of_a, -2 / of_a, 2 / of_a, 2 / of_a],
     ]
-    np.testing.assert_allclose(advantages(total, "global", kinds(found)), expected, rtol=1e-12)
+    np.testing.assert_allclose(advantages(total, "global", kinds(found, weights)), expected, rtol=1e-12)
     by_group = advantages(total, "group")
     np.testing.assert_allclose(
         by_group[0], (np.array([0, 2, mean, 6]) - mean) / np.std([0, 2, 6]), atol=1e-12
@@ -91,13 +91,32 @@ def test_the_mean_of_its_prompt_stands_in_where_others_scored():
     )
 
 
+def test_a_reward_of_weight_0_changes_nothing():
+    """Whom it scores and whom not: mean, spread and advantages are of what is trained on."""
+    a = {"a": np.array([[1.0, 2.0, NAN, 4.0], [NAN] * 4, [0.0, 10.0, 20.0, 30.0]])}
+    both = a | {"b": np.array([[1.0] * 4, [1.0] * 4, [NAN] * 4])}
+    weights = {"a": 1.0, "b": 0.0}
+    for aggregate in ("sum", "gdpo"):
+        assert np.array_equal(
+            combine(both, weights, aggregate), combine(a, weights, aggregate), equal_nan=True
+        )
+    assert np.array_equal(kinds(both, weights), kinds(a, weights))
+    metrics, alone = reward_metrics(both, weights), reward_metrics(a, weights)
+    assert {key: metrics[key] for key in ("reward_mean", "reward_std")} == {
+        key: alone[key] for key in ("reward_mean", "reward_std")
+    }
+    rewards = Rewards({"colorfulness": 1.0, "jpeg_compressibility": 0.0})
+    values = {"colorfulness": both["a"].ravel(), "jpeg_compressibility": both["b"].ravel()}
+    assert np.array_equal(rewards.combined(values), values["colorfulness"], equal_nan=True)
+
+
 def test_with_all_scored_nothing_changes():
     rng = np.random.default_rng(0)
     found, weights = {"a": rng.normal(size=(5, 4)), "b": rng.normal(size=(5, 4))}, {"a": 0.3, "b": 0.7}
     total = 0.3 * found["a"] + 0.7 * found["b"]
     assert np.array_equal(combine(found, weights, "sum"), total)
     centered = total - total.mean(axis=1, keepdims=True)
-    assert np.array_equal(advantages(total, "global", kinds(found)), centered / total.std())
+    assert np.array_equal(advantages(total, "global", kinds(found, weights)), centered / total.std())
 
 
 def test_metrics_are_of_what_was_scored():

@@ -7,10 +7,12 @@ import pytest
 import yaml
 from scipy import stats
 
+from crd_fast.config import load_recipe
 from crd_fast.rewards.advantage import advantages, combine
+from crd_fast.run.log import RunLog
 from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE
 from crd_fast.run.report.advice import advice
-from crd_fast.run.report.held_out import changes, compared, ends
+from crd_fast.run.report.held_out import changes, compared, ends, exploited
 from crd_fast.run.report.run import read_run
 from crd_fast.run.report.warnings import warnings
 from crd_fast.run.report.words import sentence
@@ -246,6 +248,18 @@ def test_among_many_comparisons_a_fall_is_found(tmp_path):
     """Of one judge of several, late, and by a third of what the prompts differ by."""
     found = [watched(tmp_path / str(run), run, lambda number: -0.03 * (number >= 9)) for run in range(10)]
     assert all("(2 0." in text and ";" not in text.partition("(2 0.")[2] for text in found), found
+
+
+def test_a_reward_of_weight_0_is_a_judge_as_well(tmp_path):
+    """Kept beside the trained one, with a judge of its name: in the run's alarm and in its report."""
+    recipe = load_recipe("builtin", ["rewards={geneval: 1.0, colorfulness: 0.0}"])
+    assert list(RunLog(tmp_path / "log", recipe)._watch.rewards) == ["geneval"]
+    for weight, expected in ((0.0, ["judge/2"]), (0.5, [])):
+        config = CONFIG | {"rewards": {"ocr": {"weight": 1.0}, "2": {"weight": weight}}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        records = evaluated(tmp_path, lambda number: -0.05 * (number >= 9))
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        assert [fall.judge for fall in exploited(read_run(tmp_path))] == expected
 
 
 def test_errors_that_are_not_known_say_nothing(watch):

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from crd_fast.run.hacking import weights_of_rewards
 from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import Change, best_before, exploited
 from crd_fast.run.report.run import Run, number, series
@@ -234,17 +235,21 @@ def a_part_falls(seen: Seen) -> Advice | None:
     names = [key for key in (seen.rows[-1] if seen.rows else {}) if key.startswith("reward/")]
     if change is None or not change[2] or len(names) < 2:
         return None
+    weights = weights_of_rewards(seen.run.config.get("rewards"))
     for name in names:
-        parts = seen.fifths(name)
-        if not parts:
+        parts, weight = seen.fifths(name), weights.get(name.removeprefix("reward/"))
+        if not parts or weight is None:
             continue
         before, after = statistics.fmean(parts[0]), statistics.fmean(parts[-1])
-        if after < before and _by_chance(parts[0], parts[-1]) < LEVEL / len(names):
+        if (after - before) * weight < 0 and _by_chance(parts[0], parts[-1]) < LEVEL / len(names):
             return Advice(
                 name,
                 f"{before:.3f} to {after:.3f}",
-                "falls while the sum of the rewards rises",
-                ("a larger weight for it", "advantage.aggregate: gdpo, which normalises each reward alone"),
+                f"{'falls' if weight > 0 else 'unwanted, rises'} while the sum of the rewards rises",
+                (
+                    f"a {'larger' if weight > 0 else 'more negative'} weight for it",
+                    "advantage.aggregate: gdpo, which normalises each reward alone",
+                ),
             )
     return None
 
