@@ -39,6 +39,7 @@ def score_pictures(reward: str, settings: dict, images: Path, prompts: Path | No
         by_size.setdefault(image.shape, []).append(i)
     scores = np.empty(len(pixels))
     for members in by_size.values():
+        members.sort(key=lambda i: metadata[i]["prompt"])
         stacked = np.stack([pixels[i] for i in members])
         scores[members] = rewards.score(stacked, [metadata[i] for i in members])[reward]
     rewards.close()

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from crd_fast.errors import UserError
-from crd_fast.rewards.pictures import image_paths, pairs
+from crd_fast.rewards import registry
+from crd_fast.rewards.pictures import image_paths, pairs, score_pictures
 from tests.rewards.conftest import assert_refused
 
 
@@ -38,6 +39,23 @@ def test_score_prints_a_table_and_writes_json(inside, mine, folder):
         ],
     }
     assert_refused(inside(*command, "--reward", "mine:redness"), "--json scores.json: already exists")
+
+
+def test_pictures_of_one_prompt_are_scored_together(tmp_path, monkeypatch):
+    """In whatever order they come: diversity is among those of a prompt."""
+    monkeypatch.setattr(registry, "CALL_IMAGES", 2)
+    random, entries = np.random.default_rng(0), []
+    for i in range(6):
+        picture = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        entries.append({"image": f"{i}.png", "prompt": "ab"[i % 2]})
+    found = []
+    for order in (entries, sorted(entries, key=lambda entry: entry["prompt"])):
+        (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in order))
+        scored = score_pictures("diversity", {}, tmp_path / "all.jsonl", None)
+        assert [entry["image"] for entry in scored] == [entry["image"] for entry in order]
+        found.append({entry["image"]: entry["score"] for entry in scored})
+    assert found[0] == found[1] and all(found[0].values())
 
 
 def test_numbered_pictures_come_in_the_order_of_their_numbers(tmp_path):
