@@ -255,10 +255,15 @@ def license_of(path: str, base_id: str | None) -> tuple[dict[str, str], str]:
 
 
 def copy_grids(trained: Trained, out: Path) -> list[tuple[str, int]]:
-    """The run's grids before and, the last until the checkpoint, after. Returns name and iteration."""
+    """The run's grids before and, the last until the checkpoint, after, of evaluations that can be compared.
+
+    Returns name and iteration.
+    """
+    run = run_until(trained)
+    left_out = run.left_out if run else set()
     grids = sorted((trained.run / "samples").glob("[0-9]*.png")) if trained.run else []
     numbered = [(int(path.stem), path) for path in grids if path.stem.isdigit()]
-    until = [pair for pair in numbered if pair[0] <= trained.iteration]
+    until = [pair for pair in numbered if pair[0] <= trained.iteration and pair[0] not in left_out]
     if not until:
         return []
     chosen = {"before.png": until[0], "after.png": until[-1]} if len(until) > 1 else {"samples.png": until[0]}

@@ -167,6 +167,18 @@ def test_a_card_of_an_earlier_checkpoint_has_no_later_warning(tmp_path):
     assert run.warned == ["iteration 10: early", "from the start"] and len(run.metrics) == 1
 
 
+def test_pictures_on_a_card_are_of_evaluations_alike(tmp_path):
+    """A run that was gone on with other prompts to be evaluated by: what was before is not to be compared."""
+    (tmp_path / "samples").mkdir()
+    rows = [{"iteration": i, "eval/overall": 0.5, "evaluated_alike_since": 10 * (i > 0)} for i in (0, 10, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "config.yaml").write_text("{}")
+    for i in (0, 10, 20):
+        (tmp_path / "samples" / f"{i:06d}.png").write_text(str(i))
+    trained = SimpleNamespace(run=tmp_path, iteration=20)
+    assert model_card.copy_grids(trained, tmp_path) == [("before.png", 10), ("after.png", 20)]
+
+
 def test_the_roles_on_a_card(tmp_path):
     """Names may have slashes, as addresses and files have, and a reward of weight 0 is not trained on."""
     names = ["reward/http://127.0.0.1:8701", "reward/ink", "judge//home/me/my.py:f", "reward_mean", "clean"]
