@@ -124,11 +124,6 @@ class Case:
         prompts = np.arange(len(PROMPTS))
         return draw_pairs(self.recipe, 0, self.sigmas, prompts, prompts, self.advantage_PK, strength)
 
-    @property
-    def graphs(self) -> int:
-        """That torch.compile has made, in this process."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
     def noise(self) -> torch.Tensor:
         """(N, T, C, h, w), as the updater draws it."""
         pairs, places = self.pairs(), {step: t for t, step in enumerate(self.steps)}
@@ -205,12 +200,17 @@ def turns(runs: dict, rounds: int) -> dict:
     }
 
 
+def graphs() -> int:
+    """That torch.compile has made, in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def measured(case: Case, rounds: int, rounds_bare: int) -> dict:
-    train, graphs = case.recipe.train, case.graphs
+    train, before = case.recipe.train, graphs()
     difference, size = case.gradient_difference()
-    if train.compile and case.graphs == graphs:
+    if train.compile and graphs() == before:
         raise SystemExit("train.compile: no graph was compiled, nothing is timed")
-    graphs = case.graphs
+    before = graphs()
     if train.micro_batch == GROUP and difference >= CLOSE:
         raise SystemExit(f"gradients differ by {difference:.2g} of their norm: nothing is timed")
     result = {
@@ -223,8 +223,8 @@ def measured(case: Case, rounds: int, rounds_bare: int) -> dict:
         "public_gradient_norm": size,
         "turns": turns({"ours": case.ours, "public": case.theirs}, rounds),
     }
-    if case.graphs != graphs:
-        raise SystemExit(f"train.compile: {case.graphs - graphs} graphs were compiled while it was timed")
+    if graphs() != before:
+        raise SystemExit(f"train.compile: {graphs() - before} graphs were compiled while it was timed")
     if rounds_bare:
         result["floor"] = turns({"bare": case.bare, "ours": case.ours}, rounds_bare)
     return result

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.hints import by_meaning
+from crd_fast.reward_weights import trained_weights, weight_of
 from crd_fast.schema import (
     AdvantageConfig,
     CheckpointConfig,
@@ -58,7 +59,7 @@ class Recipe(Section):
     @classmethod
     def _weights_or_settings(cls, rewards: dict[str, Any]) -> dict[str, Any]:
         for name, value in rewards.items():
-            weight = value.get("weight", 1.0) if isinstance(value, dict) else value
+            weight = weight_of(value)
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
                 raise ValueError(f"{name}: expected a weight or settings, got {_short(weight)}")
             if not _is_finite(weight):
@@ -127,8 +128,7 @@ class Recipe(Section):
     def check_own(self, trains: bool, evaluates: bool) -> None:
         """Raises UserError where the defaults, of a world that ships, meet another model, and where no reward
         has a weight to be trained on."""
-        values = self.rewards.values()
-        if trains and not any(v.get("weight", 1.0) if isinstance(v, dict) else v for v in values):
+        if trains and not trained_weights(self.rewards):
             raise UserError(
                 "rewards: expected one of a weight other than 0, got none: nothing would be trained"
             )

@@ -98,10 +98,11 @@ def write_hub(trained: Trained, out: Path, base_model: str | None, name: str) ->
     """The weights, the grids before and after, and README.md, a model card. name: of the model."""
     from crd_fast.train import export, model_card
 
-    values = model_card.values(trained, base_model)
+    run = model_card.run_until(trained)
+    values = model_card.values(trained, run, base_model)
     export.copy_weights(trained, out / "transformer" if trained.full else out)
     if trained.full:
         model_card.forget_folders(out / "transformer" / "config.json")
-    values["pictures"] = model_card.copy_grids(trained, out)
+    values["pictures"] = model_card.copy_grids(run, trained.iteration, out)
     card = rendered("model-card.md", values | {"name": name})
     (out / "README.md").write_text(card, encoding="utf-8")

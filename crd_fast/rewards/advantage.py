@@ -63,8 +63,7 @@ def uncertain(rewards: dict[str, np.ndarray], weights: dict[str, float], share: 
     What a reward did not score has no rank by it; what none of weight 0 scored is not among them.
     After GARDO, arXiv 2512.24138, whose auxiliary rewards are those of weight 0 here.
     """
-    trained = {name: reward_PK for name, reward_PK in rewards.items() if weights[name]}
-    trained_N = ranks(combine(trained, weights, "sum").flatten())
+    trained_N = ranks(combine(rewards, weights, "sum").flatten())
     beside = [ranks(reward_PK.flatten()) for name, reward_PK in rewards.items() if not weights[name]]
     known_N = ~np.isnan(trained_N) & ~np.isnan(beside).all(axis=0)
     ahead_N = np.zeros(len(trained_N))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from crd_fast.config import WORLD_REWARDS
+
 GENEVAL = "geneval"
 GENEVAL_REWARDS = ("geneval", "geneval_correct", "geneval_strict", "geneval_mask2former")
 GENEVAL_COLUMNS = {  # in the order of GenEval's own table (arXiv 2310.11513)
@@ -26,7 +28,7 @@ def geneval_recipe(values: dict, settings: dict | None = None) -> dict:
     """
     builtin = values["model"]["path"] == "builtin"
     rewards = {**values.get("eval_rewards", {}), **values["rewards"]}
-    usable = GENEVAL_REWARDS if builtin else GENEVAL_REWARDS[-1:]  # the others read the built-in world alone
+    usable = [name for name in GENEVAL_REWARDS if builtin or name not in WORLD_REWARDS]
     name = next((name for name in rewards if name in usable), None)
     name = name or ("geneval" if builtin else "geneval_mask2former")
     known = rewards.get(name)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
+from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.advantage import weighted
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
@@ -75,7 +76,7 @@ class Rewards:
         judges: bool = False,
     ):
         self._device, self._waits_on_host = device or default_device(), waits_on_host
-        self.weights = {name: _weight(value) for name, value in named(config).items()}
+        self.weights = {name: float(weight_of(value)) for name, value in named(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
         self._accepted: dict[tuple[str, str], bool] = {}  # by name and prompt
@@ -382,7 +383,3 @@ def _engine_setting(name: str, key: str, value):
     if key == "workers" and not (number and value >= 1 and value == int(value)):
         raise UserError(f"reward {name}: workers: expected auto or a whole number >= 1, got {value!r}")
     return float(value) if key == "timeout" else int(value)
-
-
-def _weight(value: float | Mapping) -> float:
-    return float(value.get("weight", 1.0) if isinstance(value, Mapping) else value)

@@ -34,13 +34,6 @@ class Fall:
         return f"{self.before[f'eval/{self.judge}']:.3f} to {self.after[f'eval/{self.judge}']:.3f}"
 
 
-def weights_of_rewards(rewards: object) -> dict[str, float]:
-    """Of a recipe's rewards, those that are trained on: of a weight other than 0."""
-    given = rewards.items() if isinstance(rewards, dict) else ()
-    weights = {name: value.get("weight", 1.0) if isinstance(value, dict) else value for name, value in given}
-    return {name: weight for name, weight in weights.items() if weight}
-
-
 def planned_evaluations(iterations: int, every: int) -> int:
     """How many a run is to have after its first; every 0: one, at its end."""
     return math.ceil(iterations / (every or iterations))

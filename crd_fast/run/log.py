@@ -14,7 +14,8 @@ import numpy as np
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.run.hacking import planned_evaluations, weights_of_rewards
+from crd_fast.reward_weights import trained_weights
+from crd_fast.run.hacking import planned_evaluations
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
 from crd_fast.run.new_files import write_atomically
@@ -59,7 +60,7 @@ class RunLog:
             output,
             recipe.rollout.prompts_per_iteration,
             recipe.rollout.samples_per_prompt,
-            weights_of_rewards(recipe.rewards),
+            trained_weights(recipe.rewards),
             read_metrics(output),
             planned_evaluations(recipe.train.iterations, recipe.evaluate.every),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -46,11 +46,11 @@ class IterationPrompts:
         drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)
         return [drawn[prompt] for prompt in self.own]
 
-    def check_scored(self, scores_PK: Mapping[str, np.ndarray], iteration: int) -> None:
+    def check_scored(self, reward_PK: np.ndarray, iteration: int) -> None:
         """Raises UserError where no reward has scored anything of an iteration; a prompt of which that is
         true is warned of, once: nothing is learned from it, and a resumed run would end with it again.
         """
-        left_P = np.all([np.isnan(of).all(axis=1) for of in scores_PK.values()], axis=0)
+        left_P = np.isnan(reward_PK).all(axis=1)
         if not left_P.any():
             return
         drawn = self.source.draw(self.count, self.recipe.train.seed, iteration)

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from crd_fast import __version__
 from crd_fast.models import checks
-from crd_fast.run.hacking import weights_of_rewards
+from crd_fast.reward_weights import trained_weights, weight_of
 from crd_fast.run.report import facts
 from crd_fast.run.report.held_out import (
     REWARD,
@@ -66,7 +66,7 @@ def _true_guidance(w: float) -> dict[str, Any]:
     return {"true_cfg_scale": w} | ({"negative_prompt": ""} if w > 1 else {})
 
 
-def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
+def values(trained: Trained, run: Run | None, base_model: str | None = None) -> dict[str, Any]:
     """What the template asks for, all but the pictures. base_model: the base's id on the hub, if it is known.
 
     Paths of this machine and settings of rewards, which may name servers, are left out.
@@ -88,7 +88,6 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
         ],
         **cast(dict[str, Any], licence),
     )
-    run = run_until(trained)
     height, width = height_width(recipe.evaluation_size)
     call = {"num_inference_steps": recipe.evaluate.steps, "height": height, "width": width}
     call |= GUIDANCE.get(pipeline, lambda w, e: {})(
@@ -108,7 +107,7 @@ def values(trained: Trained, base_model: str | None = None) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "rank": recipe.model.lora_rank,
         "version": __version__,
-        "rewards": [(without_folders(name), _weight(value)) for name, value in recipe.rewards.items()],
+        "rewards": [(without_folders(name), weight_of(value)) for name, value in recipe.rewards.items()],
         "judges": [without_folders(name) for name in recipe.eval_rewards],
         "settings": settings(trained),
         **said_of(run),
@@ -159,7 +158,7 @@ def rows(run: Run) -> list[dict[str, str]]:
     order += [name for name in names if name.startswith("judge/")]
     order += [name for name in names if "/" not in name and name not in (REWARD, "reward_std", "images")]
     given = run.config.get("rewards") or {}
-    untrained = set(given) - set(weights_of_rewards(given))
+    untrained = set(given) - set(trained_weights(given))
     found = []
     for name in [REWARD, *order]:
         change = change_of(run, name)
@@ -207,10 +206,6 @@ def _short(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _weight(value: Any) -> float:
-    return value.get("weight", 1.0) if isinstance(value, dict) else value
-
-
 def without_folders(text: str) -> str:
     """Absolute paths in it by the name of their file alone; addresses and fractions stay."""
     return re.sub(r"(?<![\w:/.])/(?:[^\s:;,/]+/)+([^\s:;,/]+)", r"\1", text)
@@ -254,22 +249,22 @@ def license_of(path: str, base_id: str | None) -> tuple[dict[str, str], str]:
     return licence, f"The licence of the base, {name}, applies."
 
 
-def copy_grids(trained: Trained, out: Path) -> list[tuple[str, int]]:
-    """The run's grids before and, the last until the checkpoint, after, of evaluations that can be compared.
+def copy_grids(run: Run | None, iteration: int, out: Path) -> list[tuple[str, int]]:
+    """The run's grids before and, the last until an iteration, after, of evaluations that can be compared.
 
     Returns name and iteration.
     """
-    run = run_until(trained)
-    left_out = run.left_out if run else set()
-    grids = sorted((trained.run / "samples").glob("[0-9]*.png")) if trained.run else []
+    if run is None:
+        return []
+    left_out, grids = run.left_out, sorted((run.folder / "samples").glob("[0-9]*.png"))
     numbered = [(int(path.stem), path) for path in grids if path.stem.isdigit()]
-    until = [pair for pair in numbered if pair[0] <= trained.iteration and pair[0] not in left_out]
+    until = [pair for pair in numbered if pair[0] <= iteration and pair[0] not in left_out]
     if not until:
         return []
     chosen = {"before.png": until[0], "after.png": until[-1]} if len(until) > 1 else {"samples.png": until[0]}
     for name, (_, path) in chosen.items():
         shutil.copyfile(path, out / name)
-    return [(name, iteration) for name, (iteration, _) in chosen.items()]
+    return [(name, at) for name, (at, _) in chosen.items()]
 
 
 def forget_folders(config: Path) -> None:

@@ -20,7 +20,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
-from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain, weighted
+from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
 from crd_fast.rewards.consent import OPTION
 from crd_fast.run import profiling
 from crd_fast.run.gpu_memory import GpuMemory
@@ -257,14 +257,14 @@ class Trainer:
             embeddings, negatives, latents_N = self.rollout.generate(self.iteration, scoring)
             clock.append(time.perf_counter())
             scores_PK = self.rollout.scores(scoring)
-            self.prompts.check_scored(weighted(scores_PK, self.rewards.weights), self.iteration)
+            reward_PK = combine(scores_PK, self.rewards.weights, self.recipe.advantage.aggregate)
+            self.prompts.check_scored(reward_PK, self.iteration)
         clock.append(time.perf_counter())
-        weights, how = self.rewards.weights, self.recipe.advantage
-        reward_PK = combine(scores_PK, weights, how.aggregate)
-        advantage_PK = advantages(reward_PK, how.std, kinds(scores_PK, weights))
+        kind_P = kinds(scores_PK, self.rewards.weights)
+        advantage_PK = advantages(reward_PK, self.recipe.advantage.std, kind_P)
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         if self.recipe.loss.anchor_uncertain < 1:
-            strength_PK *= uncertain(scores_PK, weights, self.recipe.loss.anchor_uncertain)
+            strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
         updates = self._update(latents_N, advantage_PK, strength_PK, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():

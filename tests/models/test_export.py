@@ -176,7 +176,8 @@ def test_pictures_on_a_card_are_of_evaluations_alike(tmp_path):
     for i in (0, 10, 20):
         (tmp_path / "samples" / f"{i:06d}.png").write_text(str(i))
     trained = SimpleNamespace(run=tmp_path, iteration=20)
-    assert model_card.copy_grids(trained, tmp_path) == [("before.png", 10), ("after.png", 20)]
+    run = model_card.run_until(trained)
+    assert model_card.copy_grids(run, 20, tmp_path) == [("before.png", 10), ("after.png", 20)]
 
 
 def test_the_roles_on_a_card(tmp_path):

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crd_fast.run.hacking import weights_of_rewards
+from crd_fast.reward_weights import trained_weights
 from crd_fast.run.metrics import TRAINED_ALIKE, comparable
 from crd_fast.run.report.held_out import Change, best_before, exploited
 from crd_fast.run.report.run import Run, number, series
@@ -235,7 +235,7 @@ def a_part_falls(seen: Seen) -> Advice | None:
     names = [key for key in (seen.rows[-1] if seen.rows else {}) if key.startswith("reward/")]
     if change is None or not change[2] or len(names) < 2:
         return None
-    weights = weights_of_rewards(seen.run.config.get("rewards"))
+    weights = trained_weights(seen.run.config.get("rewards"))
     for name in names:
         parts, weight = seen.fifths(name), weights.get(name.removeprefix("reward/"))
         if not parts or weight is None:

@@ -6,7 +6,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from crd_fast.run.hacking import Fall, first_falls, planned_evaluations, weights_of_rewards
+from crd_fast.reward_weights import trained_weights
+from crd_fast.run.hacking import Fall, first_falls, planned_evaluations
 from crd_fast.run.metrics import GUIDED_BASE
 from crd_fast.run.report.run import Run, number, series
 from crd_fast.run.report.words import counted, digits, label, signed
@@ -242,7 +243,7 @@ def judged(run: Run) -> list[Judged]:
     """The reward and its parts, then what judges it: clean and `eval_rewards`; [] where nothing does."""
     if not run.evaluated:
         return []
-    rewards = weights_of_rewards(run.config.get("rewards"))
+    rewards = trained_weights(run.config.get("rewards"))
     names = [key.removeprefix("eval/") for key in run.evaluated[-1] if key.startswith("eval/")]
     judges = [name for name in names if name == "clean" or name.startswith("judge/")]
     parts = [name for name in names if name.startswith("reward/")]
@@ -281,4 +282,4 @@ def exploited(run: Run) -> list[Fall]:
     if isinstance(iterations, int) and isinstance(every, int) and iterations > 0:
         evaluations = planned_evaluations(iterations, every)
     records = [row for row in run.evaluations if f"eval/{REWARD}" in row]
-    return first_falls(records, weights_of_rewards(rewards), evaluations, run.scores.get)
+    return first_falls(records, trained_weights(rewards), evaluations, run.scores.get)
