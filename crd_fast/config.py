@@ -46,8 +46,8 @@ class Recipe(Section):
     rewards: dict[str, Any] = Field({"geneval": 1.0})
     """What is maximised: `{name: weight}`, or `{name: {weight: 1.0, setting: value}}`."""
     eval_rewards: dict[str, Any] = Field({})
-    """Judges, in the same form: scored at every evaluation and never trained on. Name one or two that would
-    notice hacking."""
+    """Judges, in the same form: scored at every evaluation and never trained on, better with higher scores;
+    weights do nothing. Name one or two that would notice hacking."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
@@ -67,6 +67,17 @@ class Recipe(Section):
             for setting, number in value.items() if isinstance(value, dict) else ():
                 if isinstance(number, (int, float)) and not _is_finite(number):
                     raise ValueError(f"{name}: {setting}: expected a finite number, got {_short(number)}")
+        return rewards
+
+    @field_validator("eval_rewards")
+    @classmethod
+    def _more_is_better(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        for name, value in rewards.items():
+            if weight_of(value) < 0:
+                raise ValueError(
+                    f"{name}: expected no weight below 0, got {_short(weight_of(value))}: of a judge more is "
+                    "better; let it score the negative"
+                )
         return rewards
 
     @field_validator("rewards")

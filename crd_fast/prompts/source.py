@@ -148,7 +148,8 @@ def _read(path: Path) -> list[tuple[str, dict]]:
 def _lines(lines: list[str], path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f"{path} line {number}", {"prompt": line.strip()}
+            where = f"{path} line {number}"
+            yield where, _entry({"prompt": line.strip()}, where)
 
 
 def _json_lines(lines: list[str], path: Path) -> Iterator[tuple[str, dict]]:
@@ -187,8 +188,6 @@ def _table(lines: list[str], path: Path, delimiter: str) -> Iterator[tuple[str, 
             if len(row) != len(columns):
                 raise UserError(f"prompts: {where}: expected {len(columns)} fields, got {len(row)}")
             entry = dict(zip(columns, row)) | {"prompt": row[columns.index("prompt")].strip()}
-            if not entry["prompt"]:
-                raise UserError(f"prompts: {where}: expected a prompt, got none")
             yield where, _entry(entry, where)
     except csv.Error as error:
         raise UserError(f"prompts: {path} line {rows.line_num}: {error}") from None
@@ -225,7 +224,11 @@ def _entry(entry: Any, where: str) -> dict:
         raise UserError(
             f"prompts: {where}: negative_prompt: expected text, got {entry['negative_prompt']!r:.60}"
         )
+    if not entry["prompt"].strip():
+        raise UserError(f"prompts: {where}: expected a prompt, got none")
     texts = entry["prompt"] + (entry.get("negative_prompt") or "")
+    if "\0" in texts:  # what marks negative prompts, and text in no file that people write
+        raise UserError(f"prompts: {where}: expected text, got a NUL character")
     if any("\ud800" <= c <= "\udfff" for c in texts):  # JSON can say it, no tokenizer takes it
         raise UserError(f"prompts: {where}: expected text, got half a pair of surrogates")
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata

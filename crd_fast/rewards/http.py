@@ -8,11 +8,12 @@ See `crd_fast.rewards.server` for what is sent. Proxies and .netrc of the enviro
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
@@ -147,7 +148,7 @@ class HttpReward:
     """Scores on a server.
 
     url, token_env, timeout, retries: see `JsonClient`; statuses 502 to 504 are tried again. batch: images a
-    request.
+    request; at least `rollout.samples_per_prompt` where the server's reward compares a prompt's pictures.
     """
 
     def __init__(
@@ -172,8 +173,7 @@ class HttpReward:
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         scores: list[float | None] = []
-        for start in range(0, len(images), self.batch):
-            part = slice(start, start + self.batch)
+        for part in batches(prompts, self.batch):
             answer = self.client.ask(
                 "POST",
                 "/score",
@@ -191,6 +191,26 @@ class HttpReward:
             wanted = f'{{"scores": [{count} numbers or null]}}'
             raise self.client.error(f"expected {wanted}, got {shortened(json.dumps(answer))}")
         return with_none(checked(f"http: {self.client.url}", answer["scores"], count))
+
+
+def batches(prompts: Sequence[str], size: int) -> Iterator[slice]:
+    """Parts of at most `size`, which end where a prompt's pictures do wherever those do not exceed a part.
+
+    So that a reward which compares them has all of them.
+    """
+    first = last = 0
+    for _, group in itertools.groupby(prompts):
+        end = last + len(list(group))
+        if end - first > size:
+            if last > first:
+                yield slice(first, last)
+            first = last
+            while end - first > size:
+                yield slice(first, first + size)
+                first += size
+        last = end
+    if last > first:
+        yield slice(first, last)
 
 
 def token_from(variable: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from crd_fast.errors import UserError, did_you_mean
 from crd_fast.models import load_model, sizes_at_most
 from crd_fast.models.base import FlowModel
 from crd_fast.models.negative import encode_negatives, probe, texts
+from crd_fast.prompts.lists import splits
 from crd_fast.prompts.source import HELDOUT, SOURCES
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards, check_consent
@@ -30,11 +32,14 @@ from crd_fast.train.micro_batch import release_memory, resolve_micro_batch
 from crd_fast.train.places import check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
+from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.weights import checkpoint
 from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.lora_file import lora_file
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
+
+logger = logging.getLogger("crd_fast")
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
     held_out = HeldOut(first, rewards)
     rewards.try_out(held_out.entries, first.evaluation_size, first.evaluate.samples_per_prompt)
     for source in sources:
+        _warn_of_moved_prompts(source)
         asked_for = held_out.entries
         model = source.load([*texts(asked_for, source.recipe.guides_evaluation), *probe(asked_for)])
         check_prompts(model, source.recipe, held_out)
@@ -214,6 +220,15 @@ def evaluated(sources: Sequence[Source], seed: int | None = None) -> Iterator[Ev
         yield evaluation.run()
         del model, evaluation
         release_memory()
+
+
+def _warn_of_moved_prompts(source: Source) -> None:
+    """Where the files that prompts are held out of have been edited since the source was trained."""
+    if source.folder is None or not splits(source.recipe):
+        return
+    before = checkpoint.read_state(source.folder).get("prompts")  # earlier versions kept none
+    if before and (moved := SeenPrompts.of(source.recipe).moved(SeenPrompts(**before))):
+        logger.warning("warning: %s: %s", source.folder, moved)
 
 
 def sample_grid(

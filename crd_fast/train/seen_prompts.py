@@ -52,11 +52,17 @@ class SeenPrompts:
         """What people should know of prompts that are not as before, a line each."""
         if not self.trains_like(before):
             yield "rollout.prompts: the prompts are not those of before: later iterations draw from these"
-        if before.held_out and (new := set(self.held_out) - set(before.held_out)):
-            yield (
-                f"{len(new)} of {len(self.held_out)} held-out prompts are not those of before and may have "
-                "been trained on; evaluate.prompts names a file that stays as it is"
-            )
+        if moved := self.moved(before):
+            yield moved
+
+    def moved(self, before: SeenPrompts) -> str:
+        """What people should know of held-out prompts that were not so before; "" where all were."""
+        if not before.held_out or not (new := set(self.held_out) - set(before.held_out)):
+            return ""
+        return (
+            f"{len(new)} of {len(self.held_out)} held-out prompts are not those of before and may have "
+            "been trained on; evaluate.prompts names a file that stays as it is"
+        )
 
 
 def _digest(value: Any) -> str:

@@ -10,6 +10,7 @@ from crd_fast.rewards import Rewards
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train.evaluate import HeldOut, to_uint8
 from crd_fast.train.inference import Source
+from crd_fast.train.inference import evaluated as evaluated_sources
 from crd_fast.train.trainer import Trainer
 
 
@@ -84,7 +85,14 @@ def test_held_out_prompts_of_a_file_are_evaluated_and_not_trained_on(tiny, recip
     assert len(evaluated) == 8 and evaluated.trained_on() == (0, 8)
     trained = {entry["prompt"] for entry in trainer.prompts.drawn(0)}
     assert len(trained) == 72 and not trained & set(evaluated.prompts)
-    assert HeldOut(Source.of(str(run)).recipe, trainer.rewards).entries == trainer.evaluation.metadata
+    source = Source.of(str(run))
+    assert HeldOut(source.recipe, trainer.rewards).entries == trainer.evaluation.metadata
+    caplog.clear()
+    list(evaluated_sources([source]))
+    assert "held-out prompts are not those" not in caplog.text
+    prompts.write_text("\n".join(f"a red circle, {i}" for i in range(160)))  # other prompts are held out now
+    list(evaluated_sources([source]))
+    assert "of 16 held-out prompts are not those of before and may have been trained on" in caplog.text
 
 
 @pytest.mark.parametrize(

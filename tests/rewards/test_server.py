@@ -107,6 +107,17 @@ def test_scores_as_the_reward_itself_does(address, served_rewards):
     assert reward.score(images, prompts, metadata) == expected
 
 
+@pytest.mark.parametrize(
+    "size, sizes", [(8, [6, 6, 8]), (7, [6, 6, 7, 1]), (2, [2, 1, 2, 1, 2, 1, 2, 1, 2, 2, 2, 2])]
+)
+def test_a_request_parts_no_prompt_that_fits(size, sizes):
+    """Some rewards compare the pictures of a prompt with one another."""
+    prompts = ["a"] * 3 + ["b"] * 3 + ["c"] * 3 + ["d"] * 3 + ["e"] * 8
+    parts = list(client.batches(prompts, size))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [prompt for part in parts for prompt in prompts[part]] == prompts
+
+
 def test_from_a_recipe(address):
     images, metadata = pictures(3), [{"prompt": "a" * i, "add": i} for i in range(3)]
     rewards = Rewards({"http": {"url": address, "token_env": "TOKEN", "weight": 2.0}})

@@ -70,6 +70,10 @@ def test_defaults_are_the_published_recipe():
             "train.backward_fraction: expected 1.0 with loss.norm_penalty, got 0.5",
         ),
         (["rewards.geneval=.nan"], "rewards: geneval: expected a finite weight"),
+        (
+            ["eval_rewards={ocr: -1}"],
+            "eval_rewards: ocr: expected no weight below 0, got -1: of a judge more is",
+        ),
         (["rewards.ocr.timeout=.inf"], "rewards: ocr: timeout: expected a finite number, got inf"),
         (["train.learning_rate=true"], "train.learning_rate: expected a number, got true"),
         (["train.iterations=no"], "train.iterations: expected a number, got false"),
