@@ -21,6 +21,13 @@ def test_sizes_still_work():
     assert names_with(12 * GIB) == ["rtx-3060", "rtx-4070"]
 
 
+@pytest.mark.parametrize("name, sold", [("l4", 24), ("a10", 24), ("l40s", 48), ("h100", 80)])
+def test_memory_is_what_a_card_shows_and_not_what_it_is_sold_with(name, sold):
+    """A sixteenth of GDDR6 that corrects its errors is for that."""
+    share = BY_NAME[name].memory / (sold * GIB)
+    assert share == pytest.approx(15 / 16, abs=0.001) if name != "h100" else 0.99 < share < 1
+
+
 @pytest.mark.parametrize(
     "typo, meant",
     [("rtx-409", "rtx-4090"), ("rtx4O90", "rtx-4090"), ("a100-80", "a100-80gb"), ("h10", "h100")],
