@@ -32,11 +32,11 @@ from crd_fast.run.scores import guided_base_path, scores_path
 from crd_fast.run.watch import reward_metrics
 from crd_fast.schema import Schedule
 from crd_fast.train.checkpoints import Checkpoints
-from crd_fast.train.drift import with_drift
-from crd_fast.train.evaluate import Evaluated, Evaluation, HeldOut, guided_base_metrics
+from crd_fast.train.evaluate import Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.features import FeatureDistance
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import IterationRollout
+from crd_fast.train.measured import measured
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import draw_pairs
 from crd_fast.train.partial_rollout import PartialRollout
@@ -325,24 +325,10 @@ class Trainer:
             self.weights.blend("ema", self.recipe.snapshots.ema_decay(self.step))
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
-        clock, drawn = [time.perf_counter()], False
         try:
-            used = self.weights.use(self.recipe.evaluate.weights)
-            with self.observer.phase("evaluation", len(evaluation)), used:
-                found = evaluation.run(self.observer)
-            found = with_drift(found, evaluation, self.weights, self.observer)
-            clock.append(time.perf_counter())
-            guided = self._guided_base(evaluation)
-            if self.features is not None:
-                drawn = self.features.prepare(evaluation, self.weights, guided)
-            clock.append(time.perf_counter())
-            if self.features is not None:
-                found = self.features.measured(found)
-            clock.append(time.perf_counter())
-            before, of_base, after = np.diff(clock).tolist()
-            seconds = {"seconds_eval": before + after}
-            if guided is not None or drawn:
-                seconds["seconds_guided_base"] = of_base
+            found, guided, seconds = measured(
+                evaluation, self.weights, self.features, self.observer, with_guided_base=not self.iteration
+            )
         except StopNow:
             self._unlogged = True
             if self.iteration:
@@ -359,14 +345,6 @@ class Trainer:
         self._log(record, grid)
         self.checkpoints.evaluated(record)
         self.observer.evaluated(record)
-
-    def _guided_base(self, evaluation: Evaluation) -> Evaluated | None:
-        """Before training, what the pretrained model does with guidance, where the recipe asks for it."""
-        scale = self.recipe.guided_base
-        if self.iteration or scale is None:
-            return None
-        with self.observer.phase("guided base", len(evaluation)), self.weights.use("reference"):
-            return evaluation.run_with(evaluation.guided(scale), self.observer)
 
     def _log(self, record: dict, grid: np.ndarray | None = None) -> None:
         if self.ranks.main:
