@@ -54,7 +54,7 @@ class PromptCache:
     def put(self, prompt: str, embeddings: dict[str, torch.Tensor], needed: Iterable[str] = ()) -> None:
         """Whole or not at all, also where several processes write the same prompt.
 
-        Others make room for it, but never those in `needed`.
+        Others make room for it, but never those in `needed`. Raises UserError where the disk takes no more.
         """
         if self._bytes is None:
             self._bytes = sum(self._size(path) for path in self.folder.glob("*.safetensors"))
@@ -63,8 +63,16 @@ class PromptCache:
         before = self._size(path)
         kept = {key: _without_zeros(tensor) for key, tensor in embeddings.items()}
         rows = {key: str(len(v)) for key, v in embeddings.items() if kept[key].shape != v.shape}
-        save_file(kept, partial, rows)
-        os.replace(partial, path)
+        try:
+            save_file(kept, partial, rows)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"model.prompt_cache: {self.folder} cannot be written: {reason}; name another folder, or "
+                "lower model.prompt_cache_gb"
+            ) from None
         self._bytes += self._size(path) - before
         if self._bytes > self.limit:
             self._make_room({path, *map(self._path, needed)})

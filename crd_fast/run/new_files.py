@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from crd_fast.errors import UserError
 
@@ -60,11 +63,15 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
             partial.rename(path)
         except OSError as error:
             raise _unwritable(path, option, error) from None
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # of what was read
+        raise _unwritable(path, option, error) from None
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def _unwritable(path: Path, option: str, error: OSError | ValueError) -> UserError:
+def _unwritable(path: Path, option: str, error: Exception) -> UserError:
     """A ValueError is one of a name with a zero byte."""
     if isinstance(error, FileExistsError):
         return UserError(f"{option} {path}: already exists; choose another name")

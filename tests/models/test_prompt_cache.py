@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from crd_fast.errors import UserError
-from crd_fast.models import load_model
+from crd_fast.models import load_model, prompt_cache
 from crd_fast.models.prompt_cache import GIB, PromptCache, fingerprint
 from crd_fast.models.sd3 import SD3Model
 from crd_fast.run.observer import Observer
@@ -104,6 +105,23 @@ def test_a_damaged_file_is_named(tiny, recipe, tmp_path):
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(UserError, match=f"{file.name} cannot be read, remove it"):
         model.encode_prompts([""])
+
+
+def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    cache = PromptCache(tmp_path, GIB)
+    cache.put("a", {"states": torch.ones(2, 2)})
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"a part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(prompt_cache, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"model\.prompt_cache: .* cannot be written: .*No space left"
+    ) as error:
+        cache.put("b", {"states": torch.ones(2, 2)})
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert len(list(tmp_path.iterdir())) == 1 and cache.get("b") is None
 
 
 def test_fingerprint_sees_content_names_and_large_files(tmp_path):
