@@ -81,6 +81,10 @@ def choice(name: str, value: object, wanted: Collection[object]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, wanted))}, got {value!r}")
 
 
+def flag(name: str, value: object) -> None:
+    choice(name, value, (True, False))
+
+
 def number(
     name: str,
     value: object,

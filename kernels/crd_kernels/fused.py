@@ -13,14 +13,13 @@ from torch.autograd import forward_ad
 from . import dispatch, passes
 from .centering.coefficients import Coefficients
 from .finish import ops as finish_ops
-from .problem import Kind, Latents, Numbers, Scalars, compute_dtype
+from .problem import NOTHING, Kind, Latents, Numbers, Scalars, compute_dtype
 from .velocity import ops
 from .velocity.stats import Stats
 
 if TYPE_CHECKING:  # absent from a torch without torch.distributed
     from torch.distributed import ProcessGroup
 
-NOTHING = Scalars()
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -52,9 +51,9 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
     return value, call.table
 
 
-def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str):
-    """The table of statistics."""
-    run, impl = _find(check, latents, NOTHING, kind, impl, "measure")
+def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str, name: str = "measure"):
+    """The table of statistics. name: of the public function, for errors."""
+    run, impl = _find(check, latents, NOTHING, kind, impl, name)
     if run is None:
         return ops.measure_op(*map(_detached, latents), pack(numbers), str(kind), impl)
     return run.measure(latents, numbers)
@@ -75,17 +74,26 @@ def coefficients(
     kind: Kind,
     numbers: Numbers,
     impl: str,
+    name: str,
     process_group: "ProcessGroup | None" = None,
 ) -> Coefficients:
-    """What a loss of `kind` makes of measured statistics. Raises TypeError or ValueError."""
+    """What a loss of `kind` makes of measured statistics. Raises TypeError or ValueError.
+
+    name: of the public function, for errors.
+    """
+    if not isinstance(stats, Stats):
+        raise TypeError(f"stats: expected a Stats, got {type(stats).__name__}")
+    refuse_transforms(name, stats.table)
     if stats.table.dtype not in (torch.float32, torch.float64):
         stats = stats.to(torch.float32)
     table, device = stats.table, stats.table.device
     if len(stats) == 0 and process_group is None:  # over ranks everybody is to fail, after the exchange
         raise ValueError("stats: expected at least one sample, got none")
     scalars.check(len(stats), device)
+    scalars = Scalars(*(None if t is None else t.resolve_neg() for t in scalars))
     impl = dispatch.choose(impl, device)
     with torch.no_grad():
+        table = table.resolve_neg()
         if kind.method == "nft":
             table = table.clone()  # what finishes NFT leaves the policy's own error in it
         if process_group is None and traced(table):
@@ -102,8 +110,8 @@ def _find(check, latents: Latents, scalars, kind: Kind, impl: str, name: str):
     The impl is resolved wherever the tensors were checked: where they are new, and for the operators.
     """
     policy, key = latents.policy, None
+    refuse_transforms(name, policy)
     if not traced(policy):
-        refuse_transforms(name, policy)
         look = passes.signature(latents, scalars)
         if look is not None:
             key = impl, kind, look
@@ -159,6 +167,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream):
         run, numbers, name, hooked = ctx.call
         policy, *kept, table = ctx.saved_tensors
+        if torch._C._functorch.is_legacy_batchedtensor(upstream):  # of is_grads_batched
+            raise RuntimeError(f"{name}: expected backward() for one gradient at a time, got a batch of them")
         if ctx.frozen is not None:
             kept = [saved if held is None else held for saved, held in zip(kept, ctx.frozen)]
             if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -188,13 +198,18 @@ class _OnlyOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError(f"{ctx.name}: expected to be differentiated once, got a second-order gradient")
+        raise RuntimeError(ops.ONCE.format(ctx.name))
 
 
 def refuse_transforms(name, policy):
-    """Function transforms and forward mode would see a constant where the loss depends on policy."""
+    """Function transforms and forward mode would see a constant where the loss depends on policy.
+
+    Under torch.compile, which does not follow what is asked of the second, the transforms alone.
+    """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{name}: expected backward() or torch.autograd.grad, got a torch.func transform")
+    if torch.compiler.is_compiling():
+        return
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(policy).tangent is not None:
         raise RuntimeError(f"{name}: expected backward() or torch.autograd.grad, got a forward-mode gradient")
 

@@ -16,7 +16,7 @@ import importlib
 import torch
 
 from .native import build
-from .problem import Scalars
+from .problem import NOTHING
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 LIMIT = 512  # layouts kept; a training run has a handful
@@ -24,12 +24,13 @@ _PASSES: dict = {}
 
 
 def signature(latents, scalars) -> tuple | None:
-    """What tensors look like to a kernel, or None where they are no plain tensors (fakes, wrappers)."""
+    """What tensors look like to a kernel, or None where they are no plain tensors (fakes, wrappers) or views
+    whose memory holds the negative."""
     look: list = [latents[0].device]  # of the others the number is enough: theirs are checked against it
     for t in (*latents, *scalars):
         if t is None:
             look.append(None)
-        elif type(t) in PLAIN:
+        elif type(t) in PLAIN and not t.is_neg():
             pointer = t.data_ptr()  # null for a meta tensor, whose device has the number of the CPU's
             look += (t.dtype, t.shape, t.stride(), t.get_device(), pointer and pointer & 15 | 16)
         else:
@@ -62,5 +63,7 @@ def again(impl, latents, kind):
     `old` may be there because it decides what the loss was computed in: it goes where the gradient has no use
     for it.
     """
-    passes = of(impl, latents, Scalars(), kind)
+    look = signature(latents, NOTHING)
+    key = impl, kind, look and ("gradient", *look)  # no public call's: nothing was checked
+    passes = of(impl, latents, NOTHING, kind, key)
     return passes, latents if kind.third else latents._replace(old=None)

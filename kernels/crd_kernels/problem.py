@@ -48,6 +48,9 @@ class Scalars(NamedTuple):
                 checks.per_sample(name, value, batch, device, dtypes)
 
 
+NOTHING = Scalars()
+
+
 class Numbers(NamedTuple):
     """Numbers that may change from step to step without anything being compiled anew."""
 

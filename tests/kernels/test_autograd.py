@@ -6,15 +6,18 @@ import pytest
 import torch
 from crd_kernels import (
     awm_loss,
+    center,
     crd_loss,
     diffusion_dpo_loss,
     flow_matching_loss,
     implicit_reward,
+    interpolate,
     measure,
     nft_loss,
     velocity_grad,
 )
 from kernel_oracle import INTERPRETING, crd, make, relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 LOSSES = {
     "crd_loss": lambda p, x, impl: (
@@ -70,6 +73,79 @@ def test_function_transforms_and_forward_mode_are_refused(impl, name):
         pytest.raises(RuntimeError, match=message),
     ):
         LOSSES[name](torch.autograd.forward_ad.make_dual(x["policy"], x["policy"]), x, impl)
+
+
+@every_loss
+def test_transforms_are_refused_where_operators_stand_in(impl, name):
+    """Under torch.compile and of subclasses: in silence the gradient would be 0."""
+    x = make(batch=4)
+    transformed = torch.compile(torch.func.grad(lambda p: LOSSES[name](p, x, impl)), backend="eager")
+    with pytest.raises(Exception, match=f"{name}: expected backward"):  # as torch.compile wraps it
+        transformed(x["policy"])
+    torch._dynamo.reset()
+    wrapped = x["policy"].as_subclass(type("Other", (torch.Tensor,), {}))
+    with pytest.raises(RuntimeError, match=f"^{name}: expected backward"):
+        torch.func.jvp(lambda p: LOSSES[name](p, x, impl), (wrapped,), (x["policy"],))
+
+
+@every_loss
+def test_gradients_in_batches_are_refused(impl, name):
+    x = make(batch=4)
+    policy = x["policy"].clone().requires_grad_()
+    loss = LOSSES[name](policy, x, impl)
+    with pytest.raises(RuntimeError, match=f"^{name}: expected backward.* for one gradient at a time"):
+        torch.autograd.grad(loss, policy, torch.ones(2), is_grads_batched=True)
+
+
+def test_transforms_of_the_steps_are_refused(impl):
+    x = make(batch=4)
+    latents = [x[name] for name in ("policy", "old", "ref_cond", "x0", "noise")]
+    stats = measure(*latents, impl=impl)
+
+    def centered(advantage):
+        return center(stats, advantage, x["group"], impl=impl).c1.sum()
+
+    with pytest.raises(RuntimeError, match=r"^center: expected backward"):
+        torch.func.grad(centered)(x["advantage"])
+    with pytest.raises(RuntimeError, match=r"^interpolate: expected backward"):
+        torch.func.grad(lambda t: interpolate(t, torch.rand(4), x["noise"], impl=impl).sum())(x["x0"])
+
+
+@every_loss
+def test_second_order_gradients_are_refused_where_operators_stand_in(impl, name):
+    x = make(batch=4)
+    policy = x["policy"].clone().requires_grad_()
+    with FlopCounterMode(display=False):
+        loss = LOSSES[name](policy, x, impl)
+        (gradient,) = torch.autograd.grad(loss, policy, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"^{name}: expected to be differentiated once"):
+            torch.autograd.grad(gradient.square().sum() + policy.sum(), policy)
+
+
+def test_views_whose_memory_holds_the_negative(impl):
+    """As the imaginary part of a conjugate does; the same for numbers of samples."""
+    x = make(batch=4)
+
+    def negative(value):
+        view = torch.complex(value, -value).conj().imag
+        assert view.is_neg() and torch.equal(view, value)
+        return view
+
+    def loss_of(**changed):
+        inputs = x | changed
+        policy = inputs["policy"].detach().requires_grad_()
+        loss = LOSSES["crd_loss"](policy, inputs, impl)
+        return loss.detach(), *torch.autograd.grad(loss, policy)
+
+    loss, gradient = loss_of()
+    for name in ("policy", "old", "ref_cond", "x0", "noise", "advantage"):
+        found, its_gradient = loss_of(**{name: negative(x[name])})
+        assert relative_error(found, loss) < 1e-12 and relative_error(its_gradient, gradient) < 1e-12
+    latents = [x[name] for name in ("policy", "old", "ref_cond", "x0", "noise")]
+    wanted = center(measure(*latents, impl=impl), x["advantage"], x["group"], impl=impl)
+    latents[-1] = negative(latents[-1])
+    found = center(measure(*latents, impl=impl), negative(x["advantage"]), x["group"], impl=impl)
+    assert relative_error(found.c1, wanted.c1) < 1e-12
 
 
 @every_loss

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from crd_kernels import crd_loss, measure, velocity_grad
+from crd_kernels import center, crd_loss, measure, velocity_grad
 from kernel_oracle import make
 
 TENSORS = ("policy", "old", "ref_cond", "x0", "noise", "advantage", "group")
@@ -53,6 +53,8 @@ BAD = [
     ({"mask": torch.ones(7, 4, 6)}, ValueError, "mask: expected a shape that broadcasts to (7, 4, 6, 6)"),
     ({"mask": torch.ones(7, 2, 6, 6)}, ValueError, "mask: expected a shape that broadcasts to (7, 4, 6, 6)"),
     ({"mask": torch.ones(7, 1, 6, 6, dtype=torch.int64)}, TypeError, "mask: expected dtype"),
+    ({"adaptive_weighting": "false"}, ValueError, "adaptive_weighting: expected one of True, False, got"),
+    ({"reward_adaptive_kl": 2}, ValueError, "reward_adaptive_kl: expected one of True, False, got 2"),
     ({"mask": [1.0]}, TypeError, "mask: expected a tensor, got list"),
 ]
 
@@ -83,8 +85,31 @@ def test_what_was_right_before_is_checked_again(impl):
         crd_loss(*args, **keywords | {"impl": "cuda"})
 
 
+def test_kl_min_is_not_asked_for_where_nothing_reads_it(impl):
+    keywords = make(dtype=torch.float32) | {"impl": impl, "kl_beta": 1e-5}
+    args = [keywords.pop(name) for name in TENSORS]
+    with pytest.raises(ValueError, match=r"kl_min: expected a number <= kl_beta = 1e-05, got 0\.0001"):
+        crd_loss(*args, **keywords)
+    assert crd_loss(*args, reward_adaptive_kl=False, **keywords).kl_loss > 0
+
+
+def test_a_gradient_pass_that_found_other_tensors_spares_no_check(impl):
+    """Hooks may give back what lies otherwise: its layout is looked at, and what it was made of is not."""
+    keywords = make(dtype=torch.float32) | {"impl": impl}
+    policy, *args = (keywords.pop(name) for name in TENSORS)
+    with torch.autograd.graph.save_on_cpu():
+        loss = crd_loss(policy.requires_grad_(), *args, **keywords).loss
+    loss.backward()
+    with pytest.raises(TypeError, match="advantage: expected a tensor, got NoneType"):
+        crd_loss(policy, *args[:4], None, None, **keywords)
+
+
 def test_the_steps_check_too(impl):
     x = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="coefficients: expected tensors c1 and c2, got NoneType"):
+        velocity_grad(x, x, x, x, None, impl=impl)
+    with pytest.raises(TypeError, match="stats: expected a Stats, got NoneType"):
+        center(None, torch.zeros(2), torch.zeros(2).long(), impl=impl)
     with pytest.raises(ValueError, match=r"x0: expected shape \(2, 3\), got \(2, 4\)"):
         measure(x, x, x, torch.zeros(2, 4), x, impl=impl)
 

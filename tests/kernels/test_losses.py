@@ -180,6 +180,17 @@ def test_nan_reaches_every_loss(impl):
         assert fused(*tensors, impl=impl, **keywords).loss.isnan()
 
 
+def test_one_element_that_is_not_a_number_leaves_the_others_their_gradient(impl):
+    """Its error is NaN, and what that error is multiplied by is not."""
+    x = make(batch=3)
+    policy = x["policy"].clone()
+    policy.view(-1)[5] = math.nan
+    policy.requires_grad_()
+    args = [x[k] for k in ("ref_cond", "x0", "noise", "advantage")]
+    awm_loss(policy, *args, impl=impl).loss.backward()
+    assert policy.grad.isnan().sum() == 1
+
+
 def test_on_policy_and_off_policy_with_the_errors_of_before(impl):
     """The errors that awm_loss returned stand in for a forward of `old`."""
     x = make(batch=4)
@@ -201,7 +212,11 @@ def test_bad_settings_of_awm(impl):
             {"weighting": "time"},
             "weighting: expected one of 'uniform', 't', 't2', 'huber', 'ghuber', got 'time'",
         ),
-        ({"clip_range": 0.2}, "old: expected a tensor, got NoneType"),
+        ({"clip_range": 0.2}, r"clip_range: expected None without old or old_error, got 0\.2"),
+        ({"ema_kl_beta": 0.1}, r"ema: expected a tensor because ema_kl_beta is 0\.1, got None"),
+        ({"ema_kl_beta": -3.0}, r"ema_kl_beta: expected a number >= 0, got -3\.0"),
+        ({"ema": x[:2], "ema_kl_beta": 0.1}, r"ema: expected shape \(3, 4\), got \(2, 4\)"),
+        ({"ema": [0.0], "ema_kl_beta": 0.1}, "ema: expected a tensor, got list"),
         ({"clip_range": (0.1, -1.0), "old": x}, "clip_range: expected a number > 0, got -1.0"),
         (
             {"clip_range": (1.0, 2.0, 3.0), "old": x},
@@ -234,6 +249,10 @@ def test_bad_input(impl):
         awm_loss(x, None, x, x, torch.zeros(4), impl=impl)
     with pytest.raises(TypeError, match=r"x0: expected a tensor, got NoneType"):
         flow_matching_loss(x, None, x, impl=impl)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3,\), got \(2,\)"):
+        flow_matching_loss(x, x, x, weight=torch.zeros(2), impl=impl)
+    with pytest.raises(ValueError, match=r"policy: expected shape \(batch, ...\) of rank >= 2, got \(\)"):
+        flow_matching_loss(torch.tensor(1.0), x, x, weight=v, impl=impl)
     with pytest.raises(
         ValueError, match=r"ref_uncond: expected a tensor because guidance_scale is 2.0, got None"
     ):
@@ -297,6 +316,10 @@ def test_what_the_steps_refuse(impl):
     stats = measure(*(x[k] for k in ("policy", "old", "ref_cond", "x0", "noise")), impl=impl)
     with pytest.raises(ValueError, match="clip_range: expected None without off_policy"):
         awm_coefficients(stats, x["advantage"], clip_range=0.1, impl=impl)
+    with pytest.raises(TypeError, match="ema_kl_beta: expected a number, got NoneType"):
+        awm_coefficients(stats, x["advantage"], ema_kl_beta=None, impl=impl)
+    with pytest.raises(TypeError, match="stats: expected a Stats, got Tensor"):
+        awm_coefficients(stats.table, x["advantage"], impl=impl)
     with pytest.raises(ValueError, match=r"sigma: expected shape \(6,\)"):
         nft_coefficients(stats, x["advantage"], x["advantage"][:3], impl=impl)
     with pytest.raises(TypeError, match="sigma"):

@@ -57,6 +57,11 @@ def test_interpolate(impl, dtype):
     assert interpolate(x0, sigma, noise, dtype=torch.float16, impl=impl).dtype == torch.float16
 
 
+def test_what_interpolate_returns_is_contiguous(impl):
+    x0, noise = torch.randn(2, 5, 3, 7).transpose(2, 3)
+    assert interpolate(x0, torch.rand(5), noise, impl=impl).stride() == (21, 3, 1)
+
+
 def test_every_pass_uses_the_noise_of_the_seed(impl):
     inputs = make(batch=5, shape=(3, 5, 7), dtype=torch.float32, groups=(0, 0, 1))
     inputs["noise"] = philox.normal(seeds(), inputs["x0"].shape)

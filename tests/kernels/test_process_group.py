@@ -20,6 +20,7 @@ SETTINGS = [
     {"centering": "batch"},
     {"centering": "none"},
     {"kl_beta": 0.3, "reward_adaptive_kl": False},
+    {"denominator": 12.0},  # of a step of which these are a part
 ]
 
 
@@ -80,8 +81,45 @@ def test_a_rank_without_samples_ends_the_step_on_every_rank(tmp_path):
     whole, _ = loss_of(inputs, slice(None))
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
     for found in ranks:
-        assert found[0] == "stats: expected at least one sample on every rank, got none on [1]"
+        assert found[0] == "process_group: expected at least one sample on every rank, got none on [1]"
     assert (ranks[0][1] + ranks[1][1]) / 2 == pytest.approx(float(whole), rel=1e-12)
+
+
+class Losses(torch.nn.Module):
+    """A model that returns what the loss does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(6, 6, dtype=torch.float64)
+
+    def forward(self, inputs):
+        from crd_kernels import crd_loss
+
+        return crd_loss(self.layer(inputs["policy"]), *(inputs[name] for name in NAMES[1:]), impl="cpu")
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard"])
+def test_a_wrapped_module_may_return_the_whole_output(tmp_path, wrapper):
+    inputs, gradients = make(batch=4, groups=(0, 0, 3)), []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for wrapped in (False, True):
+            model = module = Losses()
+            if wrapped and wrapper == "fully_shard":
+                mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+                dist.fsdp.fully_shard(model, mesh=mesh)
+            elif wrapped:
+                model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+            output = model(inputs)
+            output.loss.backward()
+            gradients.append(module.layer.weight.grad)
+            assert "loss=tensor(" in repr(output) and "old_kl=tensor(" in repr(output)
+    finally:
+        dist.destroy_process_group()
+    plain, found = gradients
+    found = found.full_tensor() if wrapper == "fully_shard" else found
+    assert relative_error(found, plain) < 1e-12 and plain.abs().max() > 0
 
 
 def test_scalars_are_checked_in_every_call_over_ranks(tmp_path):

@@ -56,7 +56,8 @@ def center(
     integers, in any order, groups of any sizes. centering "batch" treats all samples as one group; "none"
     leaves out the sums over p, and temperature with them. Both are there for comparison.
     kl_weight multiplies k_i (an anchor evaluated for a random fraction f: mask / f). denominator replaces B
-    in the means: with the B of the whole step, centering some of its groups at a time adds up to the whole.
+    in the means: with the B of the whole step, over all ranks, centering some of its groups at a time adds up
+    to the whole.
 
     process_group: a torch.distributed group over whose ranks the groups may spread. Every rank passes its own
     samples, as many as it has, and gets its own coefficients. The means are then over all ranks' samples,
@@ -82,7 +83,7 @@ def center(
         denominator,
     )
     scalars = Scalars(advantage, group, None, kl_weight)
-    return fused.coefficients(stats, scalars, kind, numbers, impl, process_group)
+    return fused.coefficients(stats, scalars, kind, numbers, impl, "center", process_group)
 
 
 @settings
@@ -104,7 +105,9 @@ def crd_settings(
     checks.number("beta", beta, above=0)
     checks.number("kl_beta", kl_beta, at_least=0)
     checks.number("kl_min", kl_min, at_least=0)
-    if kl_beta == 0:
+    checks.flag("adaptive_weighting", adaptive_weighting)
+    checks.flag("reward_adaptive_kl", reward_adaptive_kl)
+    if kl_beta == 0 or not reward_adaptive_kl:
         kl_min = 0.0
     if kl_min > kl_beta:
         raise ValueError(f"kl_min: expected a number <= kl_beta = {kl_beta}, got {kl_min}")

@@ -14,7 +14,7 @@ def everyone_has_samples(process_group, samples: int, device) -> list[int]:
     dist.all_gather(lengths, length, group=process_group)
     sizes = torch.cat(lengths).tolist()
     if empty := [rank for rank, size in enumerate(sizes) if size == 0]:
-        raise ValueError(f"stats: expected at least one sample on every rank, got none on {empty}")
+        raise ValueError(f"process_group: expected at least one sample on every rank, got none on {empty}")
     return sizes
 
 

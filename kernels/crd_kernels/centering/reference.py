@@ -30,12 +30,10 @@ def center(
     a = unit_interval(scalars.advantage, numbers.advantage_clip)
     if kind.one_group:
         group = torch.zeros_like(group)
-    samples: float = reward.shape[0]
-    mine, all_reward, all_a = slice(None), reward, a
+    mine, all_reward, all_a, ranks = slice(None), reward, a, 1
     if process_group is not None:
         (all_reward, all_a, group), mine, ranks = gather(process_group, reward, a, group.long())
-        samples = all_reward.shape[0] / ranks
-    samples = numbers.denominator or samples
+    samples = (numbers.denominator or all_reward.shape[0]) / ranks
 
     groups, both = Groups(group), torch.stack([all_reward, all_a])
     if not kind.tempered:

@@ -9,15 +9,19 @@ from .. import checks, dispatch, fused
 from ..centering.api import crd_settings
 from ..centering.distributed import everyone_has_samples
 from ..finish import ops
+from ..output import Output
 from ..problem import Kind, Latents, Scalars
-from ..velocity.stats import ROWS, Stats
+from ..velocity.stats import KL_LOSS, POLICY_LOSS
 
 if TYPE_CHECKING:  # absent from a torch without torch.distributed
     from torch.distributed import ProcessGroup
 
 
-class CRDOutput:
+class CRDOutput(Output):
     """What `crd_loss` returns. Only `loss` carries a gradient, and to `policy` alone; the rest is detached.
+
+    All in fp32, or fp64 when an input was fp64. The rest are rows of a table that backward reads: `clone()`
+    before one is changed in place.
 
     loss             scalar, policy_loss + kl_loss
     policy_loss      scalar
@@ -28,15 +32,14 @@ class CRDOutput:
     old_deviation    (B,) mean((policy - old)^2)
     """
 
-    def __init__(self, loss: Tensor, table: Tensor):
-        self.loss, self._table = loss, table  # its other tensors are rows, made when they are asked for
+    NAMES = ("policy_loss", "kl_loss", "implicit_reward", "kl", "old_kl", "old_deviation")
 
-    policy_loss = property(lambda self: self._table[ROWS + 3, 0])
-    kl_loss = property(lambda self: self._table[ROWS + 4, 0])
-    implicit_reward = property(lambda self: Stats(self._table, 0).implicit_reward)
-    kl = property(lambda self: Stats(self._table, 0).kl)
-    old_kl = property(lambda self: Stats(self._table, 0).old_kl)
-    old_deviation = property(lambda self: Stats(self._table, 0).old_deviation)
+    policy_loss = property(lambda self: self._table[POLICY_LOSS, 0])
+    kl_loss = property(lambda self: self._table[KL_LOSS, 0])
+    implicit_reward = property(lambda self: self._stats.implicit_reward)
+    kl = property(lambda self: self._stats.kl)
+    old_kl = property(lambda self: self._stats.old_kl)
+    old_deviation = property(lambda self: self._stats.old_deviation)
 
 
 def crd_loss(
@@ -76,6 +79,8 @@ def crd_loss(
     ref_uncond: of the frozen weights with the prompt and with the empty one; x0, noise: what the noised
     latent was made of. One shape (B, ...), bf16, fp16, fp32 or fp64 in any mix, strided views uncopied.
     advantage: raw A_i; clipping and the map to [0, 1] happen here. group: one id per (prompt, timestep).
+    Nothing is copied for the backward pass: tensors made in inference mode, whose changes autograd cannot
+    see, must stay as they are until then.
 
     impl: "triton" (GPU), "cpu", "reference" (the readable definition), "auto" (triton on a GPU, else cpu).
     Raises TypeError or ValueError naming the argument, what was wanted and what came.
@@ -118,7 +123,7 @@ def _over_ranks(check, latents, scalars, kind, numbers, process_group, impl):
     check()  # each time: what `measure` remembers of a call says nothing of the scalars
     with torch.no_grad():
         measuring = Kind("measure", adaptive_weighting=kind.adaptive_weighting)
-        table = fused.measure(check, latents, measuring, numbers, impl)
+        table = fused.measure(check, latents, measuring, numbers, impl, "crd_loss")
         loss, outcome = ops.finish(table, scalars, kind, numbers, impl, process_group)
         table = torch.cat([table, outcome])
     return CRDOutput(fused.attach(loss, table, latents, kind, numbers, impl), table)

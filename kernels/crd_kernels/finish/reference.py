@@ -28,5 +28,5 @@ def table_and_loss(table, scalars: Scalars, kind: Kind, numbers: Numbers):
     loss, outcome = finish(stats, scalars, kind, numbers)
     table = torch.cat([table, outcome])
     if kind.method == "nft":
-        table[3] = losses.error_of_policy(stats, numbers.beta)
+        Stats(table, 0).policy_error.copy_(losses.error_of_policy(stats, numbers.beta))
     return table, loss

@@ -41,7 +41,8 @@ def awm_loss(
         anchors = kl_beta mean_i w_i mean((policy_i - reference_i)^2)
                 + ema_kl_beta mean_i mean((policy_i - ema_i)^2)
 
-    g is the matching error weighed by the time t = sigma_i, which every weighting but "uniform" needs:
+    g is the matching error weighed by the time t = sigma_i, 0 of clean latents and 1 of noise, which every
+    weighting but "uniform" needs:
     "uniform" e, "t" t e, "t2" t^2 e, "huber" t (sqrt(e + 1e-10) - 1e-5), and
     "ghuber" 4 t ((e + 1e-10)^(1/4) - 1e-10^(1/4)).
 
@@ -64,7 +65,7 @@ def awm_loss(
     if old is not None and old_error is not None:
         raise ValueError("old_error: expected None because old is given, got a tensor")
     if clip_range is not None and old is None and old_error is None:
-        checks.tensor("old", old)
+        raise ValueError(f"clip_range: expected None without old or old_error, got {clip_range}")
     kind, numbers = _settings(
         guidance_scale,
         clip_range,
@@ -72,16 +73,21 @@ def awm_loss(
         advantage_clip,
         denominator,
         weighting,
-        0.0 if ema is None else ema_kl_beta,
+        ema_kl_beta,
         old is not None or old_error is not None,
         ema is not None,
     )
+    if ema is None and ema_kl_beta > 0:
+        raise ValueError(f"ema: expected a tensor because ema_kl_beta is {ema_kl_beta}, got None")
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     beside = old if ema is None else ema
     latents = Latents(policy, beside, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
     scalars = Scalars(advantage, None, sigma, kl_weight, old_error)
 
     def check():
+        if ema is not None:  # by its own name, before it is looked at as what stands beside the policy
+            checks.given(ema=ema)
+            checks.latents(policy=policy, ema=ema)
         checks.given(advantage=advantage)
         if weighting != "uniform":
             checks.given(sigma=sigma)
@@ -115,6 +121,8 @@ def awm_coefficients(
         checks.given(sigma=sigma)
     if clip_range is not None and not off_policy:
         raise ValueError(f"clip_range: expected None without off_policy, got {clip_range}")
+    checks.flag("off_policy", off_policy)
+    checks.number("ema_kl_beta", ema_kl_beta, at_least=0)
     kind, numbers = _settings(
         1.0,
         clip_range,
@@ -126,7 +134,8 @@ def awm_coefficients(
         bool(off_policy),
         ema_kl_beta > 0,
     )
-    return fused.coefficients(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
+    scalars = Scalars(advantage, None, sigma, kl_weight)
+    return fused.coefficients(stats, scalars, kind, numbers, impl, "awm_coefficients")
 
 
 @settings

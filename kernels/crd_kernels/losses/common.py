@@ -2,28 +2,29 @@
 
 from collections.abc import Callable
 
-import torch
-
 from .. import fused
+from ..output import Output
 from ..problem import Kind, Latents, Numbers, Scalars
-from ..velocity.stats import Stats
 
 
-class LossOutput:
+class LossOutput(Output):
     """Only `loss` carries a gradient, and to `policy` alone; the rest is detached.
 
+    All in fp32, or fp64 when an input was fp64. The rest are rows of a table that backward reads: `clone()`
+    before one is changed in place.
+
     loss           scalar
-    error          (B,) mean((policy - target)^2)
+    error          (B,) mean((policy - target)^2); of `nft_loss`, which divides by 2 beta to find it, to
+                   about 1e-7 / beta of its size
     kl             (B,) mean((policy - reference)^2); 0 without a reference
     old_deviation  (B,) mean((policy - old)^2); 0 for losses without `old`
     """
 
-    def __init__(self, loss: torch.Tensor, table: torch.Tensor):
-        self.loss, self._table = loss, table  # its other tensors are rows, made when they are asked for
+    NAMES = ("error", "kl", "old_deviation")
 
-    error = property(lambda self: Stats(self._table, 0).policy_error)
-    kl = property(lambda self: Stats(self._table, 0).kl)
-    old_deviation = property(lambda self: Stats(self._table, 0).old_deviation)
+    error = property(lambda self: self._stats.policy_error)
+    kl = property(lambda self: self._stats.kl)
+    old_deviation = property(lambda self: self._stats.old_deviation)
 
 
 def loss_of(

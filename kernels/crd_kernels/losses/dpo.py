@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import checks
-from ..problem import Kind, Latents, Numbers, Scalars, settings
+from ..problem import NOTHING, Kind, Latents, Numbers, settings
 from .common import LossOutput, loss_of
 
 
@@ -33,11 +33,10 @@ def diffusion_dpo_loss(
     latents = Latents(policy, reference, None, None, x0, noise, seed, checks.mask(mask, policy))
 
     def check():
-        checks.latents(policy=policy)
+        checks.given(reference=reference)
+        checks.latents(policy=policy, reference=reference)
         if policy.shape[0] % 2:
             raise ValueError(f"policy: expected an even number of samples (pairs), got {policy.shape[0]}")
-        checks.tensor("reference", reference)
-        checks.latents(policy=policy, reference=reference)
 
     return loss_of("diffusion_dpo_loss", latents, NOTHING, kind, numbers, impl, check)
 
@@ -46,6 +45,3 @@ def diffusion_dpo_loss(
 def _settings(beta):
     checks.number("beta", beta, above=0)
     return Kind("dpo"), Numbers(beta=float(beta))
-
-
-NOTHING = Scalars()

@@ -25,11 +25,13 @@ def flow_matching_loss(
     """
     checks.tensor("policy", policy)
     latents = Latents(policy, None, None, None, x0, noise, seed, checks.mask(mask, policy))
-    if weight is not None:
-        checks.tensor("weight", weight)
-        checks.per_sample("weight", weight, policy.shape[0], policy.device)
-    scalars = Scalars(advantage=weight)
-    return loss_of("flow_matching_loss", latents, scalars, KIND, NUMBERS, impl)
+
+    def check():
+        latents.check()
+        if weight is not None:  # by its own name: among the scalars it stands for the advantage
+            checks.per_sample("weight", weight, policy.shape[0], policy.device)
+
+    return loss_of("flow_matching_loss", latents, Scalars(weight), KIND, NUMBERS, impl, check)
 
 
 KIND, NUMBERS = Kind("flow_matching"), Numbers()

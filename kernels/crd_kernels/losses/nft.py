@@ -36,6 +36,7 @@ def nft_loss(
         d(v)     = sigma mean((v - target)^2) / max(mean|v - target|, 1e-5 / sigma)     (no gradient below)
         loss     = c / beta mean_i (a_i d(positive_i) + (1 - a_i) d(negative_i)) + kl_beta mean_i w_i kl_i
 
+    sigma: noise levels, above 0 (clean latents) and at most 1 (noise).
     d is the squared error of the clean latent x_sigma - sigma v, divided by its mean absolute error; without
     `adaptive_weighting` it is sigma^2 mean((v - target)^2). kl_weight: the w_i, 1 where not given.
     denominator: in place of B in the means. Returns a `LossOutput`; mask and errors as in `measure`.
@@ -73,7 +74,8 @@ def nft_coefficients(
     """
     checks.given(advantage=advantage, sigma=sigma)
     kind, numbers = _settings(1.0, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
-    return fused.coefficients(stats, Scalars(advantage, None, sigma, kl_weight), kind, numbers, impl)
+    scalars = Scalars(advantage, None, sigma, kl_weight)
+    return fused.coefficients(stats, scalars, kind, numbers, impl, "nft_coefficients")
 
 
 @settings
@@ -82,6 +84,7 @@ def _settings(guidance_scale, beta, kl_beta, advantage_clip, adaptive_weighting,
     checks.number("beta", beta, above=0)
     checks.number("kl_beta", kl_beta, at_least=0)
     checks.number("advantage_clip", advantage_clip, above=0)
+    checks.flag("adaptive_weighting", adaptive_weighting)
     numbers = Numbers(
         guidance_scale=float(guidance_scale),
         mix=float(beta),

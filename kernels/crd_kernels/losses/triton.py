@@ -10,7 +10,7 @@ from ..centering.triton import wide
 def matching(error, sigma, sample, there, WEIGHTING: tl.constexpr):
     """AWM's weighed matching error g(e, t) and its derivative with respect to e."""
     if WEIGHTING == 0:
-        return error, error * 0 + 1
+        return error, tl.full(error.shape, 1.0, tl.float64)
     else:
         t = wide(sigma, sample, there)
         if WEIGHTING == 1:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import checks, dispatch, fused
 from .ops import interpolate_op
 
 
@@ -24,8 +24,11 @@ def interpolate(
     the same seeds. A sample's noise depends on its seed and its size alone, not on the batch. The numbers
     agree between implementations to float32 rounding, and between calls of one to the bit.
 
-    Computed in fp32, or fp64 when x0 or noise is. Raises TypeError or ValueError naming the argument.
+    sigma: 0 for clean latents, 1 for noise. Computed in fp32, or fp64 when x0 or noise is, no gradient.
+    Raises TypeError or ValueError naming the argument.
     """
+    if isinstance(x0, torch.Tensor):
+        fused.refuse_transforms("interpolate", x0)
     checks.latents(x0=x0, noise=noise)
     checks.noise_or_seed(noise, seed, x0)
     checks.per_sample("sigma", sigma, x0.shape[0], x0.device)

@@ -33,7 +33,8 @@ def measure(
         implicit_reward = -(mean((policy - target)^2) / s(policy) - mean((old - target)^2) / s(old))
         kl              = mean((policy - reference)^2)
 
-    and the other means listed in `Stats`. The implicit reward is exactly 0 where policy equals old.
+    and the other means listed in `Stats`. The implicit reward is exactly 0 where policy equals old, but with
+    `mix` to rounding.
     A sample's statistics do not depend on the other samples, so micro-batches can be measured one by one and
     joined with `Stats.cat`.
 
@@ -68,6 +69,7 @@ def measure(
 def _measure_settings(guidance_scale, adaptive_weighting, mix):
     checks.number("guidance_scale", guidance_scale)
     checks.number("mix", mix, at_least=0)
+    checks.flag("adaptive_weighting", adaptive_weighting)
     numbers = Numbers(guidance_scale=float(guidance_scale), mix=float(mix))
     return Kind("measure", adaptive_weighting=bool(adaptive_weighting), third=mix > 0), numbers
 
@@ -108,7 +110,9 @@ def velocity_grad(
     """
     checks.tensor("policy", policy)
     _, numbers = _measure_settings(guidance_scale, False, 0.0)
-    c1, c2, c3 = coefficients.c1, coefficients.c2, getattr(coefficients, "c3", None)
+    c1, c2, c3 = (getattr(coefficients, name, None) for name in ("c1", "c2", "c3"))
+    if c1 is None or c2 is None:
+        raise TypeError(f"coefficients: expected tensors c1 and c2, got {type(coefficients).__name__}")
     if c3 is None:
         old = None
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
@@ -144,6 +148,7 @@ def implicit_reward(
     """
     checks.tensor("policy", policy)
     latents = Latents(policy, old, None, None, x0, noise, seed, checks.mask(mask, policy))
+    checks.flag("adaptive_weighting", adaptive_weighting)
     kind = Kind("reward", adaptive_weighting=bool(adaptive_weighting))
 
     def check():

@@ -4,9 +4,13 @@ import torch
 from torch import Tensor
 
 from .. import passes
-from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
+from ..problem import NOTHING, Kind, Latents, Numbers, compute_dtype
 from ..registration import autograd, fake, register
 from .stats import ROWS
+
+ONCE = "{}: expected to be differentiated once, got a second-order gradient"
+# by what a kind calls the method
+PUBLIC = {"reward": "implicit_reward", "dpo": "diffusion_dpo_loss"}
 
 
 @register
@@ -25,7 +29,7 @@ def measure_op(
 ) -> Tensor:
     """The (ROWS, B) table of statistics."""
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
-    run = passes.of(impl, latents, Scalars(), Kind.parse(kind))
+    run = passes.of(impl, latents, NOTHING, Kind.parse(kind))
     return run.measure(latents, Numbers(*numbers.tolist()))
 
 
@@ -46,7 +50,7 @@ def velocity_grad_op(
     seed: Tensor | None,
     mask: Tensor | None,
     c1: Tensor,
-    c2: Tensor | None,
+    c2: Tensor,
     c3: Tensor | None,
     numbers: Tensor,
     impl: str,
@@ -133,4 +137,14 @@ def _backward(ctx, upstream):
     return None, gradient, *[None] * 11
 
 
+def _keep_name(ctx, inputs, output):
+    method = Kind.parse(inputs[-2]).method
+    ctx.name = PUBLIC.get(method, f"{method}_loss")
+
+
+def _refuse(ctx, _):
+    raise RuntimeError(ONCE.format(ctx.name))
+
+
 autograd("attach_gradient", _backward, _save)
+autograd("loss_grad", _refuse, _keep_name)

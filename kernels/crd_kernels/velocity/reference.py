@@ -80,7 +80,7 @@ def measure(latents: Latents, adaptive_weighting: bool, numbers: Numbers) -> tor
 def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers, dtype) -> torch.Tensor:
     """upstream mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), in policy's dtype.
 
-    c1, c2, c3: (B,), the last two or None. upstream: scalar or (B,), or None for 1. dtype: to compute in.
+    c1, c2, c3: (B,), the last one or None. upstream: scalar or (B,), or None for 1. dtype: to compute in.
     """
     policy, old, ref_cond, ref_uncond, x0, noise, seed, mask = latents
     if noise is None:
@@ -92,7 +92,7 @@ def gradient(latents: Latents, c1, c2, c3, upstream, numbers: Numbers, dtype) ->
         return (c.to(dtype) * upstream).view(-1, *[1] * (policy.dim() - 1))
 
     total = column(c1) * (policy.to(dtype) - (noise.to(dtype) - x0.to(dtype)))
-    if ref_cond is not None and c2 is not None:
+    if ref_cond is not None:
         reference = guided(ref_cond, ref_uncond, numbers.guidance_scale, dtype)
         total = total + column(c2) * (policy.to(dtype) - reference)
     if c3 is not None:

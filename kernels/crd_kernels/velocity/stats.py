@@ -8,12 +8,15 @@ from numbers import Integral
 
 import torch
 
+from ..checks import INTEGERS
+
 SCALE_FLOOR = 1e-5
 SUMS = 8  # what the passes add up of each sample
 ROWS = 10  # of the table of `Stats`, which every implementation writes
 # What a loss makes of them: c1, c2, c3, and a row each of the policy's part of the loss and the anchor's.
 # They stand behind the statistics in the table that a loss leaves.
 OUTCOME = 5
+POLICY_LOSS, KL_LOSS = ROWS + 3, ROWS + 4
 
 
 def _row(index: int) -> property:
@@ -74,6 +77,8 @@ class Stats:
 
 def samples(index, size: int):
     """An index of samples that keeps their dimension. Raises IndexError for an integer out of range."""
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype in INTEGERS:
+        index = index.item()
     if isinstance(index, Integral):  # numpy's too
         index = int(index)
         if not -size <= index < size:

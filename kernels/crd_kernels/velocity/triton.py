@@ -7,7 +7,7 @@ import triton.language as tl
 from .. import launch
 from ..finish import triton as finishing
 from ..noise.triton import load_latent, seeded_noise, store_latent
-from ..problem import Kind, Latents, Numbers, Scalars, compute_dtype
+from ..problem import NOTHING, Kind, Latents, Numbers, Scalars, compute_dtype
 from .stats import OUTCOME, ROWS
 
 
@@ -239,7 +239,6 @@ class Passes:
         return gradient
 
 
-NOTHING = Scalars()
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
