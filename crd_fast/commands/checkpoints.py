@@ -109,10 +109,12 @@ def sample(
     rewards, pixels = typed_rewards(reward, parse_settings(set_ or [])), typed_size(size)
     if set_ and rewards is None:
         raise UserError("--set: is for the --reward")
-    from crd_fast.prompts.source import PromptSource
+    from crd_fast.prompts.source import PromptSource, check_text
     from crd_fast.train.inference import sample_grid
 
     entries: list = list(prompt or [])
+    for text in entries:
+        check_text(f"--prompt {text!a}", text)
     if prompts is not None:
         entries += PromptSource(prompts).all()
     if not entries:

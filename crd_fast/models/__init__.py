@@ -69,7 +69,8 @@ def load_model(
     model = model_class(folder, recipe)
     checks.check_sizes(model, recipe)
     if recipe.model.method == "lora":
-        check_targets(model.transformer, lora_targets(model, recipe))
+        targets = lora_targets(model, recipe)
+        check_targets(model.transformer, targets, within_blocks=recipe.model.streaming and model.joins_rows)
     look(model)
     model.encode([*prompts, ""], ahead, tracked)
     model.load(recipe.train.checkpointing)
@@ -189,10 +190,14 @@ def _refusal(path: str, error: BaseException) -> str:
 
 def family_of(path: str, index: dict) -> type[PipelineModel]:
     """The class for a pipeline by its model_index.json. Raises UserError for one that is not supported."""
-    found = index.get("_class_name")
-    if found not in FAMILIES:
-        raise UserError(f"model.path: {path}: {found} is not supported; supported: {supported()}")
-    return family(found)
+    from crd_fast.models.checks import check_components
+
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(f"model.path: {path}: {name} is not supported; supported: {supported()}")
+    found = family(name)
+    check_components(path, index, found)
+    return found
 
 
 def family(pipeline: str) -> type[PipelineModel]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.models.prompt_cache import fingerprint_of_files
 from crd_fast.sizes import Resolution, height_width
 
 if TYPE_CHECKING:
@@ -70,6 +73,33 @@ def check_files(folder: Path) -> None:
             _check_weights(folder / name)
 
 
+def check_components(path: str, index: dict, family: type[PipelineModel]) -> None:
+    """Raises UserError for the first component that the pipeline wants and its index lacks, or the other way
+    round, or whose class the libraries here do not have."""
+    import diffusers
+    import transformers
+
+    where = f"model.path: {path}: {INDEX}"
+    parameters = inspect.signature(family.pipeline.__init__).parameters
+    for name, part in index.items():
+        if isinstance(part, list) and name not in parameters:
+            raise UserError(f"{where}: expected no {name} for {family.name}, got {json.dumps(part)}")
+    for name, parameter in parameters.items():
+        part = index.get(name)
+        if parameter.default is not inspect.Parameter.empty or name == "self":
+            continue
+        if not isinstance(part, list) or len(part) != 2 or not part[1]:
+            if name in family.optional and name in index:
+                continue
+            raise UserError(f"{where}: expected a {name} for {family.name}, got {json.dumps(part)}")
+        library = {"diffusers": diffusers, "transformers": transformers}.get(part[0])
+        if library is not None and part[1] not in dir(library):
+            raise UserError(
+                f"{where}: {name}: expected a class of {part[0]} {library.__version__}, got {part[1]!r}, "
+                "which a later version may have"
+            )
+
+
 def check_configs(folder: Path) -> None:
     """Raises UserError naming the first config that says the pipeline's shapes and is not there."""
     for name, file in (
@@ -110,28 +140,29 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    for file in _weights(folder):
+    for file in weight_files(folder):
         _must_exist(file)
         _check_length(file)
 
 
 def variant(folder: Path) -> str | None:
-    """The `fp16` of a component whose weights are only there as model.fp16.safetensors; else None."""
+    """The `fp16` of a component whose weights are only there as model.fp16.safetensors, or as shards that
+    model.safetensors.index.fp16.json names; else None."""
     for stem in STEMS:
         if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():
             return None
     for stem in STEMS:
-        for pattern in (f"{stem}.*.safetensors", f"{stem}.safetensors.index.*.json"):
+        for pattern in (f"{stem}.safetensors.index.*.json", f"{stem}.*.safetensors"):
             for file in sorted(folder.glob(pattern)):
                 name = file.name.removeprefix(f"{stem}.safetensors.index.").removeprefix(f"{stem}.")
-                return name.split(".")[0]
+                return re.sub(r"-\d+-of-\d+$", "", name.split(".")[0])
     return None
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of a component's weights on the disk, that of most of their bytes; float32 where unknown."""
     sizes: Counter[str] = Counter()
-    for file in _weights(folder):
+    for file in weight_files(folder):
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         for name, tensor in header.items():
@@ -142,7 +173,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that diffusers or transformers will load: one, or the shards that an index names."""
     name = variant(folder)
     middle = f".{name}" if name else ""
@@ -156,6 +187,11 @@ def _weights(folder: Path) -> list[Path]:
                 raise UserError(f"model.path: {index}: expected a weight_map of files")
             return [folder / shard for shard in sorted(set(shards.values()))]
     raise UserError(f"model.path: {folder}: expected weights in .safetensors files, found none")
+
+
+def transformer_fingerprint(folder: Path) -> str:
+    """Of the files that the transformer of a pipeline is loaded from."""
+    return fingerprint_of_files((file.name, file) for file in weight_files(folder / "transformer"))
 
 
 def _read_object(file: Path) -> dict:

@@ -44,13 +44,17 @@ class PipelineModel(FlowModel):
     trains in bf16, else in float32; the VAE is in float32.
 
     Attributes of a family: name; pipeline: its class; lora_targets: the attention projections; text_length:
-    tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay.
+    tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay;
+    optional: components it does without; joins_rows: outside its blocks a batch is one sequence, whose
+    samples cannot have adapters of their own.
     device: by default the GPU, if there is one.
     """
 
     pipeline: type[DiffusionPipeline]
     text_length: int
     unquantized: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    joins_rows = False
 
     def __init__(self, folder: Path, recipe: Recipe, device: torch.device | None = None):
         self.folder, self.config = folder, recipe.model
@@ -392,6 +396,5 @@ def encodes_on_gpu(weights: int, free: int) -> bool:
     return weights + weights // 5 <= free
 
 
-def padded(states: torch.Tensor, length: int) -> torch.Tensor:
-    """(L, D) with zeros up to (length, D)."""
+def padded(states: torch.Tensor, length: int) -> torch.Tensor:  # (L, D) with zeros up to (length, D)
     return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

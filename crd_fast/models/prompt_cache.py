@@ -179,16 +179,24 @@ def _read_identity(folder: Path) -> dict | None:
 
 
 def fingerprint(folders: list[Path]) -> str:
-    """A hash of all files in these folders: names, sizes, and content.
+    """A hash of all files in these folders."""
+    return fingerprint_of_files(
+        (f"{folder.name}/{path.relative_to(folder)}", path)
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    )
 
-    Of a large file 16 evenly spaced pieces of 64 KiB: text encoders have up to 16 GB, and training them
-    further changes every weight.
+
+def fingerprint_of_files(files: Iterable[tuple[str, Path]]) -> str:
+    """A hash of these: names, as they are given, sizes, and content.
+
+    Of a large file 16 evenly spaced pieces of 64 KiB: networks have many GB, and training them further
+    changes every weight.
     """
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                _hash_file(digest, path, f"{folder.name}/{path.relative_to(folder)}")
+    for name, path in files:
+        _hash_file(digest, path, name)
     return digest.hexdigest()[:32]
 
 

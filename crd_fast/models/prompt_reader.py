@@ -49,6 +49,11 @@ class PromptReader:
         self._readings = list(readings)
 
     @property
+    def reads_any(self) -> bool:
+        """Whether any token of any prompt is read."""
+        return not self._readings or self.room > 0
+
+    @property
     def room(self) -> int:
         """How many tokens of a prompt the encoder that reads most has room for."""
         longest = self._longest()

@@ -30,9 +30,26 @@ def all_linear(network: torch.nn.Module) -> list[str]:
     ]
 
 
-def check_targets(network: torch.nn.Module, targets: list[str]) -> None:
-    """Raises UserError for the first target that matches no linear layer, by the end of its name."""
-    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+def check_targets(network: torch.nn.Module, targets: list[str], within_blocks: bool = False) -> None:
+    """Raises UserError for the first target that matches no linear layer, by the end of its name, or another
+    module as well. within_blocks: or a layer outside the blocks that repeat."""
+    blocks = {id(module) for block in repeated_blocks(network) for module in block.modules()}
+    modules = dict(network.named_modules())
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            raise UserError(f"model.lora_targets: {target!r} matches no layer of {type(network).__name__}")
+        found = [name for name in modules if name == target or name.endswith("." + target)]
+        others = [name for name in found if not isinstance(modules[name], torch.nn.Linear)]
+        if not found or others == found:
+            raise UserError(
+                f"model.lora_targets: {target!r} matches no linear layer of {type(network).__name__}"
+            )
+        if others:
+            kind = type(modules[others[0]]).__name__
+            raise UserError(
+                f"model.lora_targets: expected linear layers, got {target!r}, which is also the {kind} "
+                f"{others[0]}: write more of the names"
+            )
+        if outside := [name for name in found if within_blocks and id(modules[name]) not in blocks]:
+            raise UserError(
+                "model.lora_targets: expected layers inside the blocks with model.streaming, got "
+                f"{outside[0]}"
+            )

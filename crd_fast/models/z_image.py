@@ -22,6 +22,7 @@ class ZImageModel(PipelineModel):
     pipeline = ZImagePipeline
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
     text_length = 512
+    joins_rows = True
     configs: ClassVar = {
         "Tongyi-MAI/Z-Image": "z-image",
         "Tongyi-MAI/Z-Image-Turbo": "z-image",

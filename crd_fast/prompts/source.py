@@ -216,6 +216,14 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"prompts: {where}: not JSON: a number or a nesting that is too long") from None
 
 
+def check_text(where: str, text: str) -> None:
+    """Raises UserError, which begins with `where`, for what no tokenizer takes."""
+    if "\0" in text:  # what marks negative prompts, and text in no file that people write
+        raise UserError(f"{where}: expected text, got a NUL character")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # in JSON, and in arguments that are no UTF-8
+        raise UserError(f"{where}: expected text, got half a pair of surrogates")
+
+
 def _entry(entry: Any, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         got = repr(entry)[:60]
@@ -226,11 +234,7 @@ def _entry(entry: Any, where: str) -> dict:
         )
     if not entry["prompt"].strip():
         raise UserError(f"prompts: {where}: expected a prompt, got none")
-    texts = entry["prompt"] + (entry.get("negative_prompt") or "")
-    if "\0" in texts:  # what marks negative prompts, and text in no file that people write
-        raise UserError(f"prompts: {where}: expected text, got a NUL character")
-    if any("\ud800" <= c <= "\udfff" for c in texts):  # JSON can say it, no tokenizer takes it
-        raise UserError(f"prompts: {where}: expected text, got half a pair of surrogates")
+    check_text(f"prompts: {where}", entry["prompt"] + (entry.get("negative_prompt") or ""))
     if "tag" in entry and ("include" in entry or "exclude" in entry):  # GenEval's metadata
         try:
             check_metadata(entry)

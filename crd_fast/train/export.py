@@ -200,7 +200,7 @@ def write_fused(trained: Trained, out: Path) -> None:
     folder, found = find_pipeline(trained.recipe.model.path)
     checks.check_files(folder)
     pipe = _load(folder, found.pipeline, trained.weights if trained.full else None)  # type: ignore[attr-defined]
-    seen = SimpleNamespace(name=found.name, transformer=pipe.transformer)  # type: ignore[attr-defined]
+    seen = SimpleNamespace(name=found.name, transformer=pipe.transformer, folder=folder)  # type: ignore[attr-defined]
     checkpoint.check_same_model(trained.state, seen, trained.folder)
     if not trained.full:
         _fuse(pipe, trained.weights)

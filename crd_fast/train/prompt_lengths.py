@@ -70,6 +70,11 @@ def check_lengths(
         return
     asked = list(asked)
     entries = [entry for entries, _ in asked for entry in entries]
+    if entries and not reader.reads_any:
+        raise UserError(
+            "model.text_length: expected room for a prompt, got none: what the pipeline puts before it takes "
+            "all tokens that the text encoder reads"
+        )
     led_away = [entry.get(negative.KEY) or "" for entry in entries]
     cut = reader.truncated([*(entry["prompt"] for entry in entries), *led_away])
     if not cut:

@@ -116,7 +116,7 @@ class Trainer:
                 ),
             )
         if newest and state:
-            checkpoint.check_same_model(state, self.model, newest)
+            checkpoint.check_same_model(state, self.model, newest, trains=True)
         self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
         if recipe.model.init_lora is not None and not newest:

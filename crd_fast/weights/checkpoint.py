@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
+from crd_fast.models.checks import transformer_fingerprint
 from crd_fast.weights import durable
 from crd_fast.weights.base import OptimizerState, Saved, Weights
 
@@ -30,6 +31,7 @@ WITHOUT_MANIFEST = 1  # the format before: taken as it is
 STATE, TENSORS = "state.json", "training.safetensors"
 MARKS = (STATE, durable.MANIFEST)  # files that say that a folder is a checkpoint
 PARTIAL, DAMAGED, COPIED, BEST = "partial-", "damaged-", "copied-", "best"
+FINGERPRINT = "fingerprint"  # of the base's files, in what a checkpoint says of its model
 NAME = re.compile(r"iteration-(\d{6,})")
 
 logger = logging.getLogger("crd_fast")
@@ -224,13 +226,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(folder: Path, weights: Weights, optimizer: OptimizerState | None = None) -> dict[str, Any]:
     """Puts weights (and the optimizer, if given) back as they were. Returns the JSON state.
 
-    Raises UserError for a damaged file or another model's checkpoint; nothing is changed then.
+    Raises UserError for a damaged file or another model's checkpoint.
     """
     state = read_state(folder)
     tensors = read_tensors(folder / TENSORS)
     weights.load_state(_under(tensors, "weights/"))
     if optimizer is not None:
-        optimizer.load_state_dict(unflatten(state["optimizer"], _under(tensors, "optimizer/")))
+        try:
+            optimizer.load_state_dict(unflatten(state["optimizer"], _under(tensors, "optimizer/")))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{folder}: expected the state of this run's optimizer: {error}") from error
     return state
 
 
@@ -239,15 +244,26 @@ def describe(model) -> dict:
     parameters = sum(
         parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
     )
-    return {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
+    described = {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
+    folder = getattr(model, "folder", None)  # a pipeline has one
+    return described if folder is None else described | {FINGERPRINT: transformer_fingerprint(folder)}
 
 
-def check_same_model(state: dict, model, source: Path) -> None:
-    """Raises UserError if a checkpoint's state is not this model's."""
-    if state.get("model") != describe(model):
-        raise UserError(
-            f"{source}: a checkpoint of another model: expected {describe(model)}, got {state.get('model')}"
-        )
+def check_same_model(state: dict, model, source: Path, trains: bool = False) -> None:
+    """Raises UserError if a checkpoint's state is not this model's.
+
+    Where it is another base of the same shape, as its files say, that is a warning, for they may be the same
+    weights in other files; not where the model is trained on.
+    """
+    before, own = dict(state.get("model") or {}), describe(model)
+    known, found = before.pop(FINGERPRINT, None), own.pop(FINGERPRINT, None)
+    if before != own:
+        raise UserError(f"{source}: a checkpoint of another model: expected {own}, got {before}")
+    if known and found and known != found:
+        said = f"{source}: the transformer's files in {model.folder} are not those that it was trained on"
+        if trains:
+            raise UserError(f"{said}; expected the same, to go on")
+        logger.warning("warning: %s: another base gives other pictures", said)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -33,6 +34,10 @@ BESIDE = "read"  # name of the adapter that a file is read into
 # in names of tensors: what scales the weights' columns beside the product of A and B, in DoRA
 MAGNITUDES = ("lora_magnitude_vector", "dora_scale")
 PART = re.compile(r"\.(lora|alpha|bias|diff|scale).*$")  # of an adapter's tensor, behind the layer's name
+
+OF_PEFT = "base_model.model."
+
+Adapters = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A, B and scaling by layer
 
 logger = logging.getLogger("crd_fast")
 
@@ -102,7 +107,7 @@ class LoraWeights(Weights):
         network.unload_lora()  # the layers are as they were, for adapters with our names
         rank = max(down.shape[0] for down, _, _ in found.values())
         weights = cls(network, rank, rank, list(found), 0, loader, device)
-        weights.start_from(file)
+        weights._begin_with(found)
         return weights
 
     def _adapter(self, name: str) -> dict[str, torch.nn.Parameter]:
@@ -113,7 +118,6 @@ class LoraWeights(Weights):
             if marker in key and "lora_" in key
         }
 
-    @torch.no_grad()
     def start_from(self, file: Path) -> None:
         """Policy and snapshots become the LoRA in a file, at the strength that diffusers gives it.
 
@@ -121,14 +125,18 @@ class LoraWeights(Weights):
         of lower rank leaves the rest of the rank as it was made, with no effect. Raises UserError, one line,
         for what is no LoRA of this transformer, has a higher rank, or adapts layers that are not trained.
         """
-        for key, (down, up, scaling) in self._read(file).items():
+        self._begin_with(self._read(file))
+
+    @torch.no_grad()
+    def _begin_with(self, found: Adapters) -> None:
+        for key, (down, up, scaling) in found.items():
             for parameters in self._parameters.values():
                 a, b = parameters[f"{key}.lora_A.weight"], parameters[f"{key}.lora_B.weight"]
                 rank = down.shape[0]
                 a[:rank] = down.to(a)
                 b[:, :rank] = up.to(b) * (scaling * self.config.r / self.config.lora_alpha)
 
-    def _read(self, file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    def _read(self, file: Path) -> Adapters:
         """A, B and scaling of each layer that a file adapts, of the layers here."""
         try:
             found = _adapters_of(self.network, file, self.loader)
@@ -227,34 +235,42 @@ def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
     return args, kwargs | {"adapter_names": layer.adapters_of_rows}
 
 
-def _adapters_of(
-    network: Any, file: Path, loader: Any
-) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it."""
+def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
+    """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it.
+
+    A and B are the file's own: in the network they are rounded to its dtype.
+    """
     file = lora_file(file)
-    _refuse_dora(file)
+    _refuse_others(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            names = _load_beside(network, file, loader)
-            layers = {name: layer for name, layer in _layers_of(network).items() if BESIDE in layer.lora_A}
+            state = _load_beside(network, file, loader)
+            layers = {name: layer for name, layer in _layers_of(network).items() if BESIDE in layer.scaling}
             biased = next((name for name, layer in layers.items() if layer.lora_bias[BESIDE]), None)
-            found = {
-                name: (layer.lora_A[BESIDE].weight, layer.lora_B[BESIDE].weight, layer.scaling[BESIDE])
-                for name, layer in layers.items()
-            }
+            scaling = {name: layer.scaling[BESIDE] for name, layer in layers.items()}
+            linear = {n for n, layer in layers.items() if isinstance(layer.get_base_layer(), torch.nn.Linear)}
         except Exception as error:  # whatever diffusers and peft raise for a file that is none
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"LoRA {file}: expected a LoRA of this transformer: {reason}") from error
         finally:
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
-    if not found:
+    if not layers:
         raise UserError(f"LoRA {file}: found no adapter of this transformer in it")
     if biased is not None:
         raise UserError(f"LoRA {file}: expected adapters without a bias, got one of {biased}")
+    if others := [name for name in layers if name not in linear]:
+        raise UserError(f"LoRA {file}: expected adapters of linear layers, got one of {others[0]}")
+    found = {}
+    for name in layers:
+        parts = [state.get(f"transformer.{name}.lora_{part}.weight") for part in "AB"]
+        if parts[0] is None or parts[1] is None:
+            lacks = "AB"[parts[1] is None]
+            raise UserError(f"LoRA {file}: expected A and B of each layer, got no {lacks} of {name}")
+        found[name] = parts[0], parts[1], scaling[name]
     known = {f"transformer.{name}" for name in found}
-    if left := list(dict.fromkeys(PART.sub("", name) for name in names if PART.sub("", name) not in known)):
+    if left := list(dict.fromkeys(PART.sub("", name) for name in state if PART.sub("", name) not in known)):
         logger.warning(
             "warning: LoRA %s: what it adapts beside layers of the transformer is left out: %s%s",
             file,
@@ -264,8 +280,9 @@ def _adapters_of(
     return found
 
 
-def _refuse_dora(file: Path) -> None:
-    """Raises UserError for a file that has more than A and B. Some of diffusers' readers pass over it."""
+def _refuse_others(file: Path) -> None:
+    """Raises UserError for a file that has more than A and B, which some of diffusers' readers pass over, and
+    for one with peft's names."""
     try:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
@@ -273,10 +290,15 @@ def _refuse_dora(file: Path) -> None:
         return  # of another kind, or none at all: that is said by what reads it
     if found := next((name for name in names if any(part in name for part in MAGNITUDES)), None):
         raise UserError(f"LoRA {file}: expected a LoRA, got a DoRA ({found})")
+    if names and all(name.startswith(OF_PEFT) for name in names):
+        raise UserError(
+            f"LoRA {file}: expected the names of diffusers, got those of peft ({names[0]}); a checkpoint has "
+            "both, in its folders diffusers and peft"
+        )
 
 
-def _load_beside(network: Any, file: Path, loader: Any) -> list[str]:
-    """Returns the names of all tensors of the file, as diffusers has them."""
+def _load_beside(network: Any, file: Path, loader: Any) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the file under the names of diffusers and peft."""
     reads_alphas = "return_alphas" in inspect.signature(loader.lora_state_dict).parameters
     alphas: Any = None
     if reads_alphas:
@@ -285,11 +307,13 @@ def _load_beside(network: Any, file: Path, loader: Any) -> list[str]:
         )
     else:
         state, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
-    names = list(state)
+    if not any(".lora_A." in name for name in state):
+        state = convert_unet_state_dict_to_peft(state)
+    found = dict(state)  # what is loaded is taken from the other
     network.load_lora_adapter(
         state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
     )
-    return names
+    return found
 
 
 def _layers_of(network: torch.nn.Module) -> dict[str, Any]:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from crd_fast.errors import UserError
+from crd_fast.weights.checkpoint import is_checkpoint
 
 
 def lora_file(path: Path) -> Path:
-    """The file itself, or the only one of a folder, as diffusers saves it. Raises UserError for neither."""
+    """The file itself, or the only one of a folder, as diffusers saves it; of a checkpoint its own.
+
+    Raises UserError for neither.
+    """
+    if is_checkpoint(path):
+        path = path / "diffusers"
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:

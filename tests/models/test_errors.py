@@ -9,7 +9,7 @@ import torch
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
-from crd_fast.models import load_model
+from crd_fast.models import load_model, sizes_at_most
 from crd_fast.models.pipeline import PipelineModel
 from tests.pretend_gpu import pretend_gpu
 
@@ -61,6 +61,29 @@ def test_a_path_that_is_nothing(recipe, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "family, change, words",
+    [
+        ("flux", {"text_encoder_2": [None, None]}, "expected a text_encoder_2 for FLUX.1, got [null, null]"),
+        ("sd3", {"text_encoder": None}, "expected a text_encoder for Stable Diffusion 3, got null"),
+        ("sd3", {"vae": None}, "expected a vae for Stable Diffusion 3, got null"),
+        ("sd3", {"scheduler": "euler"}, 'expected a scheduler for Stable Diffusion 3, got "euler"'),
+        ("sd3", {"text_encoder_3": None}, "expected a text_encoder_3 for Stable Diffusion 3, got null"),
+        ("sd3", {"vae": ["diffusers", "AutoencoderXX"]}, "vae: expected a class of diffusers "),
+        ("sd3", {"text_encoder": ["transformers", "CLIPXX"]}, "text_encoder: expected a class of transf"),
+        ("sd3", {"_class_name": "FluxPipeline"}, "_3 for FLUX.1, got ["),
+    ],
+)
+def test_components_that_the_pipeline_wants(tiny, recipe, tmp_path, family, change, words):
+    copy = shutil.copytree(tiny(family), tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text()) | change
+    index = {name: value for name, value in index.items() if value is not None}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    refused(recipe(copy), words)
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        sizes_at_most(copy, recipe(copy))
+
+
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_3", "vae"])
 def test_missing_weights(recipe, copy, component):
     for file in (copy / component).glob("*.safetensors"):
@@ -105,7 +128,8 @@ def test_resolutions(tiny, recipe, family, resolution, words):
 
 def test_lora_targets_that_match_nothing(tiny, recipe):
     refused(
-        recipe(tiny("sd3"), "model.lora_targets=[attn.to_q, to_nothing]"), "'to_nothing' matches no layer"
+        recipe(tiny("sd3"), "model.lora_targets=[attn.to_q, to_nothing]"),
+        "'to_nothing' matches no linear layer of SD3Transformer2DModel",
     )
 
 

@@ -8,6 +8,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
+from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.make import make_weights
 from tests.models.conftest import PROMPTS, load_pipeline
 from tests.models.test_families import ALL, by_pipeline, by_rollout
@@ -82,6 +83,54 @@ def test_what_a_and_b_are_not_all_of_is_refused(tiny, recipe, tmp_path, name, wo
     width = len(state[f"transformer.{QUERY}.lora_B.weight"])
     save_file(state | {name: torch.ones(width)}, file)
     with pytest.raises(UserError, match=f"LoRA .*safetensors: {words}"):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", "AB")
+def test_a_layer_without_one_of_the_two_is_refused(tiny, recipe, tmp_path, part):
+    """peft would begin with its own random numbers in that place."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    state = load_file(file)
+    del state[f"transformer.{QUERY}.lora_{part}.weight"]
+    save_file(state, file)
+    with pytest.raises(UserError, match=f"expected A and B of each layer, got no {part} of {QUERY}"):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+
+
+def test_a_file_is_taken_as_it_is_onto_a_base_in_bfloat16(tiny, recipe, tmp_path):
+    """Adapters are in float32 there too."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    model = load_model(recipe(tiny("sd3"), "train.precision=bf16"), PROMPTS)
+    assert model.transformer.dtype == torch.bfloat16
+    weights = LoraWeights.of_file(model.transformer, file, model.lora_loader)
+    state = load_file(file)
+    for name, value in weights.state().items():
+        if name.startswith("policy/"):
+            assert torch.equal(value, state[f"transformer.{name.removeprefix('policy/')}"])
+
+
+def test_folders_of_a_checkpoint(tiny, recipe, tmp_path):
+    """The checkpoint's own means the LoRA in it, the one for peft is named as what it is."""
+    settings = recipe(tiny("sd3"), "train.iterations=1")
+    assert Trainer(settings, tmp_path / "run").run()
+    folder = checkpoint.find(tmp_path / "run")
+    model = load_model(settings, PROMPTS)
+    found, expected = (
+        LoraWeights.of_file(load_model(settings, PROMPTS).transformer, path, model.lora_loader).state()
+        for path in (folder, folder / "diffusers")
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(UserError, match=r"expected the names of diffusers, got those of peft \(base_model"):
+        LoraWeights.of_file(model.transformer, folder / "peft", model.lora_loader)
+
+
+def test_an_adapter_of_a_convolution_is_named(tiny, recipe, tmp_path):
+    file = tmp_path / "convolution.safetensors"
+    projection = load_model(recipe(tiny("sd3")), PROMPTS).transformer.pos_embed.proj
+    width, channels, *size = projection.weight.shape
+    state = {"lora_A.weight": torch.ones(2, channels, *size), "lora_B.weight": torch.ones(width, 2, 1, 1)}
+    save_file({f"transformer.pos_embed.proj.{name}": value for name, value in state.items()}, file)
+    with pytest.raises(UserError, match=r"expected adapters of linear layers, got one of pos_embed\.proj"):
         Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
 
 

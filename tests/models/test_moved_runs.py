@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from crd_fast.config import build_recipe, read_yaml
 from crd_fast.errors import UserError
@@ -77,6 +78,21 @@ def test_it_works_from_anywhere_and_says_where_its_model_was(moved, inside, tmp_
     assert "changed: model.path" in caplog.text and "changed: train.iterations 1 -> 2" in caplog.text
     assert read_yaml(run / "config.yaml")["model"]["path"] == base
     assert checkpoint.newest(run / "checkpoints").name == "iteration-000002"
+
+
+def test_another_base_of_the_same_shape_is_no_moved_one(moved, tmp_path, caplog):
+    """Pictures of it are another model's, which is said; a run does not go on with it."""
+    run = moved / "run"
+    sample_grid(str(run), ["a red circle"], Path("own.png"), samples=1, steps=1)
+    assert "another base" not in caplog.text
+    other = shutil.move(moved / "sd3", tmp_path / "other")
+    (weights,) = (other / "transformer").glob("*.safetensors")
+    save_file({name: 1.1 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    sample_grid(str(run), ["a red circle"], Path("other.png"), samples=1, steps=1, base=str(other))
+    assert f"files in {other} are not those that it was trained on: another base gives" in caplog.text
+    recipe = build_recipe(read_yaml(run / "config.yaml"), [f"model.path={other}", "train.iterations=2"])
+    with pytest.raises(UserError, match="are not those that it was trained on; expected the same"):
+        Trainer(recipe, run, resume=True)
 
 
 def test_what_may_not_change_is_refused_on_the_command_line(moved, inside):

@@ -121,3 +121,10 @@ def test_a_prompt_whose_wanted_text_is_cut_is_refused_for_ocr(run):
     assert "\n" not in str(error.value)
     _, said = run(['a sign that says "CAT" ' + "a" * 90], "other", ocr)  # it stands in what is read
     assert len(said) == 1 and "1 prompt is truncated" in said[0]
+
+
+def test_no_room_for_any_prompt_is_refused(tiny, recipe, tmp_path):
+    """Of Z-Image the template comes first: with few tokens all prompts would be one."""
+    settings = recipe(tiny("z-image"), "model.text_length=6", f"model.prompt_cache={tmp_path / 'cache'}")
+    with pytest.raises(UserError, match=r"model\.text_length: expected room for a prompt, got none"):
+        Trainer(settings, tmp_path / "run")

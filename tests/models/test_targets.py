@@ -43,6 +43,21 @@ def test_all_of_them_are_trained(tiny, recipe, tmp_path):
     assert sum(changed) >= len(changed) // 2  # A has no gradient while B is 0
 
 
+def test_a_target_that_is_also_another_module_is_refused(tiny, recipe):
+    """peft would adapt a convolution as well, which no LoRA's reader here takes back."""
+    words = r"expected linear layers, got 'proj', which is also the Conv2d pos_embed\.proj: write more"
+    with pytest.raises(UserError, match=words):
+        load_model(recipe(tiny("sd3"), "model.lora_targets=[proj]"))
+
+
+def test_adapters_that_cannot_differ_by_sample_are_refused_with_streaming(tiny, recipe):
+    """Z-Image makes one sequence of a batch before its blocks."""
+    settings = recipe(tiny("z-image"), "model.lora_targets=[attention.to_q, cap_embedder.1]")
+    assert load_model(settings).transformer
+    with pytest.raises(UserError, match=r"inside the blocks with model\.streaming, got cap_embedder\.1"):
+        load_model(build_recipe(settings.model_dump(), ["model.streaming=true", "train.checkpointing=true"]))
+
+
 def test_another_word_is_refused():
     with pytest.raises(UserError, match=r"model.lora_targets: expected 'default' or 'all-linear' or a"):
         build_recipe({"model": {"lora_targets": "all_linear"}})

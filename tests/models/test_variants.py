@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from crd_fast.errors import UserError
-from crd_fast.models import load_model
+from crd_fast.models import checks, load_model
 from tests.models.conftest import PROMPTS, by_pipeline, by_rollout
 
 
@@ -32,6 +33,26 @@ def test_files_of_a_variant_are_loaded(tiny, recipe, copy, tmp_path, monkeypatch
     expected = plain.transformer.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.transformer.state_dict().items())
     torch.testing.assert_close(by_rollout(model), by_rollout(plain), rtol=0, atol=0)
+
+
+def test_shards_of_a_variant_are_loaded(tiny, recipe, copy):
+    """As diffusers and transformers write them, with the variant in the names of shards and index."""
+    plain = load_model(recipe(tiny("sd3")), PROMPTS).transformer.half()
+    for folder, network in (
+        (copy / "transformer", plain),
+        (copy / "text_encoder_3", T5EncoderModel.from_pretrained(copy / "text_encoder_3").half()),
+    ):
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        size = sum(parameter.nbytes for parameter in network.parameters()) // 3
+        network.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert len(list(folder.glob("*.fp16-00*.safetensors"))) > 1
+        assert checks.variant(folder) == "fp16" and checks.stored_dtype(folder) == torch.float16
+    expected, found = plain.float().state_dict(), load_model(recipe(copy), PROMPTS).transformer.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    next(copy.glob("transformer/*.fp16-00002*")).unlink()
+    with pytest.raises(UserError, match=r"transformer/.*fp16-00002.* is missing"):
+        load_model(recipe(copy))
 
 
 def test_stable_diffusion_3_without_t5_is_the_pipeline_without(recipe, copy):
