@@ -35,7 +35,7 @@ class ModelConfig(Section):
     """Of the adapters. Raise it where a LoRA stays below `full`; memory grows little."""
     lora_alpha: float = Field(64, gt=0)
     """The adapters are scaled by alpha / rank. Twice the rank is usual."""
-    lora_targets: Literal["default", "all-linear"] | list[str] = "default"
+    lora_targets: Literal["default", "all-linear"] | Annotated[list[str], Field(min_length=1)] = "default"
     """Names of layers that get adapters, as in peft. By default the attention projections; `all-linear`:
     every linear layer of the blocks that repeat."""
     init_lora: Place | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import torch
 from crd_fast.errors import UserError, reason_of
 from crd_fast.models import checks
 
+logger = logging.getLogger("crd_fast")
+
 
 def with_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A network of diffusers or transformers, all of whose weights are in its folder.
 
     Raises UserError, one line with the folder, where its config and its weights do not go together: both
-    libraries would begin with random numbers in place of what they miss.
+    libraries would begin with random numbers in place of what they miss. What the config does not ask for is
+    left out, with a warning.
     """
     try:
         network, info = kind.from_pretrained(
@@ -33,4 +38,21 @@ def with_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             f"model.path: {folder}: cannot be loaded: no weights for {lacking[0]}{more}, which its "
             "config.json asks for"
         )
+    if left := sorted(str(key) for key in info["unexpected_keys"]):
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        logger.warning(
+            "warning: model.path: %s: weights that its config.json does not ask for are left out: %s%s",
+            folder,
+            left[0],
+            more,
+        )
     return network
+
+
+def count_parameters(network: torch.nn.Module, without: str = "\0") -> int:
+    """Of a network, also where 4-bit weights are packed. without: what is in names that do not count."""
+    return sum(
+        math.prod(parameter.quant_state.shape) if hasattr(parameter, "quant_state") else parameter.numel()
+        for name, parameter in network.named_parameters()
+        if without not in name
+    )

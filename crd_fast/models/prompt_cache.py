@@ -23,7 +23,7 @@ from crd_fast.errors import UserError
 
 IDENTITY = "encoder.json"
 GIB = 2**30
-PIECES, PIECE_BYTES = 16, 1 << 16  # read of a large file
+PIECES, PIECE_EVERY, PIECE_BYTES = 16, 1 << 23, 1 << 16  # what is read of a large file
 
 
 class PromptCache:
@@ -191,8 +191,8 @@ def fingerprint(folders: list[Path]) -> str:
 def fingerprint_of_files(files: Iterable[tuple[str, Path]]) -> str:
     """A hash of these: names, as they are given, sizes, and content.
 
-    Of a large file 16 evenly spaced pieces of 64 KiB: networks have many GB, and training them further
-    changes every weight.
+    Of a large file evenly spaced pieces of 64 KiB, 16 or one for every 8 MiB: networks have many GB, and
+    training them further changes whole layers.
     """
     digest = hashlib.sha256()
     for name, path in files:
@@ -203,10 +203,11 @@ def fingerprint_of_files(files: Iterable[tuple[str, Path]]) -> str:
 def _hash_file(digest, path: Path, name: str) -> None:
     size = path.stat().st_size
     digest.update(f"{name} {size}\n".encode())
+    pieces = max(PIECES, size // PIECE_EVERY)
     with path.open("rb") as file:
-        if size <= PIECES * PIECE_BYTES:
+        if size <= pieces * PIECE_BYTES:
             digest.update(file.read())
             return
-        for i in range(PIECES):
-            file.seek(i * (size - PIECE_BYTES) // (PIECES - 1))
+        for i in range(pieces):
+            file.seek(i * (size - PIECE_BYTES) // (pieces - 1))
             digest.update(file.read(PIECE_BYTES))

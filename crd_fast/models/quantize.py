@@ -79,7 +79,9 @@ def _int8(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
         has_fp16_weights=False,
         device="meta",
     )
-    codes, scale, _ = bnb.functional.int8_vectorwise_quant(layer.weight.data.to(device, torch.float16))
+    weight = layer.weight.data.to(device, torch.float32)  # bitsandbytes' own goes through float16
+    scale = weight.abs().amax(1)
+    codes = (weight / scale.clamp(min=1e-30)[:, None] * 127).round().to(torch.int8)
     new.weight = nn.Parameter(codes, requires_grad=False)
     new.register_buffer("scale", scale)
     new.compute_dtype = dtype

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.base import FlowModel
+from crd_fast.models.components import count_parameters
 from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.streaming import SLAB, pinned_bytes
 from crd_fast.plan.blocks import Blocks
@@ -390,11 +391,3 @@ def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[tor
             state += [torch.empty(count, dtype=torch.uint8) for _ in range(2)]
             state += [torch.empty(math.ceil(count / 256)) for _ in range(2)]
     return state
-
-
-def count_parameters(network: torch.nn.Module) -> int:
-    """Of the network, also where 4-bit weights are packed."""
-    packed = {
-        id(p): math.prod(p.quant_state.shape) for p in network.parameters() if hasattr(p, "quant_state")
-    }
-    return sum(packed.get(id(p), p.numel()) for p in network.parameters())

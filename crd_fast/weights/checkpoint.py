@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
 from crd_fast.models.checks import transformer_fingerprint
+from crd_fast.models.components import count_parameters
 from crd_fast.weights import durable
 from crd_fast.weights.base import OptimizerState, Saved, Weights
 
@@ -241,9 +242,7 @@ def load(folder: Path, weights: Weights, optimizer: OptimizerState | None = None
 
 def describe(model) -> dict:
     """What a checkpoint must match."""
-    parameters = sum(
-        parameter.numel() for name, parameter in model.transformer.named_parameters() if "lora_" not in name
-    )
+    parameters = count_parameters(model.transformer, without="lora_")
     described = {"name": model.name, "class": type(model.transformer).__name__, "parameters": parameters}
     folder = getattr(model, "folder", None)  # a pipeline has one
     return described if folder is None else described | {FINGERPRINT: transformer_fingerprint(folder)}
@@ -257,6 +256,8 @@ def check_same_model(state: dict, model, source: Path, trains: bool = False) -> 
     """
     before, own = dict(state.get("model") or {}), describe(model)
     known, found = before.pop(FINGERPRINT, None), own.pop(FINGERPRINT, None)
+    if not known and state.get("recipe", {}).get("model", {}).get("quantization") == "nf4":
+        before["parameters"] = own["parameters"]  # earlier versions counted bytes of 4-bit weights
     if before != own:
         raise UserError(f"{source}: a checkpoint of another model: expected {own}, got {before}")
     if known and found and known != found:

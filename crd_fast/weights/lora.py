@@ -87,7 +87,7 @@ class LoraWeights(Weights):
                 # only the policy is ever given to an optimizer, but torch.matmul chooses its algorithm by
                 # this flag, and snapshots should round as the policy does
                 parameter.requires_grad_(True)
-        for name in SNAPSHOTS:
+        for name in snapshots:
             self.blend(name, 0.0)
         self._activate("policy")
 
@@ -264,11 +264,13 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
         raise UserError(f"LoRA {file}: expected adapters of linear layers, got one of {others[0]}")
     found = {}
     for name in layers:
-        parts = [state.get(f"transformer.{name}.lora_{part}.weight") for part in "AB"]
-        if parts[0] is None or parts[1] is None:
-            lacks = "AB"[parts[1] is None]
+        down, up = (state.get(f"transformer.{name}.lora_{part}.weight") for part in "AB")
+        if down is None or up is None:
+            lacks = "A" if down is None else "B"
             raise UserError(f"LoRA {file}: expected A and B of each layer, got no {lacks} of {name}")
-        found[name] = parts[0], parts[1], scaling[name]
+        if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
+            raise UserError(f"LoRA {file}: expected finite numbers, got NaN or infinity in {name}")
+        found[name] = down, up, scaling[name]
     known = {f"transformer.{name}" for name in found}
     if left := list(dict.fromkeys(PART.sub("", name) for name in state if PART.sub("", name) not in known)):
         logger.warning(

@@ -97,6 +97,15 @@ def test_a_layer_without_one_of_the_two_is_refused(tiny, recipe, tmp_path, part)
         Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
 
 
+def test_numbers_that_are_none_are_refused(tiny, recipe, tmp_path):
+    file = written(tiny("sd3"), recipe, tmp_path)
+    state = load_file(file)
+    state[f"transformer.{QUERY}.lora_A.weight"][0, 0] = torch.nan
+    save_file(state, file)
+    with pytest.raises(UserError, match=f"expected finite numbers, got NaN or infinity in {QUERY}"):
+        Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+
+
 def test_a_file_is_taken_as_it_is_onto_a_base_in_bfloat16(tiny, recipe, tmp_path):
     """Adapters are in float32 there too."""
     file = written(tiny("sd3"), recipe, tmp_path)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crd_fast.models import load_model
-from crd_fast.models.quantize import Int8Linear, quantized_layers
+from crd_fast.models.quantize import Int8Linear, quantize, quantized_layers
 from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights.make import make_weights
@@ -129,3 +129,19 @@ def test_layers_by_name(tiny, recipe):
     names = quantized_layers(network, keep=("layers.0.feed_forward",))
     assert "noise_refiner.0.attention.to_q" in names and "layers.1.feed_forward.w1" in names
     assert not any(name.startswith(("layers.0.feed_forward", "t_embedder", "cap_embedder")) for name in names)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
+def test_rows_of_any_size_keep_their_digits_in_int8(size):
+    """float16 would lose small ones, and make large ones infinite."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    layer.weight.data.normal_().mul_(size)
+    layer.weight.data[3] = 0
+    weight = layer.weight.detach()
+    network = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"linear": layer})])})
+    quantize(network, "int8", torch.float32, torch.device("cpu"))
+    found = network.blocks[0]["linear"]
+    assert isinstance(found, Int8Linear)
+    error = (found.weight * found.scale[:, None] / 127 - weight).abs().amax(1)
+    assert (error <= weight.abs().amax(1) / 254 * 1.001).all()

@@ -59,5 +59,7 @@ def test_adapters_that_cannot_differ_by_sample_are_refused_with_streaming(tiny, 
 
 
 def test_another_word_is_refused():
+    with pytest.raises(UserError, match=r"model\.lora_targets.* at least 1 item"):
+        build_recipe({"model": {"lora_targets": []}})
     with pytest.raises(UserError, match=r"model.lora_targets: expected 'default' or 'all-linear' or a"):
         build_recipe({"model": {"lora_targets": "all_linear"}})

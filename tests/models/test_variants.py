@@ -55,6 +55,14 @@ def test_shards_of_a_variant_are_loaded(tiny, recipe, copy):
         load_model(recipe(copy))
 
 
+def test_weights_that_a_config_does_not_ask_for_are_said(recipe, copy, caplog):
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": None}))
+    load_model(recipe(copy), PROMPTS)
+    (said,) = (text for text in caplog.messages if "does not ask for" in text)
+    assert str(copy / "transformer") in said and "norm_added_k.weight and " in said
+
+
 def test_stable_diffusion_3_without_t5_is_the_pipeline_without(recipe, copy):
     """As diffusers draws when it is told to leave the third encoder out."""
     for name in ("text_encoder_3", "tokenizer_3"):
