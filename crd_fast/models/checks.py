@@ -224,7 +224,13 @@ def _check_length(file: Path) -> None:
 
 
 def check_sizes(model: PipelineModel, recipe: Recipe) -> None:
-    """Raises UserError where the model has no pictures of a size that the recipe names."""
+    """Raises UserError where the model has no pictures of a size that the recipe names, or no room for its
+    text."""
+    most = getattr(model, "max_text_length", None)
+    if most is not None and model.text_length > most:
+        raise UserError(
+            f"model.text_length: expected at most {most} for {model.name}, got {model.text_length}"
+        )
     for size in recipe.rollout.sizes:
         model.latent_shape(size)
     if recipe.evaluate.resolution:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from crd_fast.errors import UserError
 IDENTITY = "encoder.json"
 GIB = 2**30
 PIECES, PIECE_EVERY, PIECE_BYTES = 16, 1 << 23, 1 << 16  # what is read of a large file
+
+ABANDONED = 3600  # seconds after which a part of a file is that of a process that was killed
 
 
 class PromptCache:
@@ -83,6 +86,10 @@ class PromptCache:
 
     def _make_room(self, keep: set[Path]) -> None:
         """Removes files, the least recently used first, until the rest is within the limit."""
+        for path in self.folder.glob("*.partial"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
         found = []
         for path in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another process may be making room as well

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import ZImagePipeline
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from crd_fast.models.pipeline import PipelineModel, padded
 from crd_fast.models.prompt_reader import Reading, before_prompt
@@ -30,6 +31,11 @@ class ZImageModel(PipelineModel):
 
     def max_size(self) -> int:
         return min(self.pipe.transformer.config.axes_lens[1:]) * self.size_multiple
+
+    @property
+    def max_text_length(self) -> int:
+        """In whole pads of captions; behind them comes the image's first position."""
+        return (self.pipe.transformer.config.axes_lens[0] - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
 
     def _reading(self, tokenizer, tokens: int) -> Reading:
         before = before_prompt(tokenizer, enable_thinking=True)

@@ -199,6 +199,15 @@ def test_what_was_not_asked_for_the_longest_goes_first(tmp_path):
     assert "missing" not in cache
 
 
+def test_parts_of_files_by_processes_that_were_killed_go(tmp_path):
+    old, new = tmp_path / "old.1.partial", tmp_path / "new.2.partial"
+    for path in (old, new):
+        path.write_bytes(b"part")
+    os.utime(old, (0, 0))
+    PromptCache(tmp_path, 1).put("a", some(1.0))
+    assert not old.exists() and new.exists()
+
+
 @pytest.fixture
 def many(tmp_path):
     """A file of many prompts."""

@@ -128,3 +128,17 @@ def test_no_room_for_any_prompt_is_refused(tiny, recipe, tmp_path):
     settings = recipe(tiny("z-image"), "model.text_length=6", f"model.prompt_cache={tmp_path / 'cache'}")
     with pytest.raises(UserError, match=r"model\.text_length: expected room for a prompt, got none"):
         Trainer(settings, tmp_path / "run")
+
+
+def test_more_text_than_the_network_has_positions_for_is_refused(tiny, recipe):
+    """Z-Image's captions and picture share an axis."""
+    most = load_model(recipe(tiny("z-image"))).max_text_length
+    with pytest.raises(
+        UserError, match=rf"model\.text_length: expected at most {most} for Z-Image, got 2000"
+    ):
+        load_model(recipe(tiny("z-image"), "model.text_length=2000"))
+    model = load_model(recipe(tiny("z-image"), f"model.text_length={most}"))
+    states = torch.randn(1, most, model.encode_prompts([""])["states"].shape[-1])
+    x = torch.randn(1, *model.latent_shape(64))
+    with torch.no_grad():
+        model.velocity(x, torch.tensor([0.5]), {"states": states, "length": torch.tensor([most])})
