@@ -49,10 +49,10 @@ def with_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     return network
 
 
-def count_parameters(network: torch.nn.Module, without: str = "\0") -> int:
+def count_parameters(network: torch.nn.Module, without: str | None = None) -> int:
     """Of a network, also where 4-bit weights are packed. without: what is in names that do not count."""
     return sum(
         math.prod(parameter.quant_state.shape) if hasattr(parameter, "quant_state") else parameter.numel()
         for name, parameter in network.named_parameters()
-        if without not in name
+        if without is None or without not in name
     )

@@ -45,8 +45,7 @@ class PipelineModel(FlowModel):
 
     Attributes of a family: name; pipeline: its class; lora_targets: the attention projections; text_length:
     tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay;
-    optional: components it does without; joins_rows: outside its blocks a batch is one sequence, whose
-    samples cannot have adapters of their own.
+    optional: components it does without; joins_rows: outside its blocks a batch is one sequence.
     device: by default the GPU, if there is one.
     """
 
@@ -396,5 +395,6 @@ def encodes_on_gpu(weights: int, free: int) -> bool:
     return weights + weights // 5 <= free
 
 
-def padded(states: torch.Tensor, length: int) -> torch.Tensor:  # (L, D) with zeros up to (length, D)
+def padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    """(L, D) with zeros up to (length, D)."""
     return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

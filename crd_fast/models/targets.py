@@ -32,7 +32,7 @@ def all_linear(network: torch.nn.Module) -> list[str]:
 
 def check_targets(network: torch.nn.Module, targets: list[str], within_blocks: bool = False) -> None:
     """Raises UserError for the first target that matches no linear layer, by the end of its name, or another
-    module as well. within_blocks: or a layer outside the blocks that repeat."""
+    module as well. within_blocks: or a layer outside the blocks that repeat, where one adapter is for all."""
     blocks = {id(module) for block in repeated_blocks(network) for module in block.modules()}
     modules = dict(network.named_modules())
     for target in targets:

@@ -1,8 +1,6 @@
 """Bad input: one line on standard error, exit code 2, nothing lost."""
 
-import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -264,38 +262,6 @@ def test_files_that_commands_write_are_new(run, tmp_path, option, kind):
     assert_refused(run(*arguments), words)
     assert path.is_symlink() or path.is_dir() or path.read_text() == "mine"
     assert not (tmp_path / "nothing").exists()
-
-
-def test_a_file_that_comes_to_be_there_meanwhile_is_left_alone(tmp_path):
-    from crd_fast.errors import UserError
-    from crd_fast.run.new_files import check_new, write_new
-
-    path = tmp_path / "deep" / "new.json"
-    check_new(path, "--json")
-    path.parent.mkdir()
-    path.write_text("mine")
-    with pytest.raises(UserError, match="already exists"):
-        write_new(path, "--json", b"ours")
-    assert path.read_text() == "mine"
-
-
-@pytest.mark.parametrize("by", ["safetensors", "the system"])
-def test_a_full_disk_is_said_of_what_was_to_be_written(tmp_path, by):
-    from safetensors import SafetensorError
-
-    from crd_fast.errors import UserError
-    from crd_fast.run.new_files import made_beside
-
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if by == "safetensors":
-        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    said, out = r"--out .*lora: cannot be written: .*No space left on device", tmp_path / "lora"
-    with pytest.raises(UserError, match=said), made_beside(out, "--out") as partial:
-        partial.mkdir()
-        raise error
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError), made_beside(out, "--out"):  # of what is read it says nothing
-        (tmp_path / "none").read_bytes()
 
 
 def test_sources_that_are_no_run(run, tmp_path):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
-from crd_fast.models import load_model
 from crd_fast.run.report.run import Run
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train import model_card
@@ -74,19 +73,6 @@ def test_a_lora(inside, run_of, tiny, tmp_path, family):
     fused = load_pipeline(tmp_path / "deep" / "fused")
     assert not any("lora" in name for name, _ in fused.transformer.named_parameters())
     torch.testing.assert_close(by_pipeline(fused, family)[0], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_lora_on_a_quantised_base_is_fused_into_the_original(inside, run_of, tmp_path, caplog, kind):
-    run = run_of("sd3", f"model.quantization={kind}", "train.iterations=1")
-    exported(inside, run, "fused", tmp_path / "fused")
-    assert "another base" not in caplog.text
-    state = tmp_path / "run" / "checkpoints" / "iteration-000001" / "state.json"
-    older = json.loads(state.read_text())
-    del older["model"]["fingerprint"]
-    older["model"]["parameters"] //= 2  # earlier versions counted bytes
-    if kind == "nf4":
-        checkpoint.check_same_model(older, load_model(Source.of(str(run)).recipe, PROMPTS), run)
 
 
 def test_fused_keeps_the_dtype_of_each_component(inside, run_of, tiny, tmp_path):

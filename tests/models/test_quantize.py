@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.models.quantize import Int8Linear, quantize, quantized_layers
 from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
+from crd_fast.weights import checkpoint
 from crd_fast.weights.make import make_weights
 from tests.models.conftest import PROMPTS
 
@@ -145,3 +147,21 @@ def test_rows_of_any_size_keep_their_digits_in_int8(size):
     assert isinstance(found, Int8Linear)
     error = (found.weight * found.scale[:, None] / 127 - weight).abs().amax(1)
     assert (error <= weight.abs().amax(1) / 254 * 1.001).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_on_a_quantized_base_is_fused_into_the_original(tiny, recipe, tmp_path, inside, caplog, kind):
+    run = tmp_path / "run"
+    settings = recipe(tiny("sd3"), f"model.quantization={kind}", "train.iterations=1")
+    assert Trainer(settings, run).run()
+    code, _, errors = inside("export", run, "--to", "fused", "--out", tmp_path / "fused")
+    assert code == 0 and "another base" not in caplog.text, errors
+    older = checkpoint.read_state(checkpoint.find(run))
+    del older["model"]["fingerprint"]
+    older["model"]["parameters"] //= 2  # earlier versions counted the bytes of 4 bits
+    model = load_model(recipe(tiny("sd3")))
+    if kind == "nf4":
+        checkpoint.check_same_model(older, model, run)
+    else:
+        with pytest.raises(UserError, match="a checkpoint of another model"):
+            checkpoint.check_same_model(older, model, run)
