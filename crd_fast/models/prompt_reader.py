@@ -13,7 +13,7 @@ from crd_fast.errors import UserError
 
 # Of the same lengths, word by word: where no letter is known they are alike.
 PROBES = ("a red cat", "a tan dog")
-MARK = "crd_fast_prompt"
+PLACEHOLDER = "crd_fast_prompt"
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def load_tokenizers(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 def before_prompt(tokenizer: Any, enable_thinking: bool) -> str:
     """What the tokenizer's chat template puts before a prompt."""
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}],
+        [{"role": "user", "content": PLACEHOLDER}],
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=enable_thinking,
     )
-    return text.partition(MARK)[0]
+    return text.partition(PLACEHOLDER)[0]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import logging as logs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -242,6 +243,8 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     """
     file = lora_file(file)
     _refuse_others(file)
+    said = logs.get_verbosity()
+    logs.set_verbosity(logging.CRITICAL)  # what it says of a file, our errors say in one line
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -254,6 +257,7 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"LoRA {file}: expected a LoRA of this transformer: {reason}") from error
         finally:
+            logs.set_verbosity(said)
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
     if not layers:

@@ -48,10 +48,9 @@ def load(sets: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, torch.
     """
     own = joined(sets)
     if own.keys() != state.keys():
-        missing = sorted(own.keys() ^ state.keys())[0]
-        raise UserError(
-            f"checkpoint: made with another model or other LoRA targets ({missing} does not match)"
-        )
+        name = sorted(own.keys() ^ state.keys())[0]
+        which = "is wanted, and not in it" if name in own else "is in it, and not wanted"
+        raise UserError(f"checkpoint: made with another model or other LoRA targets ({name} {which})")
     for key, value in own.items():
         if value.shape != state[key].shape:
             raise UserError(

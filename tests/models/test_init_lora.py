@@ -1,5 +1,7 @@
 """Training that starts from a LoRA: at the strength that the pipeline gives the same file."""
 
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -194,13 +196,19 @@ def test_what_does_not_fit_is_refused(tiny, recipe, tmp_path, overrides, message
 
 @pytest.mark.parametrize("content", ["other", "none"])
 def test_files_that_are_none(tiny, recipe, tmp_path, content):
-    file = tmp_path / "file.safetensors"
+    """In our words: what diffusers says of them is several lines."""
+    file, said = tmp_path / "file.safetensors", []
     if content == "other":
         save_file({"text_encoder.layer.lora_A.weight": torch.ones(2, 3)}, file)
     else:
         file.write_bytes(b"nothing")
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("diffusers").addHandler(handler)
     with pytest.raises(UserError, match=r"LoRA .*file.safetensors"):
         Trainer(recipe(tiny("sd3"), f"model.init_lora={file}"), tmp_path / "run")
+    logging.getLogger("diffusers").removeHandler(handler)
+    assert not said
 
 
 def test_a_lora_that_is_none_is_refused_before_the_model_is_looked_for(recipe, tmp_path):
