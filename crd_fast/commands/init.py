@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,7 +122,8 @@ def base_recipe(model: str, gpu: str) -> tuple[str, Card | None]:
         hint = did_you_mean(model, known) or f"; known: {', '.join(known)}"
         folder = ", and there is no such folder" if "/" in model else ""
         raise UserError(f"--model: no recipe ships for {model!r}{folder}{hint}")
-    fitting = [name for size, name in models[model].items() if size * GIB <= memory]
+    shown = math.ceil(memory / GIB)  # a card may show a little less than it is sold with
+    fitting = [name for size, name in models[model].items() if size <= shown]
     if not fitting:
         raise UserError(
             f"--gpu {gpu}: the smallest recipe of {model} is for {min(models[model])} GB, expected such "

@@ -48,7 +48,7 @@ def assert_refused(result, *words):
         ("rewards.genevil=1", "unknown reward 'genevil', did you mean 'geneval'"),
         ("rewards.nothing:here=1", "'nothing:here' cannot be imported"),
         ("rewards.tests.models.conftest:brightnes=1", "did you mean 'brightness'?"),
-        ("model.lora_targets=[nothing]", "'nothing' matches no layer"),
+        ("model.lora_targets=[nothing]", "'nothing' matches no linear layer"),
     ],
 )
 def test_recipe_mistakes(run, small, tmp_path, override, words):

@@ -43,6 +43,7 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
     "options, base, path",
     [
         (("--gpu", "rtx-4090"), "sd3.5-medium-24gb", "stabilityai/stable-diffusion-3.5-medium"),
+        (("--gpu", "l4"), "sd3.5-medium-16gb", "stabilityai/stable-diffusion-3.5-medium"),
         (
             ("--gpu", "h100", "--reward", "ocr"),
             "sd3.5-medium-80gb",

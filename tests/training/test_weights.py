@@ -233,7 +233,7 @@ def test_bfloat16_weights_with_snapshots_on_the_host(tmp_path):
 
 
 def test_targets_that_match_nothing():
-    with pytest.raises(UserError, match="'to_qq' matches no layer of SD3Transformer2DModel"):
+    with pytest.raises(UserError, match="'to_qq' matches no linear layer of SD3Transformer2DModel"):
         LoraWeights(network(), 4, 4, ["attn.to_q", "to_qq"], seed=0)
 
 
