@@ -58,10 +58,9 @@ def _geforce(multiprocessors: int, boost_mhz: float) -> float:
     return round(multiprocessors * GEFORCE_RATE * boost_mhz * 1e-6, 1)
 
 
-def _mib(shown: int) -> float:
-    """GiB of what a card shows. Where error correction takes a part of the memory, that is less than it is
-    sold with."""
-    return shown / 1024
+def _gib(mebibytes: int) -> float:
+    """Of what a card shows: where error correction takes a part of the memory, less than it is sold with."""
+    return mebibytes / 1024
 
 
 SHOWN = "memory: nvidia-smi, as github.com/modal-labs/modal-client/pull/2797 lists it"
@@ -93,11 +92,11 @@ CARDS = (
     ),
     Card(
         "l4",
-        *(121.0, 300, _mib(23034), (4, 16), ("L4",)),
+        *(121.0, 300, _gib(23034), (4, 16), ("L4",)),
         f"NVIDIA L4 data sheet (half of its figure with sparsity); {SHOWN}",
     ),
-    Card("l40s", 362.05, 864, _mib(46068), (4, 16), ("L40S",), f"NVIDIA L40S data sheet; {SHOWN}"),
-    Card("a10", 125.0, 600, _mib(23028), (4, 16), ("A10",), f"NVIDIA A10 data sheet; {SHOWN}"),
+    Card("l40s", 362.05, 864, _gib(46068), (4, 16), ("L40S",), f"NVIDIA L40S data sheet; {SHOWN}"),
+    Card("a10", 125.0, 600, _gib(23028), (4, 16), ("A10",), f"NVIDIA A10 data sheet; {SHOWN}"),
     Card(
         "a100-40gb",
         *(312.0, 1555, 40, (4, 16), ("A100-SXM4-40GB", "A100-PCIE-40GB")),
@@ -107,12 +106,12 @@ CARDS = (
     Card("a100-pcie-80gb", 312.0, 1935, 80, (4, 16), ("A100 80GB PCIe",), "NVIDIA A100 data sheet"),
     Card(
         "h100",
-        *(989.4, 3350, _mib(81559), (5, 16), ("H100 80GB HBM3",)),
+        *(989.4, 3350, _gib(81559), (5, 16), ("H100 80GB HBM3",)),
         f"NVIDIA H100 data sheet (half of its figure with sparsity); {SHOWN}",
     ),
     Card(
         "h100-pcie",
-        *(756.0, 2000, _mib(81559), (5, 16), ("H100 PCIe",)),
+        *(756.0, 2000, _gib(81559), (5, 16), ("H100 PCIe",)),
         f"NVIDIA H100 data sheet (half of its figure with sparsity); {SHOWN}",
     ),
     Card(
