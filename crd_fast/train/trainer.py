@@ -116,8 +116,9 @@ class Trainer:
                 ),
             )
         if newest and state:
-            checkpoint.check_same_model(state, self.model, newest, trains=True)
-        self.description = checkpoint.describe(self.model)
+            self.description = checkpoint.check_same_model(state, self.model, newest, trains=True)
+        else:
+            self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
         if recipe.model.init_lora is not None and not newest:
             self.weights.start_from(Path(recipe.model.init_lora))

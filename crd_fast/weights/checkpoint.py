@@ -248,13 +248,14 @@ def describe(model) -> dict:
     return described if folder is None else described | {FINGERPRINT: transformer_fingerprint(folder)}
 
 
-def check_same_model(state: dict, model, source: Path, trains: bool = False) -> None:
-    """Raises UserError if a checkpoint's state is not this model's.
+def check_same_model(state: dict, model, source: Path, trains: bool = False) -> dict:
+    """What `describe` says of the model. Raises UserError if a checkpoint's state is not this model's.
 
     Where it is another base of the same shape, as its files say, that is a warning, for they may be the same
     weights in other files; not where the model is trained on.
     """
-    before, own = dict(state.get("model") or {}), describe(model)
+    before, described = dict(state.get("model") or {}), describe(model)
+    own = dict(described)
     known, found = before.pop(FINGERPRINT, None), own.pop(FINGERPRINT, None)
     if not known and state.get("recipe", {}).get("model", {}).get("quantization") == "nf4":
         before["parameters"] = own["parameters"]  # earlier versions counted bytes of 4-bit weights
@@ -265,6 +266,7 @@ def check_same_model(state: dict, model, source: Path, trains: bool = False) -> 
         if trains:
             raise UserError(f"{said}; expected the same, to go on")
         logger.warning("warning: %s: another base gives other pictures", said)
+    return described
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
