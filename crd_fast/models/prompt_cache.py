@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crd_fast.errors import UserError
+from crd_fast.file_modes import follow_umask
 
 IDENTITY = "encoder.json"
 GIB = 2**30
@@ -68,6 +69,7 @@ class PromptCache:
         rows = {key: str(len(v)) for key, v in embeddings.items() if kept[key].shape != v.shape}
         try:
             save_file(kept, partial, rows)
+            follow_umask(partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)

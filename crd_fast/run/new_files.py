@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from crd_fast.errors import UserError
+from crd_fast.file_modes import follow_umask
 
 
 def check_new(path: Path, option: str) -> None:
@@ -58,6 +59,7 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
     try:
         partial = holder / path.name
         yield partial
+        follow_umask(partial)
         check_new(path, option)
         try:
             partial.rename(path)

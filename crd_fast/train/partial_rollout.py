@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crd_fast.config import Recipe
+from crd_fast.file_modes import follow_umask
 from crd_fast.weights import durable
 
 FILE = "rollout.safetensors"
@@ -88,6 +89,7 @@ class PartialRollout:
         partial = self._path.with_name(FILE + ".partial")
         try:
             save_file({"latents": latents}, partial, {"key": self._digest(), "digest": digest({"": latents})})
+            follow_umask(partial)
             durable.sync(partial)
             partial.replace(self._path)
         except (OSError, SafetensorError) as error:  # what ends the run is something else

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
+from crd_fast.file_modes import follow_umask
 from crd_fast.models.checks import transformer_fingerprint
 from crd_fast.models.components import count_parameters
 from crd_fast.weights import durable
@@ -69,6 +70,7 @@ def save(
         weights.save_policy(partial, used)
         save_file(tensors, partial / TENSORS)
         (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        follow_umask(partial)
         durable.seal(partial)
         if os.path.lexists(folder):
             _put_aside(folder)
