@@ -266,7 +266,8 @@ class Planner:
     def _update(self, result: Plan, samples: int) -> None:
         """A unit of whole groups if it fits, or two micro-batches of a group and what the others hold."""
         recipe, micro_batch = self.recipe, result.micro_batch
-        group, prompts = recipe.rollout.samples_per_prompt, recipe.rollout.prompts_per_iteration
+        samples_per_prompt = group = recipe.rollout.samples_per_prompt
+        prompts = recipe.rollout.prompts_per_iteration
         timesteps = recipe.train.timesteps
         timesteps = len(recipe.training_steps()) if timesteps == "all" else timesteps
         of_step = math.ceil(prompts / recipe.train.steps_per_iteration) * timesteps * group
@@ -307,7 +308,7 @@ class Planner:
                 self.live.peaks[name] = Peak(peak.bytes + more, parts)
             if account.graphs > 1:
                 self._keep(result, account.graph, unit / micro_batch)
-        self._count(result, account, count, prompts * group * timesteps)
+        self._count(result, account, count, prompts * samples_per_prompt * timesteps)
 
     def _keep(self, result: Plan, graph: int, count: float) -> None:
         """The graphs of a unit's micro-batches, of so many bytes each: on the host all of them, on the device
@@ -323,7 +324,8 @@ class Planner:
         """Rows and FLOPs of all pairs by those of `count`."""
         backward = self.recipe.train.backward_fraction
         # of a kind of forward's rows, where not all are run
-        drawn = {("reference", False): self.recipe.loss.anchor_fraction, ("policy", True): backward}
+        anchored = min(self.recipe.loss.anchor_fraction, self.recipe.loss.anchor_uncertain)
+        drawn = {("reference", False): anchored, ("policy", True): backward}
         counted = dict(account.rows)
         if backward < 1:  # all are measured first, also in a group that fits
             counted["policy", False] = count

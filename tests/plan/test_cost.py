@@ -73,6 +73,22 @@ def test_pairs_that_are_not_anchored_cost_no_reference(recipe):
     assert saved > 0.1 * whole.flops["update"]
 
 
+@pytest.mark.parametrize("size", ["null", "4", "18"])
+def test_whatever_is_centered_together_each_pair_is_run_once(recipe, size):
+    batch = ("loss.centering=batch", f"loss.centering_batch={size}")
+    plain, mixed = (Planner(recipe("builtin", *PLAIN, *more)).plan(2, 2) for more in ((), batch))
+    assert mixed.rows == plain.rows and mixed.flops == pytest.approx(plain.flops)
+
+
+def test_samples_that_are_too_certain_for_an_anchor_cost_no_reference(recipe):
+    drawn = ("loss.anchor_fraction=0.5", "rewards={geneval: 1.0, diversity: 0.0}")
+    whole, uncertain = (
+        Planner(recipe("builtin", *PLAIN, *drawn, f"loss.anchor_uncertain={share}")).plan(2, 2)
+        for share in (1, 0.25)
+    )
+    assert uncertain.rows["reference"] == whole.rows["reference"] / 2
+
+
 def a_plan(**changes):
     """An iteration of 10 PFLOP rollout, 2 PFLOP decode, 40 PFLOP update."""
     rows = {"sampler": 1000, "decode": 100, "policy_with_gradient": 2000}
