@@ -109,13 +109,16 @@ class Recipe(Section):
                 f"train.backward_fraction: expected 1.0 with loss.norm_penalty, got "
                 f"{self.train.backward_fraction:g}"
             )
-        if self.model.sharding == "fsdp" and (
-            self.train.backward_fraction < 1 or self.train.skip_equal_groups
-        ):
-            raise ValueError(
-                "train.backward_fraction, train.skip_equal_groups: expected 1.0 and false with "
-                "model.sharding fsdp (all processes take part in each forward)"
-            )
+        if self.train.backward_fraction < 1 or self.train.skip_equal_groups:
+            why = None
+            if self.model.sharding == "fsdp":
+                why = "model.sharding fsdp (all processes take part in each forward)"
+            elif self.loss.centering == "batch":
+                why = "loss.centering batch (what is centered together is no group)"
+            if why:
+                raise ValueError(
+                    f"train.backward_fraction, train.skip_equal_groups: expected 1.0 and false with {why}"
+                )
         if self.evaluate.weights == "ema" and self.snapshots.ema is None:
             raise ValueError("evaluate.weights: ema needs a decay in snapshots.ema, like 0.99; got null")
         if self.evaluate.features is not None and (self.evaluate.drift or 1) <= 1:
@@ -199,7 +202,7 @@ class Recipe(Section):
         denoising, or of these the noisier half.
         """
         last = self.train.timestep_range * self.rollout.steps
-        steps = [i for i in range(self.rollout.steps) if i < last]
+        steps = [i for i in range(self.rollout.steps) if i < round(last, 9)]  # 0.28 * 25 is 7.000000000000001
         return steps[: (len(steps) + 1) // 2] if self.train.timestep_sampling == "high-noise" else steps
 
     def to_yaml(self) -> str:

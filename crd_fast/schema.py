@@ -119,7 +119,7 @@ class RolloutConfig(Section):
     time or less, and a reward sees less. Several sizes, `[[768, 512], [512, 768]]`, take turns: each
     iteration has one of them."""
     micro_batch: Literal["auto"] | int = "auto"
-    """Pictures made at once. `auto` begins with all and halves where memory runs out."""
+    """Pictures made at once. `auto` begins with 96 and halves where memory runs out."""
 
     @property
     def prompt_lists(self) -> dict[str, float]:
@@ -174,20 +174,20 @@ class LossConfig(Section):
     """`crd`, or `nft` (DiffusionNFT), `awm` (advantage-weighted matching), `flow_matching` (weighed by the
     reward), `dpo` (the better against the worse samples of a prompt)."""
     beta: float = Field(1.0, gt=0)
-    """Strength of the regularisation to `old`. Large: small careful steps. Watch `implicit_variance` against
-    `external_variance`."""
+    """Strength of the regularisation to `old`, of `crd`, `nft` and `dpo`. Large: small careful steps. Watch
+    `implicit_variance` against `external_variance`."""
     kl_beta: float = Field(0.1, ge=0)
     """Strength of the anchor to the guided pretrained model for the best samples. Raise it where pictures
     drift, lower it where the reward stands still."""
     kl_min: float = Field(1.0e-4, ge=0)
-    """Its strength for the worst samples."""
+    """Its strength for the worst samples, with `crd`; with other methods it is `kl_beta` for all."""
     guidance_scale: float = Field(4.5, ge=0)
     """Of the reference that the anchor pulls to; usually what the model is used with."""
     adaptive_weighting: bool = True
-    """Errors are divided by their own mean size, so that all noise levels count alike."""
+    """Errors are divided by their own mean size, so that noise levels count alike; with `crd` and `nft`."""
     reward_adaptive_kl: bool = True
-    """The anchor's strength follows the sample's advantage, from `kl_min` to `kl_beta`; else it is `kl_beta`
-    for all."""
+    """The anchor's strength follows the sample's advantage, from `kl_min` to `kl_beta`, with `crd`; else
+    it is `kl_beta` for all."""
     norm_penalty: float = Field(0.0, ge=0)
     """Strength of a penalty on velocities of the anchored samples that are longer than the pretrained model's
     without guidance. Watch `norm_ratio`, of the squared lengths."""
@@ -327,7 +327,7 @@ class TrainConfig(Section):
     """A group larger than the micro-batch is run forward twice, unless the graphs are kept, on the device or
     in pinned host memory. Same numbers."""
     micro_batch: Literal["auto"] | int = "auto"
-    """Samples that are trained at once. Any gives the same gradient, to rounding. `auto` begins with a group
+    """Samples that are trained at once. Any gives the same gradient, to rounding. `auto` begins with 96
     and halves where memory runs out."""
     checkpointing: bool | Annotated[float, Field(ge=0, le=1)] = True
     """Activations are computed again in the backward pass: much less memory for a third more time. A number

@@ -6,6 +6,8 @@ deviation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 MIN_STD = 1e-6
@@ -29,6 +31,19 @@ def combine(rewards: dict[str, np.ndarray], weights: dict[str, float], aggregate
         total = total + weights[name] * np.where(known_PK, reward_PK, mean_P1)
         scored = scored | known_PK
     return np.where(scored, total, np.nan)
+
+
+def combine_pictures(
+    rewards: dict[str, np.ndarray], weights: dict[str, float], prompts: Sequence[str]
+) -> np.ndarray:
+    """The same sum, (N,), of N pictures in any order, whose group is who has the same text in `prompts`."""
+    _, prompt_N = np.unique(prompts, return_inverse=True)
+    total_N = np.empty(len(prompts))
+    for prompt in range(prompt_N.max(initial=-1) + 1):
+        rows = prompt_N == prompt
+        of_prompt = {name: value[rows][None] for name, value in rewards.items()}
+        total_N[rows] = combine(of_prompt, weights, "sum")[0]
+    return total_N
 
 
 def weighted(rewards: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.reward_weights import weight_of
-from crd_fast.rewards.advantage import weighted
+from crd_fast.rewards.advantage import combine_pictures
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
@@ -209,12 +209,9 @@ class Rewards:
             for reward in waiting:
                 reward.to("cpu")
 
-    def combined(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """The sum of the rewards by weight, of values as `score` returns them; NaN where none scored."""
-        values = weighted(values, self.weights)
-        known = {name: ~np.isnan(value) for name, value in values.items()}
-        total = sum(self.weights[name] * np.where(known[name], value, 0.0) for name, value in values.items())
-        return np.where(np.any(list(known.values()), axis=0), total, np.nan)
+    def combined(self, values: dict[str, np.ndarray], metadata: list[dict]) -> np.ndarray:
+        """The sum by weight as in training, of values as `score` returns them, float64 (N,)."""
+        return combine_pictures(values, self.weights, [entry["prompt"] for entry in metadata])
 
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
@@ -226,7 +223,7 @@ class Rewards:
         share where that is not all. Raises UserError for a report that is none, and where no picture has a
         reward.
         """
-        total = self.combined(values)
+        total = self.combined(values, metadata)
         if np.isnan(total).all():
             raise unscored(metadata[0]["prompt"])
         metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}

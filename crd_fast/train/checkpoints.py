@@ -19,7 +19,8 @@ from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.weights import checkpoint
 
 SCORE = "eval/reward_mean"  # by which one is the best
-BESIDE = {"every", "guided_base", "drift", "features"}  # settings of evaluations that change no score
+BESIDE = {"every", "guided_base"}  # settings of evaluations that change no score
+ADDED = {"drift", "features"}  # nor these; but what one of them measured is no measure for another
 
 logger = logging.getLogger("crd_fast")
 
@@ -52,6 +53,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self._alike_since = self._found_alike_since()
         self._best = max(self._scored(), default=None)
+        self._marked = self._found_marked() if self.newest and ranks.main else None
 
     def _found_alike_since(self) -> dict[str, int]:
         """The iterations from which on training prompts, and evaluations, are as the recipe has them."""
@@ -68,6 +70,15 @@ class Checkpoints:
         if self.ranks.main and not alike[EVALUATED_ALIKE]:
             logger.warning("evaluations are not as before: the best checkpoint is found anew")
         return {key: self.state.get(key, 0) if same else self.saved + 1 for key, same in alike.items()}
+
+    def _found_marked(self) -> int | None:
+        """The iteration that is marked as the best: that by the scores, which the process before may not have
+        come to mark, or where none counts any more what was marked before."""
+        marked = checkpoint.marked_best(self.folder)
+        if self._best is None or marked == -self._best[1]:
+            return marked
+        checkpoint.mark_best(self._path(-self._best[1]))
+        return -self._best[1]
 
     @property
     def trained_since(self) -> dict[str, int]:
@@ -132,7 +143,7 @@ class Checkpoints:
                 state
                 | {"recipe": self.recipe.model_dump(), **self._alike_since, "prompts": self._seen.state},
                 self.recipe.checkpoint.keep,
-                best=-self._best[1] if self._best else None,
+                best=self._marked,
                 used=self.recipe.evaluate.weights,
             )
         self.ranks.wait()
@@ -142,7 +153,7 @@ class Checkpoints:
         """Remembers the iteration if it is the best of those with a checkpoint, by the held-out score."""
         found = record[SCORE], -record["iteration"]
         if self.saved == record["iteration"] and (self._best is None or found > self._best):
-            self._best = found
+            self._best, self._marked = found, record["iteration"]
             checkpoint.mark_best(self._path(record["iteration"]))
 
     def _scored(self) -> list[tuple[float, int]]:
@@ -164,11 +175,14 @@ class Checkpoints:
 def evaluated_alike(one: Recipe, other: Recipe) -> bool:
     """Whether evaluations by the two can be compared: of the same pictures, by judges with the same settings.
 
-    One may have judges that the other has not.
+    One may have judges that the other has not, or measure drift, or compare features.
     """
     both = one.eval_rewards.keys() & other.eval_rewards.keys()
-    return _pictures(one) == _pictures(other) and all(
-        _settings(one.eval_rewards[name]) == _settings(other.eval_rewards[name]) for name in both
+    added = [(getattr(one.evaluate, key), getattr(other.evaluate, key)) for key in ADDED]
+    return (
+        _pictures(one) == _pictures(other)
+        and all(_settings(one.eval_rewards[name]) == _settings(other.eval_rewards[name]) for name in both)
+        and all(None in values or values[0] == values[1] for values in added)
     )
 
 
@@ -183,7 +197,7 @@ def _pictures(recipe: Recipe) -> dict[str, Any]:
         "prompts": {Path(name).name for name in evaluated_lists(recipe)},
         "resolution": recipe.evaluation_size,
     }
-    return recipe.evaluate.model_dump(exclude=BESIDE) | own
+    return recipe.evaluate.model_dump(exclude=BESIDE | ADDED) | own
 
 
 def _settings(judge: Any) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Evaluation:
         values = self.rewards.score(images, self.metadata)
         metrics, per_image = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
-        reward = self.rewards.combined(values)
+        reward = self.rewards.combined(values, self.metadata)
         each = {"reward": reward, **per_image}
         each |= {f"reward/{name}": of for name, of in values.items()}
         if self.judges.weights:

@@ -256,9 +256,7 @@ def copy_grids(run: Run | None, iteration: int, out: Path) -> list[tuple[str, in
     """
     if run is None:
         return []
-    left_out, grids = run.left_out, sorted((run.folder / "samples").glob("[0-9]*.png"))
-    numbered = [(int(path.stem), path) for path in grids if path.stem.isdigit()]
-    until = [pair for pair in numbered if pair[0] <= iteration and pair[0] not in left_out]
+    until = [(at, path) for at, path in run.grids() if at <= iteration]
     if not until:
         return []
     chosen = {"before.png": until[0], "after.png": until[-1]} if len(until) > 1 else {"samples.png": until[0]}

@@ -155,10 +155,11 @@ class AWM(Objective):
 
 
 class FlowMatching(AWM):
-    """Flow matching on the samples, weighed by their rewards: by a_i, the advantage mapped to [0, 1]."""
+    """Flow matching on the samples, weighed by their rewards: by a_i, the advantage mapped to [0, 1], or by 0
+    where no reward scored the sample."""
 
     def coefficients(self, stats, pairs, denominator):
-        weight = to_unit(pairs.advantage, self.advantage_clip)
+        weight = to_unit(pairs.advantage, self.advantage_clip) * pairs.scored
         return self.matched(stats, pairs, denominator, weight, 1.0)
 
 
@@ -170,7 +171,7 @@ class DPO(Objective):
         policy_loss = mean over pairs of -log sigmoid(-beta / 2 (g_preferred - g_rejected))
 
     with 0 for pairs of one reward. K samples are K / 2 pairs of the mean; the middle one of an odd K has no
-    other.
+    other. What no reward scored is in no pair.
     Source: Wallace et al., arXiv 2311.12908, where the reference is the pretrained model, as it is here with
     `snapshots.old: 0/1/0/1`, and both of a pair have one noise; here each sample has its own. The public
     trainer that Flow-GRPO (arXiv 2505.05470) compares with takes a prompt's best and worst, at beta 100.
@@ -179,7 +180,7 @@ class DPO(Objective):
     coupled = True
 
     def coefficients(self, stats, pairs, denominator):
-        advantage, mate = pairs.advantage.double(), mates(pairs.advantage, pairs.group)
+        advantage, mate = pairs.advantage.double(), mates(pairs.advantage, runs(pairs.group), pairs.scored)
         gap = stats.policy_error.double() - stats.old_error.double()
         sign = (advantage - advantage[mate]).sign()  # 1 preferred, -1 rejected, 0 neither
         logit = -self.loss.beta / 2 * sign * (gap - gap[mate])
@@ -223,14 +224,18 @@ def runs(group: torch.Tensor) -> torch.Tensor:
     return run
 
 
-def mates(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Of the pair with the i-th largest value of its run the index of that with the i-th smallest, (B,)."""
-    run = runs(group)
+def mates(value: torch.Tensor, group: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Of the pair with the i-th largest value of its group the index of that with the i-th smallest, (B,).
+
+    Of those that are scored; what is not has itself or another that is not.
+    """
+    part = 2 * group + scored.long()
     order = value.argsort(stable=True)
-    order = order[run[order].argsort(stable=True)]  # ascending within each run, the runs in their order
-    place = torch.arange(len(run), device=run.device)
-    first = torch.searchsorted(run, run)
-    last = torch.searchsorted(run, run, right=True) - 1
+    order = order[part[order].argsort(stable=True)]  # ascending within each part, the parts in their order
+    part = part[order]
+    place = torch.arange(len(part), device=part.device)
+    first = torch.searchsorted(part, part)
+    last = torch.searchsorted(part, part, right=True) - 1
     return torch.empty_like(order).scatter_(0, order, order[first + last - place])
 
 

@@ -23,6 +23,8 @@ class Pairs:
     group: torch.Tensor  # (B,) int64
     advantage: torch.Tensor  # (B,) float32, raw A_i
     anchor: torch.Tensor  # (B,) float32, weight of the KL anchor: 0 where it is not evaluated
+    # (B,) bool, whether some reward scored the sample, by default all; where none did A_i is 0
+    scored: torch.Tensor = None  # type: ignore[assignment]
     # (B,) float32, weight of the policy's term, by default 1
     policy: torch.Tensor = None  # type: ignore[assignment]
     # (B,) float64 in [0, 1), of the group: which of its pairs go backward
@@ -33,6 +35,8 @@ class Pairs:
     together: torch.Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self):
+        if self.scored is None:
+            object.__setattr__(self, "scored", torch.ones_like(self.anchor, dtype=torch.bool))
         if self.policy is None:
             object.__setattr__(self, "policy", torch.ones_like(self.anchor))
         if self.offset is None:
@@ -65,6 +69,7 @@ def draw_pairs(
     advantage_PK: np.ndarray,
     strength_PK: np.ndarray,  # of the KL anchor, up to a factor
     signal: np.ndarray | None = None,  # (steps,) by which timesteps are drawn; none: equally often
+    scored_PK: np.ndarray | None = None,  # whether some reward scored the sample; none: all
 ) -> Pairs:
     """The pairs of those of the step's prompts that are this rank's own.
 
@@ -84,6 +89,8 @@ def draw_pairs(
     if signal is not None:
         weight_G = count / len(candidates) / probability[candidate_G]
 
+    if scored_PK is None:
+        scored_PK = np.ones(advantage_PK.shape, dtype=bool)
     prompt_G = prompts[row_G]
     timestep_G = np.array(candidates)[candidate_G]
     sample_GK = prompt_G[:, None] * samples + np.arange(samples)
@@ -111,6 +118,7 @@ def draw_pairs(
         group=of_pairs(np.arange(len(prompt_G))),
         advantage=torch.from_numpy(advantage_PK).float().flatten()[sample],
         anchor=torch.from_numpy(anchor_GK).float().flatten(),
+        scored=torch.from_numpy(scored_PK).flatten()[sample],
         policy=of_pairs(policy_G).float(),
         offset=of_pairs(generator(seed, iteration, BACKWARD, first).random(len(prompt_G))),
         step=timestep,

@@ -143,16 +143,19 @@ class Trainer:
             signal=self.signal,
             observer=self.observer,
         )
-        micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step)
+        # one for each: that an evaluation does not fit says nothing about the rollout
+        of_rollout, of_evaluation = (
+            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step) for _ in range(2)
+        )
         partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self.rollout = IterationRollout(
-            recipe, self.model, self.weights, self.prompts, micro_batch, partial, self.ranks, self.observer
+            recipe, self.model, self.weights, self.prompts, of_rollout, partial, self.ranks, self.observer
         )
         self.evaluation = None
         if held_out:
             trained = {entry["prompt"] for entry in self.prompts.entries()}
             self.evaluation = Evaluation(
-                self.model, recipe, self.rewards, micro_batch, self.ranks, held_out, trained
+                self.model, recipe, self.rewards, of_evaluation, self.ranks, held_out, trained
             )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
@@ -266,7 +269,9 @@ class Trainer:
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         if self.recipe.loss.anchor_uncertain < 1:
             strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
-        updates = self._update(latents_N, advantage_PK, strength_PK, embeddings, negatives)
+        updates = self._update(
+            latents_N, advantage_PK, strength_PK, ~np.isnan(reward_PK), embeddings, negatives
+        )
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             with self.observer.phase("snapshots"):
@@ -288,13 +293,25 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _update(self, latents_N, advantage_PK, strength_PK, embeddings, negatives) -> dict[str, float]:
+    def _update(
+        self, latents_N, advantage_PK, strength_PK, scored_PK, embeddings, negatives
+    ) -> dict[str, float]:
         """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
         signal = self.signal.sizes() if self.signal else None
         shares, own = self.prompts.shares, self.prompts.own
         pairs_by_step = [
-            draw_pairs(self.recipe, self.iteration, sigmas, prompts, own, advantage_PK, strength_PK, signal)
+            draw_pairs(
+                self.recipe,
+                self.iteration,
+                sigmas,
+                prompts,
+                own,
+                advantage_PK,
+                strength_PK,
+                signal,
+                scored_PK,
+            )
             for prompts in shares
         ]
         collected = []

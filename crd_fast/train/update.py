@@ -104,15 +104,27 @@ class Updater:
 
     @as_out_of_memory()
     def _accumulate(self, pairs: Pairs, denominator: int) -> dict[str, float]:
-        totals: dict[str, torch.Tensor] = {}
-        self._beside: dict[str, torch.Tensor] = {}  # of the penalty on norms
+        # of the penalty on norms, in every step, also where none of its pairs is anchored
+        names = ("norm_loss", "norm_ratio") if self.loss.norm_penalty else ()
+        self._beside: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
+        self._sizes: list[tuple[torch.Tensor, torch.Tensor]] = []  # for the signal: steps of pairs, and sizes
         size = self.micro_batch.size
+        measured = []
         for unit in self._units(pairs):
             chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
-            measured = self._update(unit, chunks, denominator)
-            for name, value in measured.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return {name: float(value) for name, value in (totals | self._beside).items()}
+            measured += self._update(unit, chunks, denominator)
+        if self.signal is not None:  # now that memory sufficed for all of it
+            for steps, sizes in self._sizes:
+                self.signal.see(steps, sizes)
+        stats = crd_kernels.Stats.cat(part for part, _ in measured)
+        means = self.objective.metrics(stats, pairs) | {"kl": stats.kl.double() * pairs.anchor.double()}
+        if self.objective.needs_old:
+            means["old_kl"] = stats.old_kl.double() * pairs.anchor.double() * (pairs.policy != 0)
+        found = {name: value.sum() / denominator for name, value in means.items()} | {
+            "policy_loss": sum(losses.policy_loss.double() for _, losses in measured),
+            "kl_loss": sum(losses.kl_loss.double() for _, losses in measured),
+        }
+        return {name: float(value) for name, value in (found | self._beside).items()}
 
     def _units(self, pairs: Pairs) -> Iterator[Pairs]:
         """Whole runs of what belongs together: as many as fit a micro-batch, at least one."""
@@ -125,7 +137,9 @@ class Updater:
             stop += size
         yield pairs[start:stop]
 
-    def _update(self, unit: Pairs, chunks: list[Chunk], denominator: int) -> dict[str, torch.Tensor]:
+    def _update(
+        self, unit: Pairs, chunks: list[Chunk], denominator: int
+    ) -> list[tuple[crd_kernels.Stats, crd_kernels.Coefficients]]:
         """One set of weights after the other, each for all chunks: to switch may mean to copy them all."""
         if not self.one_pass:
             if not self._old_is_policy:
@@ -134,20 +148,10 @@ class Updater:
         if self.backward_fraction < 1 or (
             self.objective.coupled and len(chunks) > 1 and self.kept_graphs == "none"
         ):
-            measured = [self._measured_first(unit, chunks, denominator)]
-        elif self.objective.coupled:
-            measured = [self._at_once(unit, chunks, denominator)]
-        else:
-            measured = [self._at_once(chunk.pairs, [chunk], denominator) for chunk in chunks]
-        stats, found = crd_kernels.Stats.cat(part for part, _ in measured), [losses for _, losses in measured]
-        anchor = unit.anchor.double()
-        means = self.objective.metrics(stats, unit) | {"kl": stats.kl.double() * anchor}
-        if self.objective.needs_old:
-            means["old_kl"] = stats.old_kl.double() * anchor
-        return {name: value.sum() / denominator for name, value in means.items()} | {
-            "policy_loss": sum(of_part.policy_loss.double() for of_part in found),
-            "kl_loss": sum(of_part.kl_loss.double() for of_part in found),
-        }
+            return [self._measured_first(unit, chunks, denominator)]
+        if self.objective.coupled:
+            return [self._at_once(unit, chunks, denominator)]
+        return [self._at_once(chunk.pairs, [chunk], denominator) for chunk in chunks]
 
     def _at_once(
         self, pairs: Pairs, chunks: list[Chunk], denominator: int
@@ -358,7 +362,7 @@ class Updater:
     ) -> crd_kernels.Coefficients:
         found = self.objective.coefficients(stats, pairs, denominator)
         if self.signal is not None:
-            self.signal.see(pairs.step, found.c1.abs() * stats.policy_error.sqrt())
+            self._sizes.append((pairs.step, found.c1.abs() * stats.policy_error.sqrt()))
         if self._weighted:
             weight = pairs.policy.to(found.c1.dtype)
             c3 = None if found.c3 is None else found.c3 * weight
@@ -388,7 +392,7 @@ class Updater:
         share = chunk.pairs.anchor / self._denominator
         gradient, terms, ratio = norm_penalty(policy, chunk.ref_cond, self.loss.norm_penalty * share)
         for name, value in {"norm_loss": terms.sum(), "norm_ratio": (share * ratio).sum()}.items():
-            self._beside[name] = self._beside.get(name, 0.0) + value
+            self._beside[name] = self._beside[name] + value
         return gradient
 
     def _autocast(self, chunk: Chunk):

@@ -111,6 +111,21 @@ def mark_best(folder: Path) -> None:
         partial.replace(link)
 
 
+def marked_best(folder: Path) -> int | None:
+    """The iteration of the checkpoint that `best` in the folder means; None where it means none.
+
+    A link to one that is gone is removed: another may get its name.
+    """
+    link = folder / BEST
+    if link.is_symlink() and not link.exists():
+        link.unlink(missing_ok=True)
+    if not is_checkpoint(link):
+        return None
+    with contextlib.suppress(UserError, KeyError):
+        return int(read_state(link)["iteration"])
+    return None
+
+
 def iteration_of(folder: Path) -> int:
     """The iteration after which a checkpoint was made, by its name; -1 for what is none."""
     found = NAME.fullmatch(folder.name)

@@ -160,6 +160,13 @@ def test_the_base_is_named_with_its_guidance(tmp_path, no_charts, scale, how, ot
     assert f"with the same seeds but {other} guidance was not measured." in text
 
 
+def test_a_run_that_began_with_a_lora_does_not_call_it_the_base(tmp_path, no_charts):
+    config = CONFIG | {"model": {"path": "builtin", "init_lora": "/a/lora"}}
+    config |= {"evaluate": CONFIG["evaluate"] | {"guidance_scale": 1.0}}
+    text = report(tmp_path, metrics(120), config=config).text
+    assert "Iteration 0 is the LoRA that training began with; all" in text
+
+
 def test_small_difference_is_not_a_result(tmp_path, no_charts):
     rows = [metrics(120)[0], metrics_row(1, 120, random.Random(0)) | evaluation(0.05)]
     page = report(tmp_path, rows, wobble=2.0)

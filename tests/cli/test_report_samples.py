@@ -84,6 +84,14 @@ def test_two_evaluations_need_no_choice(tmp_path, no_charts):
     assert pictures(page) == ["Iteration 0", "Iteration 20"] and "radio" not in page.html
 
 
+def test_pictures_that_are_of_no_evaluation_are_not_shown(tmp_path, no_charts):
+    """Of one that was thrown away when the run went on from before it, and somebody's copy."""
+    folder = with_grids(tmp_path, last=40, guided=False)
+    for name in ("000030.png", "000040 copy.png"):
+        shutil.copy(folder / "samples" / "000020.png", folder / "samples" / name)
+    assert pictures(Page(write_report(folder))) == ["Iteration 0", "Iteration 20", "Iteration 40"]
+
+
 def test_the_first_evaluation_alone(tmp_path, no_charts):
     page = Page(write_report(with_grids(tmp_path, last=0)))
     assert pictures(page) == ["The base with guidance scale 4.5", "Iteration 0"] and "radio" not in page.html
@@ -91,7 +99,7 @@ def test_the_first_evaluation_alone(tmp_path, no_charts):
 
 def test_photographs_are_kept_small(tmp_path, no_charts):
     """24 prompts, 8 pictures each, of 512 pixels with noise in them: the worst that can be shown."""
-    folder = fake_run(tmp_path, metrics(0))
+    folder = fake_run(tmp_path, metrics(120, every=20))
     write_samples(folder, range(0, 140, 20), prompts(24), size=512)
     noise = np.random.default_rng(0).integers(0, 40, (1536, 4096, 3), dtype=np.uint8)
     for path in (folder / "samples").glob("*.png"):

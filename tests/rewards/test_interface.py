@@ -44,7 +44,7 @@ def test_functions_and_classes_with_settings(mine):
         "mine:scaled": [0.0, 10.0],
         "mine:Thing": [7.0, 7.0],
     }
-    assert rewards.combined(values).tolist() == [7.0, 27.5]
+    assert rewards.combined(values, entries(2)).tolist() == [7.0, 27.5]
     assert rewards.report(pictures(0, 255), entries(2), values)[0]["reward_mean"] == 17.25
 
 

@@ -107,7 +107,22 @@ def test_a_reward_of_weight_0_changes_nothing():
     }
     rewards = Rewards({"colorfulness": 1.0, "jpeg_compressibility": 0.0})
     values = {"colorfulness": both["a"].ravel(), "jpeg_compressibility": both["b"].ravel()}
-    assert np.array_equal(rewards.combined(values), values["colorfulness"], equal_nan=True)
+    prompts = [{"prompt": str(i // 4)} for i in range(12)]
+    assert np.array_equal(rewards.combined(values, prompts), values["colorfulness"], equal_nan=True)
+
+
+def test_an_evaluation_combines_as_training_does():
+    """What one reward left out has the mean of its prompt's others; in whatever order the pictures come."""
+    weights = {"colorfulness": 1.0, "jpeg_compressibility": 2.0}
+    a = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, NAN], [NAN, NAN, NAN]])
+    b = np.array([[0.5, NAN, 1.0], [NAN, NAN, NAN], [NAN, 7.0, NAN]])
+    expected = combine(dict(zip(weights, (a, b))), weights, "sum").ravel()
+    prompts = [{"prompt": f"prompt {i // 3}"} for i in range(9)]
+    order = np.random.default_rng(0).permutation(9)
+    values = {name: of.ravel()[order] for name, of in zip(weights, (a, b))}
+    found = Rewards(weights).combined(values, [prompts[i] for i in order])
+    assert np.array_equal(found, expected[order], equal_nan=True)
+    assert found[list(order).index(1)] == 2.0 + 2 * 0.75
 
 
 def test_with_all_scored_nothing_changes():

@@ -34,6 +34,12 @@ def test_defaults_are_the_published_recipe():
     assert recipe.training_steps() == list(range(10))
 
 
+def test_a_range_of_timesteps_ends_where_it_says():
+    for share, steps in ((0.28, 25), (0.14, 50), (0.07, 100)):  # each a little more than 7 in floating point
+        recipe = load_recipe("builtin", [f"train.timestep_range={share}", f"rollout.steps={steps}"])
+        assert recipe.training_steps() == list(range(7))
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

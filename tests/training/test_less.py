@@ -301,6 +301,7 @@ def test_equal_groups_are_found_and_skipped():
     [
         (["train.backward_fraction=0.1"], "train.backward_fraction: expected at least one of"),
         (["train.skip_equal_groups=true", "model.sharding=fsdp"], "expected 1.0 and false"),
+        (["train.skip_equal_groups=true", "loss.centering=batch"], "1.0 and false with loss.centering batch"),
     ],
 )
 def test_what_cannot_be_is_refused(override, message):

@@ -98,6 +98,18 @@ def test_preferences_need_rewards_that_differ(setting):
     assert not nothing.any()
 
 
+@pytest.mark.parametrize("name", ["flow matching", "dpo"])
+def test_what_no_reward_scored_moves_nothing(setting, name):
+    pairs, settings = setting[2], (METHODS | DPO)[name] | {"kl_beta": 0.0}
+    scored = torch.arange(len(pairs)) % 3 != 1  # of each group four of six
+    without = Pairs(**vars(pairs) | {"scored": scored, "advantage": pairs.advantage * scored})
+    _, of_the_others = gradients(setting, 4, pairs[scored], **settings)
+    assert of_the_others.norm() > 1e-4
+    for micro_batch in (1, SAMPLES, 100):
+        _, gradient = gradients(setting, micro_batch, without, **settings)
+        torch.testing.assert_close(gradient, of_the_others * 4 / 6, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_uncoupled_methods_run_the_policy_once_and_old_where_they_need_it(setting, name):
     model, _, pairs, *_ = setting
@@ -136,3 +148,9 @@ def test_the_penalty_on_norms_adds_the_gradient_of_its_formula(setting, method, 
     torch.testing.assert_close(gradient - without, expected, rtol=1e-5, atol=1e-9)
     assert metrics["norm_loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
     assert metrics["norm_ratio"] == pytest.approx(float((pairs.anchor * ratio).mean().detach()), rel=1e-6)
+
+
+def test_the_penalty_has_its_metrics_in_steps_without_an_anchored_pair(setting):
+    pairs = Pairs(**vars(setting[2]) | {"anchor": torch.zeros(len(setting[2]))})
+    metrics, _ = gradients(setting, 4, pairs, norm_penalty=0.7)
+    assert metrics["norm_loss"] == metrics["norm_ratio"] == 0

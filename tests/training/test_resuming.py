@@ -265,6 +265,27 @@ def test_prompts_that_are_held_out_stay_so(tmp_path):
     check_changes(other.model_dump(), off, tmp_path)
 
 
+def test_a_run_that_ended_before_it_marked_the_best_marks_it_when_it_goes_on(copied):
+    lines = read_metrics(copied)
+    for record in lines:
+        if SCORE in record:
+            record[SCORE] = float(record["iteration"] == 2)
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    folder = copied / "checkpoints"
+    checkpoint.mark_best(folder / "iteration-000003")
+    Trainer(recipe("train.iterations=4"), copied, resume=True)
+    assert checkpoint.marked_best(folder) == 2 and checkpoint.find(copied).name == "iteration-000002"
+
+
+def test_a_damaged_best_leaves_no_mark_for_the_next_of_its_name(copied, caplog):
+    folder = copied / "checkpoints"
+    checkpoint.mark_best(folder / "iteration-000003")
+    (folder / "iteration-000003" / checkpoint.TENSORS).write_bytes(b"")
+    Trainer(recipe("train.iterations=4"), copied, resume=True)
+    assert (folder / "damaged-iteration-000003").is_dir()
+    assert checkpoint.marked_best(folder) == 2
+
+
 def test_changes_that_are_honoured_are_named(copied, caplog):
     changes = ("train.learning_rate=1e-5", "train.micro_batch=2", "evaluate.every=1", "checkpoint.keep=1")
     changes += ("train.checkpointing=0.5", "train.kept_graphs=device")
@@ -291,14 +312,17 @@ def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
     lines = read_metrics(copied)
     for record in lines:
         if SCORE in record:
-            record[SCORE] = 2.0  # more than there is
+            record[SCORE] = 2.0 * (record["iteration"] == 3)  # more than there is
     (copied / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    checkpoint.mark_best(copied / "checkpoints" / "iteration-000003")
     assert Trainer(recipe("train.iterations=4", "evaluate.drift=1"), copied, resume=True).run()
     best = copied / "checkpoints" / checkpoint.BEST
     assert best.resolve().name == "iteration-000003" and "found anew" not in caplog.text
-    changed = ("train.iterations=5", "evaluate.drift=1", "evaluate.max_prompts=3")
-    assert Trainer(recipe(*changed), copied, resume=True).run() and "found anew" in caplog.text
+    changed = ("train.iterations=5", "evaluate.drift=1", "evaluate.max_prompts=3", "checkpoint.keep=1")
+    trainer = Trainer(recipe(*changed), copied, resume=True)
+    seen, evaluate = [], trainer.evaluation.run
+    trainer.evaluation.run = lambda *given: seen.append(best.resolve(strict=True)) or evaluate(*given)
+    assert trainer.run() and "found anew" in caplog.text
+    assert [path.name for path in seen] == ["iteration-000003"]  # it stays until another is found
     assert best.resolve().name == "iteration-000005"
     assert Trainer(recipe(*changed), copied, resume=True).checkpoints._best[1] == -5
     since = {record["iteration"]: record.get(EVALUATED_ALIKE) for record in read_metrics(copied)}
@@ -315,6 +339,7 @@ def test_what_makes_evaluations_others():
         ("rollout.prompts=/a/x.txt", "rollout.prompts=/a/y.txt"),  # small models have a list of their own
         (judge, "eval_rewards={pickscore: {path: /a/b}, aesthetic: 1}"),
         (judge, "eval_rewards={}"),
+        ("evaluate.every=2", "evaluate.drift=2"),
     ):
         assert evaluated_alike(*map(recipe, same)), same
     for other in (
@@ -322,6 +347,7 @@ def test_what_makes_evaluations_others():
         ("evaluate.guidance_scale=1", "evaluate.guidance_scale=4"),
         ("evaluate.samples_per_prompt=1", "evaluate.samples_per_prompt=2"),
         (judge, "eval_rewards={pickscore: {path: /a/c}}"),
+        ("evaluate.drift=2", "evaluate.drift=8"),
     ):
         assert not evaluated_alike(*map(recipe, other)), other
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.ranks import Ranks
 from crd_fast.run.observer import Observer, Observers
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.micro_batch import decoded
 from crd_fast.train.objectives import deviation
 from crd_fast.train.pairs import Pairs
+from crd_fast.train.signal import Signal
 from tests.training.conftest import NO_MEMORY, PROMPTS, SAMPLES, SHAPE, TIMESTEPS, gradients
 
 
@@ -138,6 +140,41 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, mon
     monkeypatch.setattr(model, "velocity", raise_out_of_memory)
     with pytest.raises(UserError, match="out of memory at micro-batch 1: CUDA out of memory"):
         gradients(setting, 2)
+
+
+def test_a_signal_sees_a_step_that_is_begun_anew_once(setting, monkeypatch):
+    pairs = Pairs(**vars(setting[2]) | {"step": (setting[2].sigma < 0.5).long()})
+    model, calls = setting[0], Counter()
+    velocity = model.velocity
+
+    def third_fails(x, *arguments):
+        calls["with gradient"] += torch.is_grad_enabled()
+        if calls["with gradient"] == 3:
+            calls["with gradient"] += 1
+            raise NO_MEMORY[0]
+        return velocity(x, *arguments)
+
+    def state(fails):
+        signal = Signal(2)
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(model, "velocity", third_fails)
+            gradients(setting, SAMPLES, pairs, updater={"signal": signal})
+        signal.end_iteration(Ranks())
+        return signal.state
+
+    assert state(fails=True) == pytest.approx(state(fails=False), rel=1e-9)
+    assert calls["with gradient"] > 3
+
+
+@pytest.mark.parametrize("size", [2, 4, 9, None])
+def test_variances_within_prompts_are_those_of_whole_groups(setting, size):
+    batch = {"centering": "batch", "centering_batch": size}
+    wanted = gradients(setting, 100, centering="prompt")[0]
+    for micro_batch in (1, 4, 100):
+        metrics = gradients(setting, micro_batch, **batch)[0]
+        for name in ("implicit_variance", "external_variance"):
+            assert metrics[name] == pytest.approx(wanted[name], rel=1e-9)
 
 
 def raise_out_of_memory(*_):

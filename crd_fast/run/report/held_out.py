@@ -196,7 +196,8 @@ def base_note(run: Run) -> str:
     if run.evaluated[0]["iteration"]:
         return f"All pictures are drawn {how}."
     base = _guided_base_note(run) or base
-    return f"Iteration 0 is the base model; all pictures are drawn {how}.{base}"
+    started = "the LoRA that training began with" if run.starts_from_lora else "the base model"
+    return f"Iteration 0 is {started}; all pictures are drawn {how}.{base}"
 
 
 def _guided_base_note(run: Run) -> str:

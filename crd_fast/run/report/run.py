@@ -55,6 +55,17 @@ class Run:
         """Iterations of the evaluations that cannot."""
         return {row["iteration"] for row in self.evaluations} - {row["iteration"] for row in self.evaluated}
 
+    def grids(self) -> list[tuple[int, Path]]:
+        """The pictures of evaluations that can be compared: iteration and file, by iteration."""
+        there = (path for path in (self.folder / "samples").glob("[0-9]*.png") if path.stem.isdecimal())
+        known = {row["iteration"] for row in self.evaluated}
+        return sorted((int(path.stem), path) for path in there if int(path.stem) in known)
+
+    @property
+    def starts_from_lora(self) -> bool:
+        """Whether iteration 0 is something else than the base."""
+        return bool((self.config.get("model") or {}).get("init_lora"))
+
     @property
     def planned(self) -> int | None:
         """Iterations the recipe asks for."""

@@ -51,12 +51,10 @@ def samples(run: Run) -> dict[str, Any]:
     captions = run.folder / "samples" / "prompts.json"
     prompts = read_json(captions, run) if captions.is_file() else None
     prompts = [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
-    left_out = run.left_out
-    paths = sorted((run.folder / "samples").glob("[0-9]*.png"))
-    paths = [path for path in paths if int(path.stem) not in left_out]
+    paths = [path for _, path in run.grids()]
     grids = [grid for path in _spread(paths, MAX_GRIDS + 1) if (grid := _grid(path, prompts, run))]
     guided = run.folder / "samples" / f"{GUIDED}.png"
-    base = _grid(guided, prompts, run) if guided.is_file() and 0 not in left_out else None
+    base = _grid(guided, prompts, run) if guided.is_file() and 0 not in run.left_out else None
     if not grids:
         return {}
     tabs = grids[1:] or grids
@@ -106,7 +104,8 @@ def _grid(path: Path, prompts: list[str], run: Run) -> Grid | None:
     else:
         iteration = int(path.stem)
         row = next((row for row in run.evaluated if row["iteration"] == iteration), {})
-        name, mean = f"iteration {iteration}" if iteration else "base", number(row, "eval/reward_mean")
+        start = "start" if run.starts_from_lora else "base"
+        name, mean = f"iteration {iteration}" if iteration else start, number(row, "eval/reward_mean")
         title = name if iteration else "iteration 0"
         scores = run.scores.get(iteration)
     urls = [_data_url(tile) for tile in tiles]
