@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,11 @@ def objects(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
     return {"class": name, "count": count, **more}
 
 
-def draw_prompts(
-    by_tag: Mapping[str, Sequence[dict]], rng: np.random.Generator, count: int, without: Collection[str] = ()
-) -> list[dict]:
-    """`count` prompts, categories in turn, without repeats as far as a category has enough of them.
-
-    without: categories that are left out.
-    """
-    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] not in without]
-    queues: dict[str, list[dict]] = {tag: [] for tag in TAGS}
+def draw_prompts(by_tag: Mapping[str, Sequence[dict]], rng: np.random.Generator, count: int) -> list[dict]:
+    """`count` prompts, those of the categories that there are in turn, without repeats as far as a category
+    has enough of them."""
+    tags = [TAGS[i] for i in rng.permutation(len(TAGS)) if TAGS[i] in by_tag]
+    queues: dict[str, list[dict]] = {tag: [] for tag in tags}
     drawn = []
     for i in range(count):
         tag = tags[i % len(tags)]

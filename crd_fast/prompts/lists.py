@@ -24,8 +24,8 @@ LIKE_NEGATIVE = ("negativeprompt", "negative", "negprompt", "negativeprompts")  
 class PromptLists:
     """Lists by weight. One list's prompts are a share of every iteration's, to within a prompt.
 
-    lists: names or files to weights; without: prompts, as `same_prompt` has them, left out of files;
-    without_categories: of all. Raises UserError for a category that none has, and where no prompt is left.
+    lists: names or files to weights; without: prompts, as `same_prompt` has them, left out of all of them;
+    without_categories: too. Raises UserError for a category that none has, and where no prompt is left.
     """
 
     def __init__(
@@ -204,9 +204,10 @@ def notes(recipe: Recipe) -> Iterator[str]:
                 "warning: negative prompts do nothing without guidance (loss.guidance_scale, "
                 "rollout.guidance_scale, evaluate.guidance_scale)"
             )
-    if recipe.evaluate.every and not splits(recipe):
+    if recipe.evaluate.every:
+        left_out = _split(recipe) if splits(recipe) else {}
         evaluated = dict.fromkeys(same_prompt(entry["prompt"]) for entry in evaluation_prompts(recipe))
-        if both := [prompt for prompt in evaluated if prompt in seen]:
+        if both := [prompt for prompt in evaluated if prompt in seen and prompt not in left_out]:
             yield (
                 f"warning: of {len(evaluated)} evaluated prompts {len(both)} stand in rollout.prompts too: "
                 f"{_short(both[0])}"

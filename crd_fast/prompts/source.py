@@ -38,8 +38,8 @@ class PromptSource:
     source: a file; `builtin` or `builtin-heldout`, the built-in world's; `geneval` or `geneval-heldout`, the
     same six categories over COCO's classes; `ocr-words` or `ocr-words-heldout`, scenes with a written word in
     double quotes, of which none is in both; `builtin-ocr` or `builtin-ocr-heldout`, signs with a short word.
-    without: prompts, as `same_prompt` has them, that a file is read without. without_categories: of their
-    `tag`, that any source is read without.
+    It is read without the prompts in `without`, as `same_prompt` has them, and without those whose `tag` is
+    one of `without_categories`.
     """
 
     def __init__(self, source: str, without: Collection[str] = (), without_categories: Collection[str] = ()):
@@ -48,22 +48,29 @@ class PromptSource:
         self._ships = name in SOURCES
         module: Any = import_module(SOURCES[name]) if self._ships else None
         self._categories: Any = module if hasattr(module, "prompts") else None
-        self._without = frozenset(without_categories)
+        self._without, self._without_categories = frozenset(without), frozenset(without_categories)
         self._entries: list[dict] | None = None
-        if module is None:
-            read = read_prompts(Path(source))
-            self._entries = [entry for entry in read if same_prompt(entry["prompt"]) not in without]
-        elif self._categories is None:
-            self._entries = module.entries(self._held_out)
-        if self._entries is not None:
-            self._entries = [entry for entry in self._entries if category_of(entry) not in self._without]
+        if self._categories is None:
+            read = read_prompts(Path(source)) if module is None else module.entries(self._held_out)
+            read = [entry for entry in read if category_of(entry) not in self._without_categories]
+            self._entries = self._left_of(read)
+
+    def _left_of(self, entries: list[dict]) -> list[dict]:
+        if not self._without:
+            return entries
+        return [entry for entry in entries if same_prompt(entry["prompt"]) not in self._without]
+
+    @functools.cached_property
+    def _by_tag(self) -> dict[str, list[dict]]:
+        """Of categories that are all of a list that ships, those that have a prompt left."""
+        there = self._categories.prompts(self._held_out)
+        left = {tag: self._left_of(of) for tag, of in there.items() if tag not in self._without_categories}
+        return {tag: entries for tag, entries in left.items() if entries}
 
     def entries(self) -> list[dict]:
         """Every prompt there is."""
         if self._entries is None:
-            by_tag = self._categories.prompts(self._held_out)
-            kept = (entries for tag, entries in by_tag.items() if tag not in self._without)
-            return [entry for entries in kept for entry in entries]
+            return [entry for entries in self._by_tag.values() for entry in entries]
         return self._entries
 
     def draw(self, first: int, count: int, seed: int, iteration: int, stream: int) -> list[dict]:
@@ -92,7 +99,7 @@ class PromptSource:
         return self._entries[:limit]
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[dict]:
-        return draw_prompts(self._categories.prompts(self._held_out), rng, count, self._without)
+        return draw_prompts(self._by_tag, rng, count)
 
 
 def category_of(entry: dict) -> str:

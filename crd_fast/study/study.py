@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crd_fast.config import Recipe, load_recipe, read_yaml
 from crd_fast.errors import UserError, did_you_mean
 
 STUDIES = Path(__file__).parent / "studies"
 Overrides = dict[str, Any]  # section.key: value
-Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # of a folder
+Name = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # of a folder
+SEED = "train.seed"
 
 
 class Task(BaseModel):
@@ -40,6 +41,19 @@ class Study(BaseModel):
     arms: dict[Name, Overrides] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     overrides: Overrides = {}  # of every arm, before those of its task
+
+    @model_validator(mode="after")
+    def _seeds_are_its_own(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different ones, got {self.seeds}")
+        for overrides in (
+            self.overrides,
+            *(task.overrides for task in self.tasks.values()),
+            *self.arms.values(),
+        ):
+            if SEED in overrides or "seed" in (overrides.get("train") or {}):
+                raise ValueError(f"{SEED}: expected under seeds, got it among the overrides")
+        return self
 
     @property
     def baseline(self) -> str:
@@ -79,6 +93,8 @@ def load_study(source: str) -> Study:
     except ValidationError as error:
         mistake = error.errors()[0]
         where = ".".join(map(str, mistake["loc"]))
+        if mistake["type"] == "value_error":  # our own, which says what it got
+            raise UserError(f"{path}: {mistake['ctx']['error']}") from None
         raise UserError(f"{path}: {where}: {mistake['msg']}, got {mistake['input']!r}") from None
     for cell in cells(study):  # every arm's settings are checked before the first one runs
         if cell.seed != study.seeds[0]:
@@ -91,6 +107,16 @@ def cells(study: Study) -> Iterator[Cell]:
     for seed in study.seeds:
         for name, task in study.tasks.items():
             for arm, changes in study.arms.items():
-                values = {**study.overrides, **task.overrides, **changes, "train.seed": seed}
-                overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+                every = (study.overrides, task.overrides, changes, {SEED: seed})
+                overrides = [_override(key, value) for values in every for key, value in values.items()]
                 yield Cell(name, arm, seed, load_recipe(task.recipe, overrides))
+
+
+def _override(key: str, value: Any) -> str:
+    """As on a command line. Raises UserError for what JSON, which is YAML, has no form for."""
+    try:
+        return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    except TypeError:
+        raise UserError(
+            f"study: {key}: expected text, a number, a list or a mapping, got {value!r}"
+        ) from None

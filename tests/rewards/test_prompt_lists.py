@@ -144,6 +144,25 @@ def test_lists_that_ship_have_held_out_parts_of_their_own(written):
     assert evaluation_prompts(signs) == PromptSource("builtin-ocr-heldout").all(None)
 
 
+@pytest.mark.parametrize("name", ["ocr-words", "geneval"])
+def test_what_is_held_out_of_a_file_is_not_trained_on_from_a_list_that_ships(written, name):
+    mine = written("mine", 20, texts(PromptSource(name).entries())[:100])
+    recipe = own({name: 1, mine: 1})
+    evaluated = set(texts(evaluation_prompts(recipe)))
+    shared = evaluated & set(texts(PromptSource(name).entries()))
+    assert len(shared) > 5  # which the file has too
+    lists = training_prompts(recipe)
+    assert not evaluated & set(texts(lists.entries()))
+    assert not evaluated & set(texts(lists.draw(400, seed=0, iteration=0)))
+    assert len(list(notes(recipe))) == 1
+
+
+def test_held_out_parts_of_lists_that_ship_are_found_in_files(written):
+    mine = written("mine", 100, texts(PromptSource("ocr-words-heldout").entries())[:20])
+    (said,) = [note for note in notes(own({"ocr-words": 1, mine: 1})) if note.startswith("warning")]
+    assert "stand in rollout.prompts too" in said
+
+
 def test_what_is_held_out_and_what_stands_twice_is_said_once(written, caplog):
     one, other = written("a", 100, ["a 5", "A  5", "a 6"]), written("b", 100, ["a 7"])
     with caplog.at_level(logging.WARNING, "crd_fast"):

@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
@@ -290,6 +291,14 @@ def test_mistakes_are_one_line(study, inside, tmp_path):
         ({"arms": {"a/b": {}}}, "a/b"),
         ({"arms": {"odd": {"train.timestep": 1}}}, "unknown key"),
         ({"seed": [1]}, "seed"),
+        ({"seeds": [1, 2, 1]}, r"seeds: expected different ones, got \[1, 2, 1\]"),
+        ({"arms": {"..": {}}}, r"\.\."),
+        ({"arms": {"one": {"train.seed": 7}}}, "train.seed: expected under seeds"),
+        ({"arms": {"one": {"train": {"seed": 7}}}}, "train.seed: expected under seeds"),
+        (
+            {"arms": {"one": {"rewards.mine": {"since": date(2024, 1, 1)}}}},
+            "study: rewards.mine: expected text",
+        ),
     ):
         study.write_text(yaml.safe_dump(STUDY | change, sort_keys=False))
         with pytest.raises(UserError, match=message):
@@ -304,6 +313,19 @@ def test_settings_of_a_task_come_after_the_studys_and_those_of_an_arm_last():
     whole, long, *_ = (cell.recipe for cell in found)
     assert (whole.train.iterations, long.train.iterations) == (3, 5)
     assert list(whole.eval_rewards) == ["colorfulness", "diversity"]
+
+
+def test_what_an_arm_changes_stays_changed_where_a_task_sets_the_whole_section():
+    task = STUDY["tasks"]["shapes"] | {"overrides": {"loss": {"kl_beta": 0.5}}}
+    arms = {"one": {}, "two": {"loss.beta": 3}}
+    found = cells(Study(**STUDY | {"tasks": {"shapes": task}, "overrides": {"loss.beta": 2}, "arms": arms}))
+    assert [(cell.recipe.loss.beta, cell.recipe.loss.kl_beta) for cell in found][:2] == [(1, 0.5), (3, 0.5)]
+
+
+def test_text_of_a_study_reaches_the_recipe_as_it_is():
+    judge = {"eval_rewards": {"vlm": {"url": "http://a/v1", "model": "b", "question": "Is it 😀 or é?"}}}
+    first = next(cells(Study(**STUDY | {"overrides": judge})))
+    assert first.recipe.eval_rewards["vlm"]["question"] == "Is it 😀 or é?"
 
 
 def test_a_judge_that_was_not_installed_has_an_empty_cell():
