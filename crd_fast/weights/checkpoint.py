@@ -32,7 +32,7 @@ FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before: taken as it is
 STATE, TENSORS = "state.json", "training.safetensors"
 MARKS = (STATE, durable.MANIFEST)  # files that say that a folder is a checkpoint
-PARTIAL, DAMAGED, COPIED, BEST = "partial-", "damaged-", "copied-", "best"
+PARTIAL, DAMAGED, COPIED, OTHER, BEST = "partial-", "damaged-", "copied-", "other-", "best"
 FINGERPRINT = "fingerprint"  # of the base's files, in what a checkpoint says of its model
 NAME = re.compile(r"iteration-(\d{6,})")
 
@@ -73,7 +73,8 @@ def save(
         follow_umask(partial)
         durable.seal(partial)
         if os.path.lexists(folder):
-            _put_aside(folder)
+            aside = _put_aside(folder, OTHER)
+            logger.warning("warning: %s: was there already: it is now called %s", folder, aside.name)
         partial.rename(folder)
         durable.sync(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -149,7 +150,7 @@ def newest(folder: Path, put_aside: bool = False) -> Path | None:
         reason = _damage(path)
         if reason is None:
             for other, what in damaged:
-                aside = f" (it is now called {_put_aside(other).name})" if put_aside else ""
+                aside = f" (it is now called {_put_aside(other, DAMAGED).name})" if put_aside else ""
                 logger.warning("warning: %s: %s: taking %s instead%s", other, what, path.name, aside)
             return path
         damaged.append((path, reason))
@@ -217,7 +218,7 @@ def _damage(folder: Path) -> str | None:
     return durable.damage(folder)
 
 
-def _put_aside(folder: Path, prefix: str = DAMAGED) -> Path:
+def _put_aside(folder: Path, prefix: str) -> Path:
     """Renames what has a checkpoint's name and is none that counts. Returns its new name."""
     names = (f"{prefix}{folder.name}" + f".{count}" * (count > 0) for count in itertools.count())
     return folder.rename(next(p for p in map(folder.with_name, names) if not os.path.lexists(p)))

@@ -201,11 +201,12 @@ def test_a_copy_of_a_run_finds_its_best_again(tmp_path, caplog):
     assert checkpoint.find(tmp_path) == folder / "iteration-000002"
 
 
-def test_what_has_the_name_already_is_put_aside(tmp_path):
+def test_what_has_the_name_already_is_put_aside(tmp_path, caplog):
     (tmp_path / "iteration-000001").mkdir()
     (tmp_path / "iteration-000001" / "mine.txt").write_text("mine")
     save(tmp_path, 1)
-    assert (tmp_path / "damaged-iteration-000001" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "other-iteration-000001" / "mine.txt").read_text() == "mine"
+    assert "iteration-000001: was there already: it is now called other-iteration-000001" in caplog.text
     assert durable.damage(tmp_path / "iteration-000001") is None
 
 
