@@ -99,6 +99,8 @@ class Watch:
         self._equal: deque[float] = deque(maxlen=WINDOW)
         self._rewards: list[float] = []  # of the present window
         self._best: tuple[float, float, int] | None = None  # mean, its variance and end of the best window
+        self._first: list[float] = []  # those of the first window, and of the last, which moves on one by one
+        self._last: deque[float] = deque(maxlen=WINDOW)
         self._alike_since = 0  # the iteration from which on the prompts were the present ones
         self._constant: dict[str, int] = defaultdict(int)
         self._silent: dict[str, int] = {}  # iterations in a row without a score
@@ -123,8 +125,8 @@ class Watch:
         found: dict[str, str] = {}
         if "groups_equal" in record:
             found |= self._constant_rewards(record) | self._silent_rewards(record)
-            found |= self._equal_groups(record)
             found |= self._trained_pictures(record)
+            found |= self._equal_groups(record)
         if "eval/reward_mean" in record:
             found |= self._hacking(record)
         new = {kind: text for kind, text in found.items() if kind not in self.given}
@@ -170,10 +172,20 @@ class Watch:
         groups, share = len(self._equal) * self.prompts, sum(self._equal) / len(self._equal)
         if groups < MIN_GROUPS or share <= EQUAL_SHARE:
             return {}
+        why = "prompts too hard or easy, or a reward too coarse"
+        if self._has_risen():
+            why = "most pictures are right by now, and harder prompts would teach more"
         return {
             "equal groups": f"iteration {record['iteration']}: {share:.0%} of the last {groups} groups had "
-            "one reward for all samples and teach nothing: prompts too hard or easy, or a reward too coarse"
+            f"one reward for all samples and teach nothing: {why}"
         }
+
+    def _has_risen(self) -> bool:
+        """Whether the mean reward of the last window is above that of the first by three standard errors."""
+        if len(self._first) < WINDOW:
+            return False
+        error = math.sqrt((np.var(self._first, ddof=1) + np.var(self._last, ddof=1)) / WINDOW)
+        return bool(np.mean(self._last) - np.mean(self._first) > 3 * error)
 
     def _trained_pictures(self, record: dict) -> dict[str, str]:
         """Windows stand side by side, so that each is compared with the best one before it and no more.
@@ -182,7 +194,11 @@ class Watch:
         """
         if record.get(TRAINED_ALIKE, 0) != self._alike_since:
             self._rewards, self._best, self._alike_since = [], None, record.get(TRAINED_ALIKE, 0)
+            self._first = []
         self._rewards.append(record["reward_mean"])
+        self._last.append(record["reward_mean"])
+        if len(self._first) < WINDOW:
+            self._first.append(record["reward_mean"])
         if len(self._rewards) < WINDOW:
             return {}
         mean, variance = float(np.mean(self._rewards)), float(np.var(self._rewards, ddof=1)) / WINDOW

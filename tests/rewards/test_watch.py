@@ -129,6 +129,17 @@ def test_groups_without_a_signal(watch):
     assert "75% of the last 20 groups had one reward" in found[4][0]
 
 
+def test_groups_that_are_equal_as_all_is_learned(watch):
+    noise = np.random.default_rng(3).normal(0, 0.02, 60)
+    rewards = np.interp(np.arange(60), [0, 40], [0.4, 0.95]) + noise
+    found = [
+        warning
+        for i, reward in enumerate(rewards)
+        for warning in watch.see(iteration(i, equal=0.2 if reward < 0.9 else 0.8, reward=float(reward)))
+    ]
+    assert len(found) == 1 and "most pictures are right by now" in found[0]
+
+
 def test_reward_hacking(watch):
     assert watch.see(evaluation(0, 0.30, {"aesthetic": 0.50})) == []
     assert watch.see(evaluation(10, 0.40, {"aesthetic": 0.55})) == []
