@@ -107,15 +107,14 @@ class Updater:
         # of the penalty on norms, in every step, also where none of its pairs is anchored
         names = ("norm_loss", "norm_ratio") if self.loss.norm_penalty else ()
         self._beside: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
-        self._sizes: list[tuple[torch.Tensor, torch.Tensor]] = []  # for the signal: steps of pairs, and sizes
+        self._sizes: list[torch.Tensor] = []  # of the pairs' gradients, for the signal
         size = self.micro_batch.size
         measured = []
         for unit in self._units(pairs):
             chunks = [self._prepare(unit[i : i + size]) for i in range(0, len(unit), size)]
             measured += self._update(unit, chunks, denominator)
         if self.signal is not None:  # now that memory sufficed for all of it
-            for steps, sizes in self._sizes:
-                self.signal.see(steps, sizes)
+            self.signal.see(pairs.step, torch.cat(self._sizes))
         stats = crd_kernels.Stats.cat(part for part, _ in measured)
         means = self.objective.metrics(stats, pairs) | {"kl": stats.kl.double() * pairs.anchor.double()}
         if self.objective.needs_old:
@@ -362,7 +361,7 @@ class Updater:
     ) -> crd_kernels.Coefficients:
         found = self.objective.coefficients(stats, pairs, denominator)
         if self.signal is not None:
-            self._sizes.append((pairs.step, found.c1.abs() * stats.policy_error.sqrt()))
+            self._sizes.append(found.c1.abs() * stats.policy_error.sqrt())
         if self._weighted:
             weight = pairs.policy.to(found.c1.dtype)
             c3 = None if found.c3 is None else found.c3 * weight
