@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from crd_fast.errors import UserError, did_you_mean
@@ -32,7 +31,7 @@ from crd_fast.sections import Section
 from crd_fast.seeds import SIZES, generator
 from crd_fast.sizes import Resolution
 from crd_fast.worlds import WORLDS
-from crd_fast.yaml_files import parse_yaml, read_yaml
+from crd_fast.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
@@ -206,7 +205,7 @@ class Recipe(Section):
         return steps[: (len(steps) + 1) // 2] if self.train.timestep_sampling == "high-noise" else steps
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110)
+        return dump_yaml(self.model_dump(), default_flow_style=None, width=110)
 
 
 def _is_finite(number: float | numbers.Real) -> bool:
@@ -280,8 +279,8 @@ def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict:
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected a recipe's file or name, got {base!r}")
     chain = (*above, path.resolve())
-    beside = path.parent / base
-    extended = beside if beside.exists() else base
+    beside = path.parent / Path(base).expanduser()
+    extended = beside if beside.is_file() or _is_yaml(beside) else base
     if _file_of(extended).resolve() in chain:
         raise UserError(f"{path}: extends: {base} leads back to this file")
     return merged(_read(extended, chain), values)
@@ -298,12 +297,17 @@ def merged(base: dict, values: dict) -> dict:
 
 def _file_of(source: str | Path) -> Path:
     path = Path(source).expanduser()
-    if path.suffix not in (".yaml", ".yml") and not path.exists():  # names have dots too: flux.1-dev-12gb
+    # names have dots too: flux.1-dev-12gb; and folders may be called like recipes
+    if not _is_yaml(path) and (path.is_dir() or not path.exists()):
         path = RECIPES / f"{source}.yaml"
         if not path.exists():
             near = _nearest(str(source), recipe_names())
             raise UserError(f"recipe: no file or recipe called {str(source)!r}{near}")
     return path
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
 
 
 def _apply(values: dict, override: str) -> None:
@@ -316,7 +320,7 @@ def _apply(values: dict, override: str) -> None:
         raise UserError(f"--set {override}: unknown section {section!r}{_hint(section, Recipe.model_fields)}")
     value = parse_yaml(text, f"--set {override}")
     if not dot and isinstance(value, dict):
-        values[section] = value
+        values[section] = merged(values, {section: value})[section]
         return
     if not name:
         raise UserError(f"--set: expected section.key=value, got {override!r}")

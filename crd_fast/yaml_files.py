@@ -51,11 +51,23 @@ Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 Loader.yaml_implicit_resolvers = {
     first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts in quotation marks what `Loader` would take for a number."""
+
+
+for reads_or_writes in (Loader, Dumper):
+    reads_or_writes.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def dump_yaml(values: Any, **style: Any) -> str:
+    """Text of which `parse_yaml` makes the same values, keys in their order. style: of PyYAML's `dump`."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, **style)
 
 
 def parse_yaml(text: str, where: str) -> Any:

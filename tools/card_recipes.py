@@ -14,8 +14,6 @@ import argparse
 import json
 from pathlib import Path
 
-import yaml
-
 from crd_fast.config import RECIPES, Recipe, build_recipe
 from crd_fast.plan.cost import EFFICIENCY, cost
 from crd_fast.plan.fit import RESERVED, Fit, fit
@@ -23,6 +21,7 @@ from crd_fast.plan.gpus import BY_NAME, GIB
 from crd_fast.plan.hours import within
 from crd_fast.plan.text import size_of
 from crd_fast.run.machine import git_commit
+from crd_fast.yaml_files import dump_yaml
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "cards.json", ROOT / "docs" / "cards.md"
@@ -135,7 +134,7 @@ def yaml_text(name: str, size: str, plan: dict) -> str:
     where = f"on a card of {size} GB, for a day" if size != PAPER else "in the published shape"
     lines = [f"# {MODELS[name][0]} {where}. The plan is in docs/cards.md."]
     for section, values in recipe.model_dump(exclude_defaults=True).items():
-        text = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
+        text = dump_yaml(values, default_flow_style=True, width=1000).strip()
         lines.append(f"{section + ':':10} {text}")
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,7 @@ def init(
         "path": None if path is None else json.dumps(str(path)),  # JSON is YAML
         "resolution": None if path is None else smaller_resolution(path, extended),
         "card": gpu,
+        "card_in_shell": shlex.quote(gpu),
         "reward": "your own" if reward == "mine" else reward,
         "base": base,
         "for_card": "" if card is None else " for this card",
@@ -163,11 +165,12 @@ def chosen(model: str, reward: str) -> dict[str, str]:
 
 def next_steps(folder: Path, gpu: str, reward: str, path: str, named: bool) -> list[str]:
     """The commands that follow."""
-    steps = [] if folder == Path(".") else [f"cd {folder}"]
+    steps = [] if folder == Path(".") else [f"cd {shlex.quote(str(folder))}"]
     if any(name in path for name in GATED):
         steps += [f"# accept the licence at https://huggingface.co/{path}, once, and then", "hf auth login"]
     if reward == "mine":
         steps += ["# write my_reward.py, and", "pytest   # pip install pytest, where there is none"]
     if path not in WORLDS:
-        steps.append(f"crd-fast plan recipe.yaml --gpu {gpu}" + ("   # memory, hours, disk" if named else ""))
+        comment = "   # memory, hours, disk" if named else ""
+        steps.append(f"crd-fast plan recipe.yaml --gpu {shlex.quote(gpu)}{comment}")
     return ["next:", *(f"  {step}" for step in [*steps, "crd-fast train recipe.yaml"])]

@@ -99,7 +99,7 @@ def train(
     else:
         loaded = load_recipe(recipe or "builtin", overrides)
         name = Path(recipe or "builtin").name.removesuffix(".yaml")
-        output = output.expanduser() if output else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        output = output.expanduser() if output else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if gpu_memory is not None:
         from crd_fast.plan.fit import for_training
         from crd_fast.plan.gpus import parse_memory

@@ -54,7 +54,10 @@ class Fit:
     def encodes_on_gpu(self) -> bool:
         """Text encoders that do not fit work on the host."""
         encode = self.plan.phases.get("encode")
-        return encode is None or encodes_on_gpu(encode.parts["text encoders"], self.memory - RESERVED)
+        if encode is None:
+            return True
+        taken = RESERVED + encode.parts.get("rewards", 0)  # these are there before
+        return encodes_on_gpu(encode.parts["text encoders"], self.memory - taken)
 
     @property
     def needed(self) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from crd_fast.errors import UserError, did_you_mean
 
 GIB = 1 << 30
+LARGEST_GB = 1024  # of one card; a larger number is in another unit, or no size
 GIGABYTES_A_LANE = {3: 0.985, 4: 1.969, 5: 3.938}  # a second, each way, of a PCI Express lane by generation
 GEFORCE_RATE = 512  # FLOP a clock of one multiprocessor
 
@@ -141,10 +142,13 @@ def parse_gpu(text: str) -> tuple[int, Card | None]:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of `24GB` or `24GiB`: both are 24 * 2^30, as cards are sold. Raises UserError."""
+    """Bytes of `24GB` or `24GiB`: both are 24 * 2^30, as cards are sold. Raises UserError, also where so much
+    is on no card: a number in MiB, or a card's."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise UserError(f"GPU memory: expected a size like 24GB, got {text!r}")
+    if float(match[1]) > LARGEST_GB:
+        raise UserError(f"GPU memory: expected a size in GB, like 24GB, at most {LARGEST_GB}, got {text!r}")
     return round(float(match[1]) * GIB)
 
 
@@ -163,9 +167,9 @@ def card_of_device(device: str, memory: int) -> Card | None:
 
 
 def _by_spelling(text: str) -> Card | None:
-    """Whatever stands between letters and digits, and with the maker's name or without."""
-    wanted = _plain(text).removeprefix("nvidia").removeprefix("geforce")
-    return next((card for card in CARDS if _plain(card.name) == wanted), None)
+    """Whatever stands between letters and digits, and with the maker's name and the series or without."""
+    wanted = _plain(text).removeprefix("nvidia").removeprefix("geforce").removeprefix("rtx")
+    return next((card for card in CARDS if _plain(card.name).removeprefix("rtx") == wanted), None)
 
 
 def _plain(name: str) -> str:

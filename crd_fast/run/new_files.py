@@ -16,8 +16,17 @@ from crd_fast.errors import UserError
 from crd_fast.file_modes import follow_umask
 
 
+def at_home(path: Path) -> Path:
+    """With the home folder for a `~` that the shell has left, as it does after `=`."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # of nobody here
+        return path
+
+
 def check_new(path: Path, option: str) -> None:
     """Raises UserError where something is there, or nothing can be written. To be called before the work."""
+    path = at_home(path)
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -35,6 +44,7 @@ def check_new(path: Path, option: str) -> None:
 
 def write_new(path: Path, option: str, content: bytes) -> None:
     """Also where something came to be there since `check_new` UserError is raised, and it is left alone."""
+    path = at_home(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
@@ -50,6 +60,7 @@ def made_beside(path: Path, option: str) -> Iterator[Path]:
     Where something is raised inside, nothing is left. Raises UserError where something is at `path` already,
     which is left alone, or where nothing can be written.
     """
+    path = at_home(path)
     check_new(path, option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

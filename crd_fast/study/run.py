@@ -17,14 +17,14 @@ from crd_fast.run.new_files import write_atomically
 from crd_fast.run.row_counts import RowCounts, flops_of
 from crd_fast.study.study import Cell, Study, cells
 from crd_fast.train.changes import differences
-from crd_fast.train.checkpoints import BESIDE, SCORE
+from crd_fast.train.checkpoints import ADDED, BESIDE, SCORE
 from crd_fast.train.places import absolute
 from crd_fast.train.trainer import Trainer
 
 FLOPS = "flops.jsonl"  # of each iteration, in a run's folder
 # sections and keys that change neither the weights nor the pictures that they are judged by
 LOOKS_ON = {"eval_rewards", "checkpoint"}
-LOOKS_ON |= {f"evaluate.{name}" for name in BESIDE}
+LOOKS_ON |= {f"evaluate.{name}" for name in BESIDE | ADDED}
 LOOKS_ON |= {"train.trackers", "train.profile", "model.prompt_cache", "model.prompt_cache_gb"}
 
 

@@ -33,6 +33,7 @@ from crd_fast.run.report.words import label, signed
 from crd_fast.run.scores import LEVEL
 from crd_fast.sizes import height_width
 from crd_fast.train.export import Trained
+from crd_fast.yaml_files import dump_yaml
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # a folder in the hub's cache, for its id
@@ -193,7 +194,7 @@ def settings(trained: Trained) -> str:
         section: {key: _short(value) for key, value in kept[section].items() if key not in OF_THE_MACHINE}
         for section in SECTIONS
     }
-    return yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=100)
+    return dump_yaml(shown, default_flow_style=None, width=100)
 
 
 def _short(value: Any) -> Any:

@@ -131,6 +131,13 @@ def test_what_is_refused_writes_nothing(inside, tmp_path, options, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_to_be_typed_can_be(inside, tmp_path):
+    code, out, errors = inside("init", tmp_path / "my folder", "--gpu", "RTX 4090")
+    assert code == 0, errors
+    assert f"cd '{tmp_path / 'my folder'}'" in out and "plan recipe.yaml --gpu 'RTX 4090'" in out
+    assert "--gpu 'RTX 4090'" in (tmp_path / "my folder" / "recipe.yaml").read_text()
+
+
 def test_nothing_is_overwritten(inside, tmp_path):
     (tmp_path / "prompts.txt").write_text("mine\n")
     code, _, errors = inside("init", tmp_path)

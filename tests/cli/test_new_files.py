@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -18,6 +19,18 @@ def test_a_file_that_comes_to_be_there_meanwhile_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="already exists"):
         write_new(path, "--json", b"ours")
     assert path.read_text() == "mine"
+
+
+def test_the_home_folder_is_where_the_shell_has_left_it(tmp_path, monkeypatch):
+    """As it does in --json=~/found.json."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_new(Path("~/found.json"), "--json", b"{}")
+    with made_beside(Path("~/lora"), "--out") as partial:
+        partial.mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"found.json", "lora"}
+    with pytest.raises(UserError, match="already exists"):
+        check_new(Path("~/lora"), "--out")
 
 
 @pytest.mark.parametrize("by", ["safetensors", "the system"])

@@ -3,7 +3,7 @@
 import pytest
 
 from crd_fast.errors import UserError
-from crd_fast.plan.gpus import BY_NAME, CARDS, GIB, card_of_device, names_with, parse_gpu
+from crd_fast.plan.gpus import BY_NAME, CARDS, GIB, card_of_device, names_with, parse_gpu, parse_memory
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
@@ -18,7 +18,17 @@ def test_names_resolve(card):
 
 def test_sizes_still_work():
     assert parse_gpu("24GB") == parse_gpu(" 24 GiB") == (24 * GIB, None)
+    assert parse_gpu("1024GB")[0] == 1024 * GIB
     assert names_with(12 * GIB) == ["rtx-3060", "rtx-4070"]
+
+
+def test_a_number_is_a_cards_or_a_size_that_there_is():
+    assert parse_gpu("4090") == parse_gpu("RTX4090") == parse_gpu("rtx-4090")
+    for text in ("24576", "24564MiB", "4091"):
+        with pytest.raises(UserError, match="expected a size like 24GB or a card's name"):
+            parse_gpu(text)
+    with pytest.raises(UserError, match="expected a size in GB, like 24GB, at most 1024, got '24576'"):
+        parse_memory("24576")
 
 
 @pytest.mark.parametrize("name, sold", [("l4", 24), ("a10", 24), ("l40s", 48), ("h100", 80)])

@@ -315,11 +315,11 @@ def test_settings_of_a_task_come_after_the_studys_and_those_of_an_arm_last():
     assert list(whole.eval_rewards) == ["colorfulness", "diversity"]
 
 
-def test_what_an_arm_changes_stays_changed_where_a_task_sets_the_whole_section():
+def test_what_an_arm_changes_stays_changed_where_a_task_sets_several_keys_of_a_section():
     task = STUDY["tasks"]["shapes"] | {"overrides": {"loss": {"kl_beta": 0.5}}}
     arms = {"one": {}, "two": {"loss.beta": 3}}
     found = cells(Study(**STUDY | {"tasks": {"shapes": task}, "overrides": {"loss.beta": 2}, "arms": arms}))
-    assert [(cell.recipe.loss.beta, cell.recipe.loss.kl_beta) for cell in found][:2] == [(1, 0.5), (3, 0.5)]
+    assert [(cell.recipe.loss.beta, cell.recipe.loss.kl_beta) for cell in found][:2] == [(2, 0.5), (3, 0.5)]
 
 
 def test_text_of_a_study_reaches_the_recipe_as_it_is():

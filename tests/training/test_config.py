@@ -9,6 +9,7 @@ from crd_fast.config import RECIPES, Recipe, build_recipe, load_recipe, recipe_n
 from crd_fast.errors import UserError
 from crd_fast.hints import MEANINGS
 from crd_fast.schema import Schedule
+from crd_fast.yaml_files import parse_yaml
 
 
 @pytest.mark.parametrize("reward", ["0", "-0.0", "{weight: 0}"])
@@ -160,6 +161,18 @@ def test_a_reward_has_its_settings_and_all_rewards_are_replaced():
     assert build_recipe({"rewards": {"ocr": 2.0}}, ["rewards={my.mod:f: 1}"]).rewards == {"my.mod:f": 1}
 
 
+def test_several_keys_of_a_section_leave_the_others():
+    base = load_recipe("builtin")
+    recipe = load_recipe("builtin", ["train={seed: 3, iterations: 2}"])
+    assert recipe.train == base.train.model_copy(update={"seed": 3, "iterations": 2})
+
+
+def test_text_that_looks_like_a_number_survives_a_round_trip():
+    for text in ("12e4567", "1.e5", "1e5", "7e3", "017", "1:30", "yes", "null", "2024-01-01", "0x1f", "😀"):
+        recipe = build_recipe({"rewards": {"my.mod:f": {"tag": text}}, "model": {"prompt_cache": text}})
+        assert build_recipe(parse_yaml(recipe.to_yaml(), "here")) == recipe
+
+
 def test_numbers_as_people_write_them(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {learning_rate: 3e-4}\nloss: {temperature: .inf}\n")
@@ -217,6 +230,22 @@ def test_a_recipe_extends_another(tmp_path):
     assert load_recipe(further, ["train.iterations=3"]).train == base.train.model_copy(
         update={"iterations": 3, "seed": 5}
     )
+
+
+def test_a_folder_called_like_a_recipe_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "builtin").mkdir()
+    (tmp_path / "mine.yaml").write_text("extends: builtin\n")
+    assert load_recipe("builtin") == load_recipe("mine.yaml")
+
+
+def test_what_a_file_extends_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("train: {seed: 5}\n")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "mine.yaml").write_text("extends: base.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"deeper/base\.yaml: no such file"):
+        load_recipe("deeper/mine.yaml")
 
 
 @pytest.mark.parametrize(
