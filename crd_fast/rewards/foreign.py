@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from crd_fast.errors import UserError, did_you_mean
-from crd_fast.rewards.scoring import failure
+from crd_fast.rewards.failures import failure
 
 
 def host_of(address: str) -> str:

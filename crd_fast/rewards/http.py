@@ -23,11 +23,13 @@ import urllib3
 from PIL import Image
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.failures import RewardFailed
 from crd_fast.rewards.scoring import checked, with_none
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
 TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
 OF_ONE = (400, 403, 413, 422, 451)  # what is refused may be this request alone, by a filter of content
+REFUSED = 422  # what the server's reward does not score; the other statuses are a server's own trouble
 MAX_ANSWER = 2**20  # bytes
 CHECKED_AT_ONCE = 256  # prompts
 
@@ -44,8 +46,10 @@ class JsonClient:
     often a request is repeated that got no connection, no answer in time, or one of the statuses
     `try_again`, after 0.5, 1, 2, ... 10 s or as long as the server says.
 
-    Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense;
-    NoAnswer where it refuses what it was asked with one of the statuses `OF_ONE`.
+    of_one: the statuses by which it refuses what it was asked and may answer others.
+
+    Every method raises RewardFailed, one line, for a server that is down, slow, refuses or answers nonsense;
+    NoAnswer where it refuses with one of the statuses `of_one`.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class JsonClient:
         timeout: float,
         retries: int,
         try_again: Collection[int] = TRY_AGAIN,
+        of_one: Collection[int] = OF_ONE,
     ):
         parts = urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -63,7 +68,7 @@ class JsonClient:
         if not timeout > 0 or retries < 0:
             raise UserError(f"reward {name}: expected timeout > 0 and retries >= 0, got {timeout}, {retries}")
         self.name, self.url, self.timeout, self.retries = name, str(url).rstrip("/"), timeout, retries
-        self.try_again = try_again
+        self.try_again, self.of_one = try_again, of_one
         self.headers = {"Accept-Encoding": "identity"}
         if token_env is not None:
             self.headers["Authorization"] = f"Bearer {token_from(token_env)}"
@@ -74,7 +79,8 @@ class JsonClient:
         try:
             body = None if content is None else json.dumps(content, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise UserError(f"reward {self.name}: metadata: expected what JSON can hold: {error}") from None
+            problem = f"metadata: expected what JSON can hold: {error}"
+            raise RewardFailed(f"reward {self.name}: {problem}") from None
         pause = FIRST_PAUSE
         for tries_left in reversed(range(self.retries + 1)):
             wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # clients that were turned away spread out
@@ -95,7 +101,7 @@ class JsonClient:
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
 
-    def error(self, problem: str, kind: type[UserError] = UserError) -> UserError:
+    def error(self, problem: str, kind: type[UserError] = RewardFailed) -> UserError:
         return kind(f"reward {self.name}: {self.url}: {problem}")
 
     def _problem(self, error: Exception) -> str:
@@ -106,7 +112,7 @@ class JsonClient:
 
     def _answered(self, status: int, answer: bytes) -> Any:
         if status != 200:
-            kind = NoAnswer if status in OF_ONE else UserError
+            kind = NoAnswer if status in self.of_one else RewardFailed
             raise self.error(f"refused with {status} {_detail(answer)}".rstrip(), kind)
         try:
             return json.loads(answer)
@@ -161,7 +167,8 @@ class HttpReward:
     ):
         if batch < 1:
             raise UserError(f"reward http: batch: expected at least 1, got {batch}")
-        self.client, self.batch = JsonClient("http", url, token_env, timeout, retries), batch
+        self.client = JsonClient("http", url, token_env, timeout, retries, of_one=(REFUSED,))
+        self.batch = batch
 
     def setup(self, device: str) -> None:
         """Waits until the server is ready, as long as the retries last."""

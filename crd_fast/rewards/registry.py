@@ -19,10 +19,11 @@ import numpy as np
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.advantage import weighted
+from crd_fast.rewards.failures import answers_for, refuses
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
-from crd_fast.rewards.workers import Workers, cores, refuses
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
+from crd_fast.rewards.workers import Workers, cores
 from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for

@@ -9,7 +9,6 @@ Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in 
 from __future__ import annotations
 
 import gc
-import importlib
 import itertools
 import logging
 import math
@@ -18,33 +17,23 @@ import queue
 import reprlib
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from crd_fast.errors import UserError
 from crd_fast.out_of_memory import as_out_of_memory
-from crd_fast.rewards.lent import WRITES, lent_images, lent_metadata, writes_to_images
+from crd_fast.rewards.failures import failure, is_remote, what
+from crd_fast.rewards.lent import lent_images, lent_metadata
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
-LONGEST = 600  # characters of the message of a reward's exception
 FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
 LONGEST_PAUSE = 8.0  # seconds, of a reward that waits for memory
 WITHOUT_MEMORY = 5  # tries while nothing is generated, after which there is too little for the reward itself
-# of requests, httpx, and the clients of OpenAI and Anthropic
-UNREACHED = ("ConnectionError", "Timeout", "TransportError", "APIConnectionError", "RateLimitError")
-# what stands between the engine and a reward
-CALLERS = {
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry", "foreign")
-}
-CALLERS.add(str(importlib.__file__))
 
 logger = logging.getLogger("crd_fast")
 
@@ -225,7 +214,7 @@ class _Lane:
                     raise UserError(failure(reward.name, error)) from error
                 if not retries_left:
                     tried = f", {reward.retries} retries" if reward.retries else ""
-                    raise UserError(f"reward {reward.name}: {_what(error)}{tried}") from error
+                    raise UserError(f"reward {reward.name}: {what(error)}{tried}") from error
                 call.deadline = math.inf
                 time.sleep(pause)
                 pause *= 2
@@ -313,52 +302,3 @@ def _number(name: str, i: int, value) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large
         pass
     raise UserError(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")
-
-
-def is_remote(error: BaseException) -> bool:
-    """Whether something was not to be reached, or not in time: by Python's own errors, and by those of the
-    libraries that rewards ask servers with, which are none of Python's."""
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return any(kind.__name__ in UNREACHED for kind in type(error).__mro__)
-
-
-@contextmanager
-def answers_for(name: str) -> Iterator[None]:
-    """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UserError(failure(name, error)) from error
-
-
-def failure(name: str, error: BaseException, where: bool = True) -> str:
-    """One line: which reward raised what, and where."""
-    what = WRITES if writes_to_images(error) else _what(error)
-    return f"reward {name}: {what}{_where(error) if where else ''}"
-
-
-def _what(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # one of its own, which cannot be written
-        text = ""
-    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
-    if isinstance(error, SystemExit):
-        return f"wanted to end the process (SystemExit: {text})"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the reward's own file that led to the error."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in CALLERS and not frame.filename.startswith("<frozen importlib")
-    ]
-    if not frames:
-        return ""
-    own = [frame for frame in frames if frame.filename == frames[0].filename][-1]
-    return f" ({own.filename} line {own.lineno})"

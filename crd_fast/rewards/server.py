@@ -40,12 +40,13 @@ from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
 from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind
+from crd_fast.rewards.failures import RewardFailed, failure, is_remote
 from crd_fast.rewards.foreign import host_of, is_loopback
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.rgb import to_rgb
-from crd_fast.rewards.scoring import TIMEOUT, checked, failure, with_none
-from crd_fast.rewards.workers import RewardFailed, Workers
+from crd_fast.rewards.scoring import TIMEOUT, checked, with_none
+from crd_fast.rewards.workers import Workers
 
 PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
 SLOWEST, GRACE = 2**15, 10.0  # bytes a second of a body on average, after so many seconds
@@ -172,7 +173,8 @@ class Worker:
         except UserError as error:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
-            status = 500 if isinstance(error, SystemExit) else status
+            if isinstance(error, (SystemExit, torch.OutOfMemoryError)) or is_remote(error):
+                status = 500
             if status == 500:
                 log.exception("reward %s failed", self.name)
             raise Refused(status, failure(self.name, error, where=False)) from None

@@ -21,30 +21,21 @@ from collections.abc import Callable, Mapping
 from multiprocessing import connection, resource_tracker, util
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.failures import RewardFailed, failure, is_remote
 from crd_fast.rewards.lent import read_only
-from crd_fast.rewards.scoring import checked, failure, is_remote, with_none
+from crd_fast.rewards.scoring import checked, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
 TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
 log = logging.getLogger(__name__)
-
-
-class RewardFailed(UserError):
-    """The reward raised, or its workers died or hung: nothing that is wrong with what it was given."""
-
-
-def refuses(error: UserError) -> bool:
-    """Whether a reward's check has refused what it was given, and not failed itself."""
-    return not isinstance(error, RewardFailed) and isinstance(error.__cause__, (ValueError, NoneType))
 
 
 class _Lost(Exception):
@@ -268,7 +259,7 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     try:
         return "value", function(*arguments)
     except UserError as error:
-        return UserError, str(error)
+        return (RewardFailed if isinstance(error, RewardFailed) else UserError), str(error)
     except BaseException as error:
         base = next((kind for kind in TRIED_AGAIN if isinstance(error, kind)), None)
         if base is None and is_remote(error):

@@ -51,6 +51,10 @@ class Slow(Brightness):
         gate.wait(30)
         return super().score(images, prompts, metadata)
 
+class Unreached(Brightness):
+    def check(self, metadata):
+        raise ConnectionError("no one there")
+
 def wrong(images, prompts, metadata):
     return {"nan": [float("nan")] * len(images), "short": [0.0], "words": ["a"] * len(images)}[prompts[0]]
 

@@ -232,6 +232,13 @@ def test_a_reward_that_fails_is_the_servers_fault(reward, prompt, words):
         assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_check_that_fails_has_refused_nothing():
+    with serving("Unreached") as address:
+        wait_until_ready(address)
+        status, answer, _ = ask(address, "POST", "/check", b'{"metadata": [{"prompt": "a"}]}')
+    assert status == 500 and "ConnectionError: no one there" in json.loads(answer)["detail"]
+
+
 def test_others_need_a_token():
     for host in ("0.0.0.0", "192.0.2.1", "::"):
         with pytest.raises(UserError, match="expected a token"):

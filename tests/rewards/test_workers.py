@@ -19,7 +19,8 @@ from PIL import Image
 
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards, load
-from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
+from crd_fast.rewards.failures import RewardFailed
+from crd_fast.rewards.workers import SHARED, Workers
 from tests.cli.conftest import SMALL, metrics
 from tests.forked import crd_fast
 
