@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ import numpy as np
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.advantage import weighted
+from crd_fast.rewards.engine_settings import OPTIONAL, SKIP, SUGGESTED, TAKEN, engine_setting
 from crd_fast.rewards.failures import answers_for, refuses
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
-from crd_fast.rewards.workers import Workers, cores
+from crd_fast.rewards.workers import Workers
 from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for
@@ -52,9 +52,6 @@ REWARDS = {
 CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
-SKIP = "skip_others"  # the setting of a reward that is asked for those prompts alone which it accepts
-OPTIONAL = "optional"  # the setting of a judge that is left out where a package of its is not installed
-ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers", SKIP)
 
 logger = logging.getLogger("crd_fast")
 
@@ -335,14 +332,16 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
         known = list(inspect.signature(reward).parameters.values())[3:]
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
-        key: _engine_setting(name, key, settings.pop(key))
-        for key in ("timeout", "retries", "workers", SKIP, OPTIONAL)
+        key: engine_setting(name, key, settings.pop(key))
+        for key in TAKEN
         if key in settings and key not in names
     }
+    if "timeout" in names:
+        engine["timeout"] = math.inf  # it ends its calls itself, by a timeout that is not of one call
     unknown = [key for key in settings if key not in names]
     if unknown and len(names) == len(known):
-        hint = did_you_mean(unknown[0], [*names, *ENGINE_SETTINGS])
-        listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
+        hint = did_you_mean(unknown[0], [*names, *SUGGESTED])
+        listed = ", ".join(dict.fromkeys([*names, *SUGGESTED]))
         raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
     if "workers" in engine:
         timeout = engine.get("timeout", TIMEOUT)
@@ -367,20 +366,3 @@ def _path(name: str) -> str:
             f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
         )
     return name
-
-
-def _engine_setting(name: str, key: str, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if key == "timeout" and not (number and 0 < value < math.inf):
-        raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
-    if key == "retries" and not (number and value >= 0 and value == int(value)):
-        raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
-    if key in (SKIP, OPTIONAL):
-        if not isinstance(value, bool):
-            raise UserError(f"reward {name}: {key}: expected true or false, got {value!r}")
-        return value
-    if key == "workers" and value == "auto":
-        return max(1, cores() - 1)
-    if key == "workers" and not (number and value >= 1 and value == int(value)):
-        raise UserError(f"reward {name}: workers: expected auto or a whole number >= 1, got {value!r}")
-    return float(value) if key == "timeout" else int(value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -52,8 +53,9 @@ class Workers:
     """The reward `name` in `count` processes, called as the reward itself, from as many threads at once.
 
     reward: a name, or a function, class or object that another process can unpickle. timeout: seconds for
-    one call of `score`. `setup` loads it in the first worker; the others start when they are needed.
-    Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are lost.
+    one call of `score`, or infinity. `setup` loads it in the first worker; the others start when they are
+    needed. Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are
+    lost.
     """
 
     def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
@@ -148,7 +150,8 @@ class _Worker:
 
     def _answer(self, timeout: float | None) -> Any:
         assert self._process is not None
-        ready = connection.wait([self._connection, self._process.sentinel], timeout)
+        limit = None if timeout == math.inf else timeout
+        ready = connection.wait([self._connection, self._process.sentinel], limit)
         if not ready:
             self._lose(f"gave no answer within {timeout:g} s")
         try:

@@ -1,5 +1,6 @@
 """Rewards by name, with settings, in a recipe."""
 
+import functools
 import importlib.util
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.source import PromptSource
-from crd_fast.rewards import REWARDS, Rewards, load
+from crd_fast.rewards import REWARDS, Rewards, load, registry
 from crd_fast.rewards.registry import whole_prompts
 from tests.cli.conftest import metrics
 from tests.rewards.conftest import recipe_file
@@ -182,12 +183,22 @@ def test_timeout_and_retries_are_the_engine_s_unless_the_reward_has_them(mine):
     _, engine = load("mine:redness", {"timeout": 5, "retries": 0, "weight": 3})
     assert engine == {"timeout": 5.0, "retries": 0}
     reward, engine = load("mine:Patient", {"timeout": 5.0})
-    assert reward.timeout == 5.0 and engine == {}
+    assert reward.timeout == 5.0 and engine == {"timeout": math.inf}
+
+
+@pytest.mark.parametrize("workers", [{}, {"workers": 1}])
+def test_a_timeout_of_the_reward_s_own_is_all_there_is(mine, workers, monkeypatch):
+    """A client's, of one answer: its tries may last longer than any call of the engine."""
+    monkeypatch.setattr(registry, "TIMEOUT", 0.1)
+    monkeypatch.setattr(registry, "Reward", functools.partial(registry.Reward, timeout=0.1))
+    rewards = Rewards({"mine:Patient": {"timeout": 0.5, **workers}}, device="cpu")
+    assert rewards.score(pictures(0), entries(1))["mine:Patient"].tolist() == [0.5]
+    rewards.close()
 
 
 def test_an_address_is_the_reward_that_is_served_there():
     reward, engine = load("http://127.0.0.1:8701", {"timeout": 5.0})
-    assert type(reward).__name__ == "HttpReward" and engine == {}
+    assert type(reward).__name__ == "HttpReward" and engine == {"timeout": math.inf}
     assert (reward.client.url, reward.client.timeout) == ("http://127.0.0.1:8701", 5.0)
 
 
