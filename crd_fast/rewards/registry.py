@@ -22,6 +22,7 @@ from crd_fast.rewards.engine_settings import OPTIONAL, SKIP, SUGGESTED, TAKEN, e
 from crd_fast.rewards.failures import answers_for, refuses
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
+from crd_fast.rewards.reports import add_reported, means, unscored
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
 from crd_fast.rewards.workers import Workers
 from crd_fast.sizes import Resolution, height_width
@@ -221,17 +222,19 @@ class Rewards:
         what they report of each picture, float64 (N,).
 
         values: what `score` returned for the images. Means are over what was scored; `scored/NAME` is its
-        share where that is not all. Raises UserError for a report that is none, and where no picture has a
-        reward.
+        share where that is not all. Raises UserError for a report that is none, for two that differ in what
+        they have in common, and where no picture has a reward.
         """
         total = self.combined(values)
         if np.isnan(total).all():
             raise unscored(metadata[0]["prompt"])
         metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}
+        metrics |= means({call.name: values[call.name] for call in self._calls}, "reward")
+        every = {"reward", *metrics}
         per_image: dict[str, np.ndarray] = {}
+        by: dict[str, str] = {}
         for call in self._calls:
             name, reward = call.name, self._rewards[call.name]
-            metrics |= means({name: values[name]}, "reward")
             rows = call.fitting(metadata).nonzero()[0]
             if hasattr(reward, "report") and len(rows):
                 prompts = [metadata[i]["prompt"] for i in rows]
@@ -239,31 +242,14 @@ class Rewards:
                 with answers_for(name):
                     reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
-                if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
+                if own := (reported | each).keys() & every:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
-                metrics |= checked_metrics(name, reported)
+                add_reported(name, checked_metrics(name, reported), metrics, by)
+                placed = {key: np.full(len(images), np.nan) for key in each}
                 for key, of in each.items():
-                    per_image[key] = np.full(len(images), np.nan)
-                    per_image[key][rows] = checked(f"{name}: {key}", of, len(rows))
+                    placed[key][rows] = checked(f"{name}: {key}", of, len(rows))
+                add_reported(name, placed, per_image, by)
         return metrics, per_image
-
-
-def means(values: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
-    """`KIND/NAME`, the mean over what was scored, and `scored/NAME`, its share where that is not all."""
-    found: dict[str, float] = {}
-    for name, of in values.items():
-        share = float(np.mean(~np.isnan(of)))
-        if share:
-            found[f"{kind}/{name}"] = float(np.nanmean(of))
-        if share < 1:
-            found[f"scored/{name}"] = share
-    return found
-
-
-def unscored(prompt: str) -> UserError:
-    """What is to be raised for a prompt whose pictures have no reward."""
-    shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
-    return UserError(f"rewards: expected at least one that scores pictures of {shown!r}, got None of all")
 
 
 def whole_prompts(prompts: list[str]) -> list[slice]:

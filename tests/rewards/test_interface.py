@@ -118,6 +118,32 @@ def test_what_is_reported_of_single_pictures():
             Rewards({Detailed: wrong}).report(images, metadata, values)
 
 
+class Another(Detailed):
+    pass
+
+
+def test_rewards_that_report_the_same_name_do_not_overwrite_each_other():
+    images, metadata = pictures(0, 255), entries(2)
+    first, second = f"{__name__}:Detailed", f"{__name__}:Another"
+
+    def report(**settings):
+        rewards = Rewards({Detailed: 1.0, Another: settings})
+        return rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
+
+    found, per_image = report()  # they agree, as GenEval's do
+    assert found["redness"] == 0.5 and per_image["reds"].tolist() == [1, 1]
+    for settings, words in [
+        ({"value": 0.25}, f"reward {second}: its report names redness, to which {first} gives another value"),
+        ({"per_image": {"reds": [1.0, 0.0]}}, f"names reds, to which {first} gives another value"),
+        ({"of_all": f"reward/{first}"}, f"reward {second}: its report names reward/{first}, which every"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            report(**settings)
+    with pytest.raises(UserError, match=f"reward {first}: its report names reward/{second}, which every"):
+        rewards = Rewards({Detailed: {"of_all": f"reward/{second}"}, Another: 1.0})
+        rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
+
+
 @pytest.mark.parametrize(
     "value, reported",
     [
