@@ -18,6 +18,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, resource_tracker, util
 from multiprocessing.shared_memory import SharedMemory
@@ -33,6 +34,7 @@ from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
+LOOK = 1.0  # seconds between looks at whether a worker that does not answer is still there
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
 TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
@@ -82,7 +84,7 @@ class Workers:
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         return self._ask("score", images, prompts, metadata, timeout=self.timeout)
 
-    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+    def _ask(self, method: str, *arguments: Any, timeout: float = math.inf) -> Any:
         worker = self._idle.get()
         try:
             try:
@@ -98,7 +100,7 @@ class Workers:
         finally:
             self._idle.put(worker)
 
-    def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float | None) -> Any:
+    def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float) -> Any:
         worker.start((self.name, self._pickled, self._device), max(LOADING, self.timeout))
         return worker.ask(method, arguments, timeout)
 
@@ -137,7 +139,7 @@ class _Worker:
             self.kill()
             raise
 
-    def ask(self, method: str, arguments: tuple, timeout: float | None) -> Any:
+    def ask(self, method: str, arguments: tuple, timeout: float) -> Any:
         """What the reward's method returns. Raises _Lost if it dies or takes longer; then it has ended."""
         pictures, rest = None, arguments
         if arguments and isinstance(arguments[0], np.ndarray):
@@ -148,12 +150,16 @@ class _Worker:
             self._lose()
         return self._answer(timeout)
 
-    def _answer(self, timeout: float | None) -> Any:
+    def _answer(self, timeout: float) -> Any:
         assert self._process is not None
-        limit = None if timeout == math.inf else timeout
-        ready = connection.wait([self._connection, self._process.sentinel], limit)
-        if not ready:
-            self._lose(f"gave no answer within {timeout:g} s")
+        deadline, ended = time.monotonic() + timeout, False
+        # what it has forked may hold its pipe, which then says nothing of its end
+        while not self._connection.poll(min(LOOK, max(0.0, deadline - time.monotonic()))):
+            if ended:
+                self._lose()
+            if time.monotonic() >= deadline:
+                self._lose(f"gave no answer within {timeout:g} s")
+            ended = _has_ended(self._process)
         try:
             kind, answer = self._connection.recv()
         except (EOFError, OSError):
@@ -180,9 +186,10 @@ class _Worker:
         return self._memory.name, (images.shape, images.dtype)
 
     def _lose(self, how: str | None = None) -> None:
-        process = self._process
+        process, deadline = self._process, time.monotonic() + LOOK
         if how is None and process is not None:
-            process.join(1)  # what closed its pipe is about to end
+            while not _has_ended(process) and time.monotonic() < deadline:
+                time.sleep(0.01)  # what closed its pipe is about to end
         code = self.kill() or 0
         if how is None:
             how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
@@ -193,11 +200,10 @@ class _Worker:
         process, self._process = self._process, None
         if process is None or process.pid is None:
             return None
-        if process.is_alive():
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not come to its own group yet
-                process.kill()
+        try:  # also where it has ended, and what it has started has not; no join before has freed its number
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it has not come to its own group yet, or is gone
+            process.kill()
         process.join()
         self._connection.close()
         return process.exitcode
@@ -214,6 +220,15 @@ class _Worker:
             self._ended = True
             self.kill()
             self._release()
+
+
+def _has_ended(process: multiprocessing.process.BaseProcess) -> bool:
+    """Without freeing its number, which is its group's."""
+    assert process.pid is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # seen already, when another one was started
+        return True
 
 
 def _close(workers: list[_Worker]) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def exits(images, prompts, metadata):
     if prompts[0] == "always" or (prompts[0] == "once" and first_time("exits")):
         os._exit(7)
     return mean(images, prompts, metadata)
+
+
+def leaves(images, prompts, metadata):
+    """Ends without what it has started: by itself, with its pipes, or while nobody waits for it."""
+    if prompts[0] == "forked":
+        child = os.fork() or time.sleep(3600) or os._exit(0)
+    else:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid
+    (HERE / f"pid-{child}").touch()
+    if prompts[0] == "idle":
+        threading.Timer(0.1, os._exit, [7]).start()
+        return [os.getpid()] * len(images)
+    os._exit(7)
 
 
 def killed(images, prompts, metadata):

@@ -129,6 +129,26 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     assert scored(found, pictures(1), ["fine"])  # there are new ones
 
 
+@pytest.mark.parametrize("how", ["alone", "forked"])
+def test_a_worker_that_ends_by_itself_leaves_nothing_behind(rewards, folder, how):
+    """And is known to have ended, though a process that it has forked holds its pipes."""
+    found = rewards("leaves", workers=1, timeout=PATIENCE)
+    with pytest.raises(RewardFailed, match="its worker ended with exit code 7, twice"):
+        scored(found, pictures(1), [how])
+    children = [int(file.name[4:]) for file in folder.glob("pid-*")]
+    assert len(children) == 2
+    wait_until(lambda: all(map(gone, children)))
+
+
+def test_nor_does_one_that_ends_while_nobody_waits_for_it(rewards, folder):
+    found = rewards("leaves", workers=1)
+    (worker,) = scored(found, pictures(1), ["idle"])
+    wait_until(lambda: gone(int(worker)))
+    found.close()
+    (child,) = [int(file.name[4:]) for file in folder.glob("pid-*")]
+    wait_until(lambda: gone(child))
+
+
 @pytest.mark.parametrize(
     "name, prompt, words",
     [
