@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.rewards.failures import RewardFailed, failure, is_remote
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
@@ -73,7 +73,7 @@ class Workers:
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put(worker)
-        # before multiprocessing waits for its children when the interpreter ends
+        # before multiprocessing waits for its processes when the interpreter ends
         self.close = util.Finalize(self, _close, (self._workers,), exitpriority=10)
 
     def setup(self, device: str) -> None:
@@ -122,8 +122,9 @@ class _Worker:
             if self._ended:
                 raise UserError("the rewards' workers have been ended")
             self._connection, theirs = multiprocessing.Pipe()
+            # no daemon, which may start no processes; `_close` comes before multiprocessing waits for it
             self._process = multiprocessing.get_context("spawn").Process(
-                target=_work, args=(theirs, *reward), name="reward", daemon=True
+                target=_work, args=(theirs, *reward), name="reward", daemon=False
             )
             resource_tracker.ensure_running()  # or it is started meanwhile, and lets SIGINT through again
             # a Ctrl-C before the worker has its own group
@@ -267,7 +268,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
             method, pictures, arguments = parent.recv()
             if pictures is not None:
                 arguments = (memory.pictures(*pictures), *arguments)
-            parent.send(_outcome(name, _call, name, reward, method, arguments))
+            parent.send_bytes(_pickled(name, _outcome(name, _call, name, reward, method, arguments)))
     except (EOFError, BrokenPipeError):
         return
 
@@ -287,6 +288,15 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
         return RewardFailed, failure(name, error)
 
 
+def _pickled(name: str, outcome: tuple[Any, Any]) -> bytes:
+    """For `recv`. What cannot be sent is the reward's fault, in one line."""
+    try:
+        return pickle.dumps(outcome)
+    except Exception as error:
+        problem = f"workers: expected what can be sent to another process, got {reason_of(error)}"
+        return pickle.dumps((RewardFailed, f"reward {name}: {problem}"))
+
+
 def _load(pickled: bytes, device: str) -> Any:
     from crd_fast.rewards.registry import load
 
@@ -300,8 +310,11 @@ def _load(pickled: bytes, device: str) -> Any:
 def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method == "offers":
         return [method for method in METHODS if hasattr(reward, method)]
-    if method != "score":
-        return getattr(reward, method)(*arguments)
+    if method == "check":
+        reward.check(*arguments)
+        return None  # whatever it returns means nothing
+    if method == "report":
+        return dict(reward.report(*arguments))
     with torch.no_grad():
         return with_none(checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0])))
 

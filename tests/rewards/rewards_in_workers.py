@@ -1,6 +1,7 @@
 """Rewards of all kinds that tests copy to a folder of their own, where workers import them."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -108,6 +109,22 @@ def starts_more(images, prompts, metadata):
     for pid in (os.getpid(), child.pid):
         (HERE / f"pid-{pid}").touch()
     ctypes.PyDLL(None).sleep(3600)  # holds Python's lock
+
+
+def pool(images, prompts, metadata):
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
+        return processes.map(abs, [-2.0] * len(images))
+
+
+class Unsendable:
+    def check(self, metadata):
+        return lambda: 1
+
+    def score(self, images, prompts, metadata):
+        return [1.0] * len(images)
+
+    def report(self, images, prompts, metadata):
+        return {"odd": lambda: 1}
 
 
 class Judge:

@@ -198,6 +198,21 @@ def test_check_and_report_are_the_workers(rewards, folder):
     assert not hasattr(load("workers_mine:mean", {"workers": 1})[0], "check")
 
 
+def test_what_a_reward_returns_may_be_nothing_that_can_be_sent(rewards):
+    found = rewards("Unsendable", workers=1)
+    metadata = [{"prompt": "a"}]
+    found.check(metadata)
+    values = found.score(pictures(1), metadata)
+    with pytest.raises(UserError) as error:
+        found.report(pictures(1), metadata, values)
+    words = "reward workers_mine:Unsendable: workers: expected what can be sent to another process, got "
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reward_in_a_worker_may_have_processes_of_its_own(rewards):
+    assert scored(rewards("pool", workers=1), pictures(2), ["a"]) == [2.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "name, settings, words",
     [
