@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 
-from crd_fast.errors import UserError
+from crd_fast.errors import MissingPackage, UserError
 from crd_fast.rewards.lent import WRITES, writes_to_images
 
 LONGEST = 600  # characters of the message of a reward's exception
@@ -43,11 +43,14 @@ def is_remote(error: BaseException) -> bool:
 
 @contextmanager
 def answers_for(name: str) -> Iterator[None]:
-    """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward."""
+    """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward;
+    MissingPackage for what cannot be imported."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
         raise
+    except ImportError as error:
+        raise MissingPackage(failure(name, error)) from error
     except BaseException as error:
         raise UserError(failure(name, error)) from error
 

@@ -83,28 +83,32 @@ class Rewards:
             name = name_of(given)
             settings = value if isinstance(value, Mapping) else {}
             try:
-                reward, engine = load(given, settings)
+                self._add(given, settings, judges)
             except MissingPackage as error:
                 if not judges or settings.get(OPTIONAL) is not True:
                     raise
                 logger.warning("judge %s is left out: %s", name, error)
                 del self.weights[name]
-                continue
-            if engine.pop(OPTIONAL, False) and not judges:
-                raise UserError(f"reward {name}: {OPTIONAL}: expected of judges (eval_rewards) alone")
-            if hasattr(reward, "setup"):
-                waits = waits_on_host and hasattr(reward, "to")
-                with answers_for(name):
-                    reward.setup("cpu" if waits else self._device)
-            self._rewards[name] = reward
-            if engine.pop(SKIP, False):
-                if not hasattr(reward, "check"):
-                    raise UserError(
-                        f"reward {name}: {SKIP}: expected of a reward that checks prompts; one without a "
-                        "`check` returns None for what it does not score"
-                    )
-                engine["fits"] = functools.partial(self._fits, name)
-            self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
+
+    def _add(self, given: Any, settings: Mapping, judges: bool) -> None:
+        """Makes a reward ready. Raises MissingPackage where a package that it needs is not there."""
+        name = name_of(given)
+        reward, engine = load(given, settings)
+        if engine.pop(OPTIONAL, False) and not judges:
+            raise UserError(f"reward {name}: {OPTIONAL}: expected of judges (eval_rewards) alone")
+        if hasattr(reward, "setup"):
+            waits = self._waits_on_host and hasattr(reward, "to")
+            with answers_for(name):
+                reward.setup("cpu" if waits else self._device)
+        if engine.pop(SKIP, False):
+            if not hasattr(reward, "check"):
+                raise UserError(
+                    f"reward {name}: {SKIP}: expected of a reward that checks prompts; one without a "
+                    "`check` returns None for what it does not score"
+                )
+            engine["fits"] = functools.partial(self._fits, name)
+        self._rewards[name] = reward
+        self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
     @property
     def can_check(self) -> bool:

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from crd_fast.errors import UserError, reason_of
-from crd_fast.rewards.failures import RewardFailed, failure, is_remote
+from crd_fast.errors import MissingPackage, UserError, reason_of
+from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
 
@@ -37,6 +37,7 @@ LOADING = 600.0  # seconds, at least, for a worker to load its reward
 LOOK = 1.0  # seconds between looks at whether a worker that does not answer is still there
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
+SENT = (MissingPackage, RewardFailed, UserError)  # the kinds that are told apart
 TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
 log = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     """Loads the reward and answers until the other end is closed."""
     os.setpgid(0, 0)
     _end_with_parent()
-    kind, reward = _outcome(name, _load, pickled, device)
+    kind, reward = _outcome(name, _load, name, pickled, device)
     memory = _Memory()
     try:
         parent.send((kind, None if kind == "value" else reward))
@@ -278,7 +279,7 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     try:
         return "value", function(*arguments)
     except UserError as error:
-        return (RewardFailed if isinstance(error, RewardFailed) else UserError), str(error)
+        return next(kind for kind in SENT if isinstance(error, kind)), str(error)
     except BaseException as error:
         base = next((kind for kind in TRIED_AGAIN if isinstance(error, kind)), None)
         if base is None and is_remote(error):
@@ -297,13 +298,14 @@ def _pickled(name: str, outcome: tuple[Any, Any]) -> bytes:
         return pickle.dumps((RewardFailed, f"reward {name}: {problem}"))
 
 
-def _load(pickled: bytes, device: str) -> Any:
+def _load(name: str, pickled: bytes, device: str) -> Any:
     from crd_fast.rewards.registry import load
 
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        found.setup(device)
+        with answers_for(name):
+            found.setup(device)
     return found
 
 
