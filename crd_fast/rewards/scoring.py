@@ -26,13 +26,13 @@ import torch
 
 from crd_fast.errors import UserError
 from crd_fast.out_of_memory import as_out_of_memory
-from crd_fast.rewards.failures import failure, is_remote, what
+from crd_fast.rewards.failures import RewardFailed, failure, is_remote, what
 from crd_fast.rewards.lent import lent_images, lent_metadata
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
-FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
-LONGEST_PAUSE = 8.0  # seconds, of a reward that waits for memory
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a retry, doubled each time
+RETRIES = 2  # of a call, where the recipe does not say
 WITHOUT_MEMORY = 5  # tries while nothing is generated, after which there is too little for the reward itself
 
 logger = logging.getLogger("crd_fast")
@@ -53,7 +53,7 @@ class Reward:
     name: str
     score: Callable
     timeout: float = TIMEOUT
-    retries: int = 2
+    retries: int = RETRIES
     workers: int = 0
     fits: Callable[[dict], bool] | None = None
 
@@ -65,7 +65,7 @@ class Reward:
             entries = lent_metadata([metadata[i] for i in rows])
             with torch.no_grad():
                 values = self.score(lent_images(images, rows), [prompts[i] for i in rows], entries)
-            found[rows] = checked(self.name, values, len(rows))
+                found[rows] = checked(self.name, values, len(rows))  # here: it may be a generator
         return found
 
     def fitting(self, metadata: list[dict]) -> np.ndarray:
@@ -203,22 +203,21 @@ class _Lane:
                 return
 
     def _call(self, call: _Call) -> np.ndarray:
-        reward, pause = self.reward, FIRST_PAUSE
-        for retries_left in reversed(range(reward.retries + 1)):
-            try:
-                return self._values(call)
-            except UserError:
-                raise
-            except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
-                if not is_remote(error):
-                    raise UserError(failure(reward.name, error)) from error
-                if not retries_left:
-                    tried = f", {reward.retries} retries" if reward.retries else ""
-                    raise UserError(f"reward {reward.name}: {what(error)}{tried}") from error
-                call.deadline = math.inf
-                time.sleep(pause)
-                pause *= 2
-        raise AssertionError
+        reward = self.reward
+
+        def waits(seconds: float) -> None:
+            call.deadline = math.inf
+            time.sleep(seconds)
+
+        try:
+            return repeated(lambda: self._values(call), reward.retries, waits)
+        except UserError:
+            raise
+        except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
+            if not is_remote(error):
+                raise UserError(failure(reward.name, error)) from error
+            tried = f", {reward.retries} retries" if reward.retries else ""
+            raise UserError(f"reward {reward.name}: {what(error)}{tried}") from error
 
     def _values(self, call: _Call) -> np.ndarray:
         """The reward's, asked again where it finds no memory.
@@ -250,23 +249,38 @@ class _Lane:
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def repeated(call: Callable[[], np.ndarray], retries: int, waits: Callable[[float], None]) -> np.ndarray:
+    """What it returns, asked again so often where it raises what `is_remote`, after 0.5, 1, 2, ... 8 s."""
+    pause = FIRST_PAUSE
+    for retries_left in reversed(range(retries + 1)):
+        try:
+            return call()
+        except BaseException as error:
+            if not retries_left or not is_remote(error):
+                raise
+        waits(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    raise AssertionError
+
+
 def checked(name: str, values, count: int) -> np.ndarray:
-    """Values as float64 (count,), NaN for None. Raises UserError for a wrong number of them, a NaN or none.
+    """Values as float64 (count,), NaN for None. Raises RewardFailed for a wrong number, a NaN or none at all.
 
     Of what may have no end, no more is taken than tells that it is too long.
     """
     if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
-        raise UserError(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
+        raise RewardFailed(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
     if isinstance(values, (Mapping, set, frozenset)):  # of keys, or in no order
-        raise UserError(f"reward {name}: expected {count} values in a row, got {type(values).__name__}")
+        raise RewardFailed(f"reward {name}: expected {count} values in a row, got {type(values).__name__}")
+    endless = not hasattr(values, "__len__")
     try:
-        endless = not hasattr(values, "__len__")
-        values = list(itertools.islice(values, count + 1) if endless else values)
+        each = iter(values)
     except TypeError:
-        raise UserError(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
+        raise RewardFailed(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
+    values = list(itertools.islice(each, count + 1) if endless else each)
     if len(values) != count:
         more = " or more" * (endless and len(values) > count)
-        raise UserError(f"reward {name}: expected {count} values, got {len(values)}{more}")
+        raise RewardFailed(f"reward {name}: expected {count} values, got {len(values)}{more}")
     return np.array([_number(name, i, value) for i, value in enumerate(values)])
 
 
@@ -301,4 +315,4 @@ def _number(name: str, i: int, value) -> float:
             return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large
         pass
-    raise UserError(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")
+    raise RewardFailed(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")

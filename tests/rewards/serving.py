@@ -69,6 +69,21 @@ def records(images, prompts, metadata):
     import torch
     return [torch.is_grad_enabled()] * len(images)
 
+def yields(images, prompts, metadata):
+    import torch
+    for prompt in prompts:
+        if prompt == "wrong":
+            yield 1.0 + prompt
+        yield torch.is_grad_enabled()
+
+calls = []
+
+def third_time(images, prompts, metadata):
+    calls.append(None)
+    if len(calls) < 3:
+        raise ConnectionError("no one there")
+    return [float(len(calls))] * len(images)
+
 def dies(images, prompts, metadata):
     os._exit(7)
 
