@@ -23,6 +23,7 @@ import urllib3
 from PIL import Image
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.deadlines import Deadline, pool_of
 from crd_fast.rewards.failures import RewardFailed
 from crd_fast.rewards.scoring import checked, with_none
 
@@ -72,7 +73,7 @@ class JsonClient:
         self.headers = {"Accept-Encoding": "identity"}
         if token_env is not None:
             self.headers["Authorization"] = f"Bearer {token_from(token_env)}"
-        self._pool = urllib3.PoolManager(maxsize=8)
+        self._pool, self._path = pool_of(self.url, 8), urlsplit(self.url).path
 
     def ask(self, method: str, path: str, content: dict | None = None) -> Any:
         """The answer's JSON, after as many tries as it takes and the settings allow."""
@@ -122,32 +123,40 @@ class JsonClient:
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """One request: status, headers and at most MAX_ANSWER bytes, all within the timeout."""
-        deadline = time.monotonic() + self.timeout
         headers = self.headers | ({"Content-Type": "application/json"} if body is not None else {})
-        response = self._pool.request(
-            method,
-            self.url + path,
-            body=body,
-            headers=headers,
-            timeout=self.timeout,
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
+        deadline = Deadline(self.timeout)
+        try:
+            with deadline:
+                response = self._pool.request(
+                    method,
+                    self._path + path,
+                    body=body,
+                    headers=headers,
+                    timeout=self.timeout,
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                )
+                return response.status, response.headers, self._read(response, deadline)
+        except (urllib3.exceptions.HTTPError, OSError):
+            if deadline.passed:  # whatever the end of the connection was taken for
+                raise TimeoutError from None
+            raise
+
+    def _read(self, response: urllib3.BaseHTTPResponse, deadline: Deadline) -> bytes:
         answer = b""
         try:
-            # as it comes: a server that sends a byte now and then must not outlive the timeout
             while chunk := response.read1(65536):
                 answer += chunk
                 if len(answer) > MAX_ANSWER:
                     raise self.error(f"expected at most {MAX_ANSWER} bytes, got more")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
+            if not deadline.met():
+                raise TimeoutError
         except BaseException:
             response.close()  # what is left unread must not be taken for the next answer
             raise
         response.release_conn()
-        return response.status, response.headers, answer
+        return answer
 
 
 class HttpReward:

@@ -62,6 +62,20 @@ def says(body, status=200, **headers):
     return respond
 
 
+def head_drips(handler):
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+    for _ in range(40):
+        handler.wfile.write(b"a")
+        time.sleep(0.05)
+    handler.wfile.write(b"\r\n\r\n")
+
+
+def promises(handler):
+    for _ in range(40):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.05)
+
+
 def drips(handler):
     handler.send_response(200)
     handler.end_headers()
@@ -86,7 +100,8 @@ def drips(handler):
         (says(b"", 503, Retry_After="soon"), "answered 503 (tried 3 times)"),
         (lambda handler: time.sleep(3), "expected an answer within 0.5 s, got none (tried 3 times)"),
         (lambda handler: handler.connection.close(), "cannot be reached"),
-        (drips, "expected an answer within 0.5 s, got none (tried 3 times)"),
+        *((slow, "expected an answer within 0.5 s, got none (tried 3 times)")
+          for slow in (drips, head_drips, promises)),
     ],
 )  # fmt: skip
 def test_a_server_that_is_slow_or_answers_nonsense(respond, words):
