@@ -103,6 +103,8 @@ def _module_of_file(name: str, path: Path) -> str:
     """The module that a file is, which can then be imported, in workers too."""
     if not path.is_file():
         raise UserError(f"rewards: {name!r}: no file {path} here")
+    if "." in path.stem:  # a module of a package, to Python
+        raise UserError(f"rewards: {name!r}: expected a file without a dot before .py; rename {path.name}")
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)
