@@ -83,8 +83,9 @@ def score(
     of = f"{len(known)} of {len(rows)}" if len(known) < len(rows) else str(len(rows))
     say(f"{reward}: mean {mean:.4f} of {of} pictures")
     if json_ is not None:
+        # a setting may be what YAML has and JSON has not, a date
         result = {"reward": reward, "settings": settings, "mean": mean, "scores": rows}
-        write_new(json_, "--json", (json.dumps(result, indent=1) + "\n").encode())
+        write_new(json_, "--json", (json.dumps(result, indent=1, default=str) + "\n").encode())
 
 
 def serve_reward(

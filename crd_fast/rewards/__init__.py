@@ -21,11 +21,12 @@ no reward scores is warned of, and an iteration or an evaluation of such prompts
 Settings are keyword arguments of the class or function; `weight`, `timeout` (seconds for one call), `retries`
 (of a call that raises ConnectionError or TimeoutError), `workers` (a number of processes, or `auto`: the
 cores but one) and `skip_others` (prompts that its `check` refuses are not scored) are taken by the engine,
-the last four only where the reward has no argument of that name. A judge
-that is `optional` is left out where a package that it needs is not installed. In
-training a reward is called with one prompt's samples at a time, in a thread of its own while the next are
-generated; in an evaluation with up to 64 images, no prompt's samples parted. With workers the calls are the
-same ones, several at work at once, each in a process that has loaded the reward for itself.
+the last four only where the reward has no argument of that name; one that takes `timeout` itself, as `http`
+and `vlm` do for each answer of a server, ends its calls itself. A judge that is `optional` is left out where
+a package that it needs is not installed. In training a reward is called with one prompt's samples at a time,
+in a thread of its own while the next are generated; in an evaluation with up to 64 images, no prompt's
+samples parted. With workers the calls are the same ones, several at work at once, each in a process that has
+loaded the reward for itself.
 """
 
 from crd_fast.rewards.consent import check_consent, needs_consent

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from crd_fast.errors import UserError, did_you_mean
-from crd_fast.rewards.scoring import failure
+from crd_fast.errors import MissingPackage, UserError, did_you_mean
+from crd_fast.rewards.failures import failure
 
 
 def host_of(address: str) -> str:
@@ -36,8 +36,9 @@ def is_loopback(host: str) -> bool:
 def imported(name: str, path: str) -> Callable:
     """The function or class that `path`, `package.module:name` or `file.py:name`, means.
 
-    Raises UserError where there is none, where importing it raises anything, and for what is no reward: other
-    objects that can be called, and Python's own functions and classes (`os:system`, `subprocess:Popen`).
+    Raises UserError where there is none, where importing it raises anything, MissingPackage where that is for
+    another module's sake, and for what is no reward: other objects that can be called, and Python's own
+    functions and classes (`os:system`, `subprocess:Popen`).
     """
     module, _, attribute = path.rpartition(":")
     if os.getcwd() not in sys.path:
@@ -52,7 +53,9 @@ def imported(name: str, path: str) -> Callable:
         raise UserError(f"rewards: {name!r} cannot be imported: {where}: {error.msg}") from error
     except (ImportError, AttributeError) as error:
         hint = did_you_mean(attribute, _own_functions(sys.modules.get(module)))
-        raise UserError(f"rewards: {name!r} cannot be imported: {error}{hint}") from error
+        others = isinstance(error, ImportError) and not f"{module}.".startswith(f"{error.name}.")
+        kind = MissingPackage if others else UserError
+        raise kind(f"rewards: {name!r} cannot be imported: {error}{hint}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"{failure(name, error)}, while it was imported") from error
     if not (inspect.isfunction(found) or inspect.isclass(found)):
@@ -100,6 +103,8 @@ def _module_of_file(name: str, path: Path) -> str:
     """The module that a file is, which can then be imported, in workers too."""
     if not path.is_file():
         raise UserError(f"rewards: {name!r}: no file {path} here")
+    if "." in path.stem:  # a module of a package, to Python
+        raise UserError(f"rewards: {name!r}: expected a file without a dot before .py; rename {path.name}")
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)

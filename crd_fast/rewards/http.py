@@ -23,11 +23,14 @@ import urllib3
 from PIL import Image
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.deadlines import Deadline, pool_of
+from crd_fast.rewards.failures import RewardFailed
 from crd_fast.rewards.scoring import checked, with_none
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
 TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
 OF_ONE = (400, 403, 413, 422, 451)  # what is refused may be this request alone, by a filter of content
+REFUSED = 422  # what the server's reward does not score; the other statuses are a server's own trouble
 MAX_ANSWER = 2**20  # bytes
 CHECKED_AT_ONCE = 256  # prompts
 
@@ -44,8 +47,10 @@ class JsonClient:
     often a request is repeated that got no connection, no answer in time, or one of the statuses
     `try_again`, after 0.5, 1, 2, ... 10 s or as long as the server says.
 
-    Every method raises UserError, one line, for a server that is down, slow, refuses or answers nonsense;
-    NoAnswer where it refuses what it was asked with one of the statuses `OF_ONE`.
+    of_one: the statuses by which it refuses what it was asked and may answer others.
+
+    Every method raises RewardFailed, one line, for a server that is down, slow, refuses or answers nonsense;
+    NoAnswer where it refuses with one of the statuses `of_one`.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class JsonClient:
         timeout: float,
         retries: int,
         try_again: Collection[int] = TRY_AGAIN,
+        of_one: Collection[int] = OF_ONE,
     ):
         parts = urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -63,18 +69,19 @@ class JsonClient:
         if not timeout > 0 or retries < 0:
             raise UserError(f"reward {name}: expected timeout > 0 and retries >= 0, got {timeout}, {retries}")
         self.name, self.url, self.timeout, self.retries = name, str(url).rstrip("/"), timeout, retries
-        self.try_again = try_again
+        self.try_again, self.of_one = try_again, of_one
         self.headers = {"Accept-Encoding": "identity"}
         if token_env is not None:
             self.headers["Authorization"] = f"Bearer {token_from(token_env)}"
-        self._pool = urllib3.PoolManager(maxsize=8)
+        self._pool, self._path = pool_of(self.url, 8), urlsplit(self.url).path
 
     def ask(self, method: str, path: str, content: dict | None = None) -> Any:
         """The answer's JSON, after as many tries as it takes and the settings allow."""
         try:
             body = None if content is None else json.dumps(content, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            raise UserError(f"reward {self.name}: metadata: expected what JSON can hold: {error}") from None
+            problem = f"metadata: expected what JSON can hold: {error}"
+            raise RewardFailed(f"reward {self.name}: {problem}") from None
         pause = FIRST_PAUSE
         for tries_left in reversed(range(self.retries + 1)):
             wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # clients that were turned away spread out
@@ -95,7 +102,7 @@ class JsonClient:
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
 
-    def error(self, problem: str, kind: type[UserError] = UserError) -> UserError:
+    def error(self, problem: str, kind: type[UserError] = RewardFailed) -> UserError:
         return kind(f"reward {self.name}: {self.url}: {problem}")
 
     def _problem(self, error: Exception) -> str:
@@ -106,7 +113,7 @@ class JsonClient:
 
     def _answered(self, status: int, answer: bytes) -> Any:
         if status != 200:
-            kind = NoAnswer if status in OF_ONE else UserError
+            kind = NoAnswer if status in self.of_one else RewardFailed
             raise self.error(f"refused with {status} {_detail(answer)}".rstrip(), kind)
         try:
             return json.loads(answer)
@@ -116,32 +123,40 @@ class JsonClient:
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
         """One request: status, headers and at most MAX_ANSWER bytes, all within the timeout."""
-        deadline = time.monotonic() + self.timeout
         headers = self.headers | ({"Content-Type": "application/json"} if body is not None else {})
-        response = self._pool.request(
-            method,
-            self.url + path,
-            body=body,
-            headers=headers,
-            timeout=self.timeout,
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
+        deadline = Deadline(self.timeout)
+        try:
+            with deadline:
+                response = self._pool.request(
+                    method,
+                    self._path + path,
+                    body=body,
+                    headers=headers,
+                    timeout=self.timeout,
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                )
+                return response.status, response.headers, self._read(response, deadline)
+        except (urllib3.exceptions.HTTPError, OSError):
+            if deadline.passed:  # whatever the end of the connection was taken for
+                raise TimeoutError from None
+            raise
+
+    def _read(self, response: urllib3.BaseHTTPResponse, deadline: Deadline) -> bytes:
         answer = b""
         try:
-            # as it comes: a server that sends a byte now and then must not outlive the timeout
             while chunk := response.read1(65536):
                 answer += chunk
                 if len(answer) > MAX_ANSWER:
                     raise self.error(f"expected at most {MAX_ANSWER} bytes, got more")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
+            if not deadline.met():
+                raise TimeoutError
         except BaseException:
             response.close()  # what is left unread must not be taken for the next answer
             raise
         response.release_conn()
-        return response.status, response.headers, answer
+        return answer
 
 
 class HttpReward:
@@ -161,7 +176,8 @@ class HttpReward:
     ):
         if batch < 1:
             raise UserError(f"reward http: batch: expected at least 1, got {batch}")
-        self.client, self.batch = JsonClient("http", url, token_env, timeout, retries), batch
+        self.client = JsonClient("http", url, token_env, timeout, retries, of_one=(REFUSED,))
+        self.batch = batch
 
     def setup(self, device: str) -> None:
         """Waits until the server is ready, as long as the retries last."""

@@ -34,8 +34,11 @@ _QUOTED = re.compile(
     r"|«([^«»]*)»|»([^«»]*)«|‹([^‹›]*)›|›([^‹›]*)‹|「([^「」]*)」|『([^『』]*)』"
 )
 _HALF_QUOTED = re.compile(r"""(?<!\d)["”＂]|[“„«»‹›「『]""")  # where the text is cut off
-# Apostrophes stand within words, at the end of a plural, before a decade.
-_SINGLY_QUOTED = re.compile(r"(?<!\w)['‘‚](?=\S)(?!\d0s\b)(.+?)(?<=\S)['’‘](?!\w)")
+# Apostrophes stand within words, at the end of a plural, before a decade, and around an n before other marks.
+_SINGLY_QUOTED = re.compile(
+    r"(?<!\w)['‘‚]{1,2}(?=\S)(?!\d0s\b)(?!n['’] .*(?<!\w)['‘‚]\w)(.+?)(?<=\S)['’‘](?!\w)"
+)
+_ESCAPED = re.compile(r"""\\(["'])""")  # as in a file of code
 _ALIKE = {"'": "‘’‚‛ʼ′`´", '"': "“”„‟«»″", "-": "‐‑‒–—―−", "/": "⁄"}
 _FOLDED = str.maketrans({other: plain for plain, others in _ALIKE.items() for other in others})
 
@@ -46,9 +49,10 @@ def target_text(prompt: str) -> str:
     “English”, „Deutsch“, «français» and 「日本語」 count as "straight" ones do. Raises UserError if the
     prompt has none.
     """
-    found = _QUOTED.search(prompt)
-    if not found and not _HALF_QUOTED.search(prompt):
-        found = _SINGLY_QUOTED.search(prompt)
+    plain = _ESCAPED.sub(r"\1", prompt)
+    found = _QUOTED.search(plain)
+    if not found and not _HALF_QUOTED.search(plain):
+        found = _SINGLY_QUOTED.search(plain)
     text = (found[found.lastindex or 0] if found else "").strip()
     if not normalized(text):
         shown = prompt if len(prompt) <= 200 else f"{prompt[:95]} ... {prompt[-95:]}"

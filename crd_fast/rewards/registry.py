@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +18,13 @@ import numpy as np
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.advantage import combine_pictures
+from crd_fast.rewards.engine_settings import OPTIONAL, SKIP, SUGGESTED, TAKEN, engine_setting
+from crd_fast.rewards.failures import answers_for, refuses
 from crd_fast.rewards.foreign import check_arguments, imported
 from crd_fast.rewards.lent import lent_images, lent_metadata
-from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, answers_for, checked, checked_metrics
-from crd_fast.rewards.workers import Workers, cores, refuses
+from crd_fast.rewards.reports import add_reported, means, unscored
+from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
+from crd_fast.rewards.workers import Workers
 from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for
@@ -51,9 +53,6 @@ REWARDS = {
 CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
-SKIP = "skip_others"  # the setting of a reward that is asked for those prompts alone which it accepts
-OPTIONAL = "optional"  # the setting of a judge that is left out where a package of its is not installed
-ENGINE_SETTINGS = ("weight", "timeout", "retries", "workers", SKIP)
 
 logger = logging.getLogger("crd_fast")
 
@@ -84,28 +83,32 @@ class Rewards:
             name = name_of(given)
             settings = value if isinstance(value, Mapping) else {}
             try:
-                reward, engine = load(given, settings)
+                self._add(given, settings, judges)
             except MissingPackage as error:
                 if not judges or settings.get(OPTIONAL) is not True:
                     raise
                 logger.warning("judge %s is left out: %s", name, error)
                 del self.weights[name]
-                continue
-            if engine.pop(OPTIONAL, False) and not judges:
-                raise UserError(f"reward {name}: {OPTIONAL}: expected of judges (eval_rewards) alone")
-            if hasattr(reward, "setup"):
-                waits = waits_on_host and hasattr(reward, "to")
-                with answers_for(name):
-                    reward.setup("cpu" if waits else self._device)
-            self._rewards[name] = reward
-            if engine.pop(SKIP, False):
-                if not hasattr(reward, "check"):
-                    raise UserError(
-                        f"reward {name}: {SKIP}: expected of a reward that checks prompts; one without a "
-                        "`check` returns None for what it does not score"
-                    )
-                engine["fits"] = functools.partial(self._fits, name)
-            self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
+
+    def _add(self, given: Any, settings: Mapping, judges: bool) -> None:
+        """Makes a reward ready. Raises MissingPackage where a package that it needs is not there."""
+        name = name_of(given)
+        reward, engine = load(given, settings)
+        if engine.pop(OPTIONAL, False) and not judges:
+            raise UserError(f"reward {name}: {OPTIONAL}: expected of judges (eval_rewards) alone")
+        if hasattr(reward, "setup"):
+            waits = self._waits_on_host and hasattr(reward, "to")
+            with answers_for(name):
+                reward.setup("cpu" if waits else self._device)
+        if engine.pop(SKIP, False):
+            if not hasattr(reward, "check"):
+                raise UserError(
+                    f"reward {name}: {SKIP}: expected of a reward that checks prompts; one without a "
+                    "`check` returns None for what it does not score"
+                )
+            engine["fits"] = functools.partial(self._fits, name)
+        self._rewards[name] = reward
+        self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
     @property
     def can_check(self) -> bool:
@@ -220,17 +223,19 @@ class Rewards:
         what they report of each picture, float64 (N,).
 
         values: what `score` returned for the images. Means are over what was scored; `scored/NAME` is its
-        share where that is not all. Raises UserError for a report that is none, and where no picture has a
-        reward.
+        share where that is not all. Raises UserError for a report that is none, for two that differ in what
+        they have in common, and where no picture has a reward.
         """
         total = self.combined(values, metadata)
         if np.isnan(total).all():
             raise unscored(metadata[0]["prompt"])
         metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}
+        metrics |= means({call.name: values[call.name] for call in self._calls}, "reward")
+        every = {"reward", *metrics}
         per_image: dict[str, np.ndarray] = {}
+        by: dict[str, str] = {}
         for call in self._calls:
             name, reward = call.name, self._rewards[call.name]
-            metrics |= means({name: values[name]}, "reward")
             rows = call.fitting(metadata).nonzero()[0]
             if hasattr(reward, "report") and len(rows):
                 prompts = [metadata[i]["prompt"] for i in rows]
@@ -238,31 +243,14 @@ class Rewards:
                 with answers_for(name):
                     reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
-                if own := (reported | each).keys() & {"images", "reward_mean", "reward"}:
+                if own := (reported | each).keys() & every:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
-                metrics |= checked_metrics(name, reported)
+                add_reported(name, checked_metrics(name, reported), metrics, by)
+                placed = {key: np.full(len(images), np.nan) for key in each}
                 for key, of in each.items():
-                    per_image[key] = np.full(len(images), np.nan)
-                    per_image[key][rows] = checked(f"{name}: {key}", of, len(rows))
+                    placed[key][rows] = checked(f"{name}: {key}", of, len(rows))
+                add_reported(name, placed, per_image, by)
         return metrics, per_image
-
-
-def means(values: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
-    """`KIND/NAME`, the mean over what was scored, and `scored/NAME`, its share where that is not all."""
-    found: dict[str, float] = {}
-    for name, of in values.items():
-        share = float(np.mean(~np.isnan(of)))
-        if share:
-            found[f"{kind}/{name}"] = float(np.nanmean(of))
-        if share < 1:
-            found[f"scored/{name}"] = share
-    return found
-
-
-def unscored(prompt: str) -> UserError:
-    """What is to be raised for a prompt whose pictures have no reward."""
-    shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
-    return UserError(f"rewards: expected at least one that scores pictures of {shown!r}, got None of all")
 
 
 def whole_prompts(prompts: list[str]) -> list[slice]:
@@ -331,14 +319,16 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
         known = list(inspect.signature(reward).parameters.values())[3:]
     names = [parameter.name for parameter in known if parameter.kind is not parameter.VAR_KEYWORD]
     engine = {
-        key: _engine_setting(name, key, settings.pop(key))
-        for key in ("timeout", "retries", "workers", SKIP, OPTIONAL)
+        key: engine_setting(name, key, settings.pop(key))
+        for key in TAKEN
         if key in settings and key not in names
     }
+    if "timeout" in names:
+        engine["timeout"] = math.inf  # it ends its calls itself, by a timeout that is not of one call
     unknown = [key for key in settings if key not in names]
     if unknown and len(names) == len(known):
-        hint = did_you_mean(unknown[0], [*names, *ENGINE_SETTINGS])
-        listed = ", ".join(dict.fromkeys([*names, *ENGINE_SETTINGS]))
+        hint = did_you_mean(unknown[0], [*names, *SUGGESTED])
+        listed = ", ".join(dict.fromkeys([*names, *SUGGESTED]))
         raise UserError(f"reward {name}: unknown setting {unknown[0]!r}{hint} (known: {listed})")
     if "workers" in engine:
         timeout = engine.get("timeout", TIMEOUT)
@@ -363,20 +353,3 @@ def _path(name: str) -> str:
             f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
         )
     return name
-
-
-def _engine_setting(name: str, key: str, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if key == "timeout" and not (number and 0 < value < math.inf):
-        raise UserError(f"reward {name}: timeout: expected a number of seconds > 0, got {value!r}")
-    if key == "retries" and not (number and value >= 0 and value == int(value)):
-        raise UserError(f"reward {name}: retries: expected a whole number >= 0, got {value!r}")
-    if key in (SKIP, OPTIONAL):
-        if not isinstance(value, bool):
-            raise UserError(f"reward {name}: {key}: expected true or false, got {value!r}")
-        return value
-    if key == "workers" and value == "auto":
-        return max(1, cores() - 1)
-    if key == "workers" and not (number and value >= 1 and value == int(value)):
-        raise UserError(f"reward {name}: workers: expected auto or a whole number >= 1, got {value!r}")
-    return float(value) if key == "timeout" else int(value)

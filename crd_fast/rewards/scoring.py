@@ -9,7 +9,6 @@ Python's lock alone: onnxruntime, torch, waiting for a server. A slow reward in 
 from __future__ import annotations
 
 import gc
-import importlib
 import itertools
 import logging
 import math
@@ -18,33 +17,23 @@ import queue
 import reprlib
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from crd_fast.errors import UserError
 from crd_fast.out_of_memory import as_out_of_memory
-from crd_fast.rewards.lent import WRITES, lent_images, lent_metadata, writes_to_images
+from crd_fast.rewards.failures import RewardFailed, failure, is_remote, what
+from crd_fast.rewards.lent import lent_images, lent_metadata
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
-LONGEST = 600  # characters of the message of a reward's exception
-FIRST_PAUSE = 0.5  # seconds before the first retry, doubled each time
-LONGEST_PAUSE = 8.0  # seconds, of a reward that waits for memory
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a retry, doubled each time
+RETRIES = 2  # of a call, where the recipe does not say
 WITHOUT_MEMORY = 5  # tries while nothing is generated, after which there is too little for the reward itself
-# of requests, httpx, and the clients of OpenAI and Anthropic
-UNREACHED = ("ConnectionError", "Timeout", "TransportError", "APIConnectionError", "RateLimitError")
-# what stands between the engine and a reward
-CALLERS = {
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("scoring", "workers", "registry", "foreign")
-}
-CALLERS.add(str(importlib.__file__))
 
 logger = logging.getLogger("crd_fast")
 
@@ -64,7 +53,7 @@ class Reward:
     name: str
     score: Callable
     timeout: float = TIMEOUT
-    retries: int = 2
+    retries: int = RETRIES
     workers: int = 0
     fits: Callable[[dict], bool] | None = None
 
@@ -76,7 +65,7 @@ class Reward:
             entries = lent_metadata([metadata[i] for i in rows])
             with torch.no_grad():
                 values = self.score(lent_images(images, rows), [prompts[i] for i in rows], entries)
-            found[rows] = checked(self.name, values, len(rows))
+                found[rows] = checked(self.name, values, len(rows))  # here: it may be a generator
         return found
 
     def fitting(self, metadata: list[dict]) -> np.ndarray:
@@ -214,22 +203,21 @@ class _Lane:
                 return
 
     def _call(self, call: _Call) -> np.ndarray:
-        reward, pause = self.reward, FIRST_PAUSE
-        for retries_left in reversed(range(reward.retries + 1)):
-            try:
-                return self._values(call)
-            except UserError:
-                raise
-            except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
-                if not is_remote(error):
-                    raise UserError(failure(reward.name, error)) from error
-                if not retries_left:
-                    tried = f", {reward.retries} retries" if reward.retries else ""
-                    raise UserError(f"reward {reward.name}: {_what(error)}{tried}") from error
-                call.deadline = math.inf
-                time.sleep(pause)
-                pause *= 2
-        raise AssertionError
+        reward = self.reward
+
+        def waits(seconds: float) -> None:
+            call.deadline = math.inf
+            time.sleep(seconds)
+
+        try:
+            return repeated(lambda: self._values(call), reward.retries, waits)
+        except UserError:
+            raise
+        except BaseException as error:  # whatever it is, the reward raised it: signals come elsewhere
+            if not is_remote(error):
+                raise UserError(failure(reward.name, error)) from error
+            tried = f", {reward.retries} retries" if reward.retries else ""
+            raise UserError(f"reward {reward.name}: {what(error)}{tried}") from error
 
     def _values(self, call: _Call) -> np.ndarray:
         """The reward's, asked again where it finds no memory.
@@ -261,23 +249,38 @@ class _Lane:
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def repeated(call: Callable[[], np.ndarray], retries: int, waits: Callable[[float], None]) -> np.ndarray:
+    """What it returns, asked again so often where it raises what `is_remote`, after 0.5, 1, 2, ... 8 s."""
+    pause = FIRST_PAUSE
+    for retries_left in reversed(range(retries + 1)):
+        try:
+            return call()
+        except BaseException as error:
+            if not retries_left or not is_remote(error):
+                raise
+        waits(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    raise AssertionError
+
+
 def checked(name: str, values, count: int) -> np.ndarray:
-    """Values as float64 (count,), NaN for None. Raises UserError for a wrong number of them, a NaN or none.
+    """Values as float64 (count,), NaN for None. Raises RewardFailed for a wrong number, a NaN or none at all.
 
     Of what may have no end, no more is taken than tells that it is too long.
     """
     if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict):
-        raise UserError(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
+        raise RewardFailed(f"reward {name}: expected {count} values alone, got a pair of them and a dict")
     if isinstance(values, (Mapping, set, frozenset)):  # of keys, or in no order
-        raise UserError(f"reward {name}: expected {count} values in a row, got {type(values).__name__}")
+        raise RewardFailed(f"reward {name}: expected {count} values in a row, got {type(values).__name__}")
+    endless = not hasattr(values, "__len__")
     try:
-        endless = not hasattr(values, "__len__")
-        values = list(itertools.islice(values, count + 1) if endless else values)
+        each = iter(values)
     except TypeError:
-        raise UserError(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
+        raise RewardFailed(f"reward {name}: expected {count} values, got {type(values).__name__}") from None
+    values = list(itertools.islice(each, count + 1) if endless else each)
     if len(values) != count:
         more = " or more" * (endless and len(values) > count)
-        raise UserError(f"reward {name}: expected {count} values, got {len(values)}{more}")
+        raise RewardFailed(f"reward {name}: expected {count} values, got {len(values)}{more}")
     return np.array([_number(name, i, value) for i, value in enumerate(values)])
 
 
@@ -312,53 +315,4 @@ def _number(name: str, i: int, value) -> float:
             return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # several in one, none after all, too large
         pass
-    raise UserError(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")
-
-
-def is_remote(error: BaseException) -> bool:
-    """Whether something was not to be reached, or not in time: by Python's own errors, and by those of the
-    libraries that rewards ask servers with, which are none of Python's."""
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return any(kind.__name__ in UNREACHED for kind in type(error).__mro__)
-
-
-@contextmanager
-def answers_for(name: str) -> Iterator[None]:
-    """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UserError(failure(name, error)) from error
-
-
-def failure(name: str, error: BaseException, where: bool = True) -> str:
-    """One line: which reward raised what, and where."""
-    what = WRITES if writes_to_images(error) else _what(error)
-    return f"reward {name}: {what}{_where(error) if where else ''}"
-
-
-def _what(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # one of its own, which cannot be written
-        text = ""
-    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
-    if isinstance(error, SystemExit):
-        return f"wanted to end the process (SystemExit: {text})"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the reward's own file that led to the error."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in CALLERS and not frame.filename.startswith("<frozen importlib")
-    ]
-    if not frames:
-        return ""
-    own = [frame for frame in frames if frame.filename == frames[0].filename][-1]
-    return f" ({own.filename} line {own.lineno})"
+    raise RewardFailed(f"reward {name}: expected finite numbers, got {reprlib.repr(value)} for image {i}")

@@ -15,65 +15,47 @@ name this machine, or a web page could ask by way of a browser. What is wrong is
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
-import json
 import logging
 import math
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from crd_fast.errors import UserError
+from crd_fast.rewards.bodies import LIMITS, PNG_START, Limits, Refused, dicts_of, fields_of, parse_score
 from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind
+from crd_fast.rewards.engine_settings import OPTIONAL, SKIP
+from crd_fast.rewards.failures import RewardFailed, failure, is_remote
 from crd_fast.rewards.foreign import host_of, is_loopback
-from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.registry import default_device, load
-from crd_fast.rewards.rgb import to_rgb
-from crd_fast.rewards.scoring import TIMEOUT, checked, failure, with_none
-from crd_fast.rewards.workers import RewardFailed, Workers
+from crd_fast.rewards.scoring import RETRIES, TIMEOUT, checked, repeated, with_none
+from crd_fast.rewards.workers import Workers
 
-PNG_START = b"\x89PNG\r\n\x1a\n"  # then the length and name of the header chunk, width and height
 SLOWEST, GRACE = 2**15, 10.0  # bytes a second of a body on average, after so many seconds
 POLL = 1.0  # seconds between looks at whether the client is still there
 log = logging.getLogger(__name__)
-__all__ = ["Limits", "Refused", "Worker", "bind", "make_app", "make_server", "parse_score", "serve"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may bring, and how many may wait.
-
-    bytes: of a body. images, pixels: of a request, all its images together. requests: at once, scored or
-    waiting. seconds: until a body is there.
-    """
-
-    bytes: int = 64 * 2**20
-    images: int = 64
-    pixels: int = 64 * 2**20
-    requests: int = 16
-    seconds: float = 60.0
-
-
-class Refused(Exception):
-    """A request that cannot be scored: the HTTP status and one line."""
-
-    def __init__(self, status: int, detail: str):
-        self.status, self.detail = status, detail
+__all__ = [
+    "PNG_START",
+    "Limits",
+    "Refused",
+    "Worker",
+    "bind",
+    "make_app",
+    "make_server",
+    "parse_score",
+    "serve",
+]
 
 
 class Worker:
@@ -83,12 +65,16 @@ class Worker:
         self.name = name
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward {name}")
         self._workers: Workers | None = None
-        self._timeout = TIMEOUT
+        self._timeout, self._retries = TIMEOUT, RETRIES
         self._began: dict[int, float] = {}  # when a thread's present call did
         self.loaded = self.thread.submit(self._load, settings, device)
 
     def _load(self, settings: Mapping | None, device: str | None):
         reward, engine = load(self.name, settings)
+        for key in (SKIP, OPTIONAL):
+            if engine.get(key):
+                raise UserError(f"reward {self.name}: {key}: expected in the recipe that asks the server")
+        self._retries = engine.get("retries", RETRIES)
         self._workers = reward if isinstance(reward, Workers) else None
         # workers that hang are ended and started again, a thread cannot be
         self._timeout = math.inf if self._workers else engine.get("timeout", TIMEOUT)
@@ -140,14 +126,23 @@ class Worker:
         reward = self.loaded.result()
         self._check(reward, metadata)
         with self._refusing(500), torch.no_grad():
-            values = getattr(reward, "score", reward)(images, prompts, metadata)
-        try:
-            return {"scores": with_none(checked(self.name, values, len(images)))}
-        except UserError as error:
-            raise Refused(500, str(error)) from None
+            return {"scores": with_none(self._values(reward, images, prompts, metadata))}
+
+    def _values(self, reward, *arguments) -> np.ndarray:
+        """Asked again where what it asks itself cannot be reached; the pauses are no part of a call."""
+
+        def call() -> np.ndarray:
+            self._began[threading.get_ident()] = time.monotonic()
+            return checked(self.name, getattr(reward, "score", reward)(*arguments), len(arguments[0]))
+
+        def waits(seconds: float) -> None:
+            self._began[threading.get_ident()] = math.inf
+            time.sleep(seconds)
+
+        return repeated(call, self._retries, waits)
 
     def check(self, body: bytes, limits: Limits) -> dict:
-        metadata = _dicts(_fields(body, "metadata")["metadata"])
+        metadata = dicts_of(fields_of(body, "metadata")["metadata"])
         if not all(isinstance(entry.get("prompt"), str) for entry in metadata):
             raise Refused(400, "metadata: expected a `prompt` in every entry")
         self._check(self.loaded.result(), metadata)
@@ -172,13 +167,14 @@ class Worker:
         except UserError as error:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
-            status = 500 if isinstance(error, SystemExit) else status
+            if isinstance(error, (SystemExit, torch.OutOfMemoryError)) or is_remote(error):
+                status = 500
             if status == 500:
                 log.exception("reward %s failed", self.name)
             raise Refused(status, failure(self.name, error, where=False)) from None
 
 
-def make_app(worker: Worker, token: str | None = None, limits: Limits = Limits()) -> FastAPI:
+def make_app(worker: Worker, token: str | None = None, limits: Limits = LIMITS) -> FastAPI:
     """The server's application. Its state is a count of requests; the work is the worker's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     held = 0  # requests that are read, wait or are scored; only the event loop's thread counts
@@ -282,82 +278,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
     return b"".join(chunks)
 
 
-def parse_score(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], list[dict]]:
-    """Images, uint8 (N, height, width, 3), prompts and metadata. Raises Refused for anything else."""
-    fields = _fields(body, "images", "prompts", "metadata")
-    encoded, prompts, metadata = fields["images"], fields["prompts"], _dicts(fields["metadata"])
-    if not isinstance(encoded, list) or not all(isinstance(image, str) for image in encoded) or not encoded:
-        raise Refused(400, "images: expected a list of at least one PNG in base64")
-    if len(encoded) > limits.images:
-        raise Refused(413, f"images: expected at most {limits.images}, got {len(encoded)}")
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise Refused(400, "prompts: expected a list of strings")
-    if not len(encoded) == len(prompts) == len(metadata):
-        raise Refused(
-            400, f"expected as many prompts and metadata as images ({len(encoded)}), got {len(prompts)} and "
-            f"{len(metadata)}",
-        )  # fmt: skip
-    files = []
-    for i, text in enumerate(encoded):
-        try:
-            files.append(base64.b64decode(text, validate=True))
-        except ValueError:
-            raise Refused(400, f"images: image {i} is not base64") from None
-        if _size(files[i], i) != _size(files[0], 0):
-            raise Refused(400, f"images: image {i} has another size than the first")
-    width, height = _size(files[0], 0)
-    if len(files) * width * height > limits.pixels:
-        raise Refused(413, f"images: expected at most {limits.pixels} pixels in all")
-    images = np.empty((0,))
-    for i, file in enumerate(files):
-        pixels = _pixels(file, i, (width, height))
-        if not i:
-            images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
-        elif pixels.shape != images.shape[1:]:  # turned by its EXIF
-            raise Refused(400, f"images: image {i} has another size than the first")
-        images[i] = pixels
-    return read_only(images), prompts, [{**entry, "prompt": p} for entry, p in zip(metadata, prompts)]
-
-
-def _pixels(file: bytes, i: int, size: tuple[int, int]) -> np.ndarray:
-    try:
-        with Image.open(BytesIO(file), formats=["PNG"]) as image:
-            if image.size != size:  # by a second header, which the decoder goes by
-                raise ValueError("two headers")
-            return to_rgb(image)
-    except Exception:  # whatever a decoder raises on bytes that somebody sent
-        raise Refused(400, f"images: image {i} is a broken PNG, or has several frames") from None
-
-
-def _fields(body: bytes, *names: str) -> dict:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "expected JSON") from None
-    if not isinstance(fields, dict) or set(fields) != set(names):
-        raise Refused(400, f"expected an object with {', '.join(names)} and nothing else")
-    try:
-        text = [fields[name] for name in names if name != "images"]  # those are ASCII or refused
-        json.dumps(text, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):  # halves of characters, NaN
-        raise Refused(400, "expected text that UTF-8 can hold and finite numbers") from None
-    return fields
-
-
-def _dicts(metadata) -> list[dict]:
-    if not isinstance(metadata, list) or not all(isinstance(entry, dict) for entry in metadata):
-        raise Refused(400, "metadata: expected a list of objects")
-    return metadata
-
-
-def _size(file: bytes, i: int) -> tuple[int, int]:
-    """Width and height as the PNG's header states them, before anything is decoded."""
-    if not file.startswith(PNG_START) or file[12:16] != b"IHDR" or len(file) < 24:
-        raise Refused(400, f"images: image {i} is not a PNG")
-    return struct.unpack(">II", file[16:24])
-
-
-def serve(worker: Worker, listening: socket.socket, token: str | None, limits: Limits = Limits()) -> None:
+def serve(worker: Worker, listening: socket.socket, token: str | None, limits: Limits = LIMITS) -> None:
     """Answers until it is stopped. Raises what loading the reward raised."""
     server = make_server(worker, token, limits)
     worker.loaded.add_done_callback(lambda loaded: setattr(server, "should_exit", bool(loaded.exception())))

@@ -26,7 +26,7 @@ from crd_fast.rewards.http import TRY_AGAIN, JsonClient, NoAnswer, encode, short
 
 QUESTION = 'Does this picture show "{prompt}"? Answer yes or no.'
 FIELD = re.compile(r"\{(\w+)\}")
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)")
 MOST_ALTERNATIVES = 20  # as many as the protocol gives
 REMEMBERED = 16384  # answers
 MOST_UNANSWERED = 64  # pictures in a row, after which it is not the pictures

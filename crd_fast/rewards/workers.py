@@ -11,40 +11,35 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, resource_tracker, util
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 
-from crd_fast.errors import UserError
+from crd_fast.errors import MissingPackage, UserError, reason_of
+from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote
 from crd_fast.rewards.lent import read_only
-from crd_fast.rewards.scoring import checked, failure, is_remote, with_none
+from crd_fast.rewards.scoring import checked, with_none
 
 LOADING = 600.0  # seconds, at least, for a worker to load its reward
+LOOK = 1.0  # seconds between looks at whether a worker that does not answer is still there
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
+SENT = (MissingPackage, RewardFailed, UserError)  # the kinds that are told apart
 TRIED_AGAIN = (TimeoutError, ConnectionError, torch.OutOfMemoryError)  # by who scores
 log = logging.getLogger(__name__)
-
-
-class RewardFailed(UserError):
-    """The reward raised, or its workers died or hung: nothing that is wrong with what it was given."""
-
-
-def refuses(error: UserError) -> bool:
-    """Whether a reward's check has refused what it was given, and not failed itself."""
-    return not isinstance(error, RewardFailed) and isinstance(error.__cause__, (ValueError, NoneType))
 
 
 class _Lost(Exception):
@@ -61,8 +56,9 @@ class Workers:
     """The reward `name` in `count` processes, called as the reward itself, from as many threads at once.
 
     reward: a name, or a function, class or object that another process can unpickle. timeout: seconds for
-    one call of `score`. `setup` loads it in the first worker; the others start when they are needed.
-    Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are lost.
+    one call of `score`, or infinity. `setup` loads it in the first worker; the others start when they are
+    needed. Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are
+    lost.
     """
 
     def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
@@ -78,7 +74,7 @@ class Workers:
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put(worker)
-        # before multiprocessing waits for its children when the interpreter ends
+        # before multiprocessing waits for its processes when the interpreter ends
         self.close = util.Finalize(self, _close, (self._workers,), exitpriority=10)
 
     def setup(self, device: str) -> None:
@@ -89,7 +85,7 @@ class Workers:
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         return self._ask("score", images, prompts, metadata, timeout=self.timeout)
 
-    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+    def _ask(self, method: str, *arguments: Any, timeout: float = math.inf) -> Any:
         worker = self._idle.get()
         try:
             try:
@@ -105,7 +101,7 @@ class Workers:
         finally:
             self._idle.put(worker)
 
-    def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float | None) -> Any:
+    def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float) -> Any:
         worker.start((self.name, self._pickled, self._device), max(LOADING, self.timeout))
         return worker.ask(method, arguments, timeout)
 
@@ -127,8 +123,9 @@ class _Worker:
             if self._ended:
                 raise UserError("the rewards' workers have been ended")
             self._connection, theirs = multiprocessing.Pipe()
+            # no daemon, which may start no processes; `_close` comes before multiprocessing waits for it
             self._process = multiprocessing.get_context("spawn").Process(
-                target=_work, args=(theirs, *reward), name="reward", daemon=True
+                target=_work, args=(theirs, *reward), name="reward", daemon=False
             )
             resource_tracker.ensure_running()  # or it is started meanwhile, and lets SIGINT through again
             # a Ctrl-C before the worker has its own group
@@ -144,7 +141,7 @@ class _Worker:
             self.kill()
             raise
 
-    def ask(self, method: str, arguments: tuple, timeout: float | None) -> Any:
+    def ask(self, method: str, arguments: tuple, timeout: float) -> Any:
         """What the reward's method returns. Raises _Lost if it dies or takes longer; then it has ended."""
         pictures, rest = None, arguments
         if arguments and isinstance(arguments[0], np.ndarray):
@@ -155,11 +152,16 @@ class _Worker:
             self._lose()
         return self._answer(timeout)
 
-    def _answer(self, timeout: float | None) -> Any:
+    def _answer(self, timeout: float) -> Any:
         assert self._process is not None
-        ready = connection.wait([self._connection, self._process.sentinel], timeout)
-        if not ready:
-            self._lose(f"gave no answer within {timeout:g} s")
+        deadline, ended = time.monotonic() + timeout, False
+        # what it has forked may hold its pipe, which then says nothing of its end
+        while not self._connection.poll(min(LOOK, max(0.0, deadline - time.monotonic()))):
+            if ended:
+                self._lose()
+            if time.monotonic() >= deadline:
+                self._lose(f"gave no answer within {timeout:g} s")
+            ended = _has_ended(self._process)
         try:
             kind, answer = self._connection.recv()
         except (EOFError, OSError):
@@ -186,9 +188,10 @@ class _Worker:
         return self._memory.name, (images.shape, images.dtype)
 
     def _lose(self, how: str | None = None) -> None:
-        process = self._process
+        process, deadline = self._process, time.monotonic() + LOOK
         if how is None and process is not None:
-            process.join(1)  # what closed its pipe is about to end
+            while not _has_ended(process) and time.monotonic() < deadline:
+                time.sleep(0.01)  # what closed its pipe is about to end
         code = self.kill() or 0
         if how is None:
             how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
@@ -199,11 +202,10 @@ class _Worker:
         process, self._process = self._process, None
         if process is None or process.pid is None:
             return None
-        if process.is_alive():
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has not come to its own group yet
-                process.kill()
+        try:  # also where it has ended, and what it has started has not; no join before has freed its number
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it has not come to its own group yet, or is gone
+            process.kill()
         process.join()
         self._connection.close()
         return process.exitcode
@@ -220,6 +222,15 @@ class _Worker:
             self._ended = True
             self.kill()
             self._release()
+
+
+def _has_ended(process: multiprocessing.process.BaseProcess) -> bool:
+    """Without freeing its number, which is its group's."""
+    assert process.pid is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # seen already, when another one was started
+        return True
 
 
 def _close(workers: list[_Worker]) -> None:
@@ -250,7 +261,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     """Loads the reward and answers until the other end is closed."""
     os.setpgid(0, 0)
     _end_with_parent()
-    kind, reward = _outcome(name, _load, pickled, device)
+    kind, reward = _outcome(name, _load, name, pickled, device)
     memory = _Memory()
     try:
         parent.send((kind, None if kind == "value" else reward))
@@ -258,7 +269,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
             method, pictures, arguments = parent.recv()
             if pictures is not None:
                 arguments = (memory.pictures(*pictures), *arguments)
-            parent.send(_outcome(name, _call, name, reward, method, arguments))
+            parent.send_bytes(_pickled(name, _outcome(name, _call, name, reward, method, arguments)))
     except (EOFError, BrokenPipeError):
         return
 
@@ -268,7 +279,7 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     try:
         return "value", function(*arguments)
     except UserError as error:
-        return UserError, str(error)
+        return next(kind for kind in SENT if isinstance(error, kind)), str(error)
     except BaseException as error:
         base = next((kind for kind in TRIED_AGAIN if isinstance(error, kind)), None)
         if base is None and is_remote(error):
@@ -278,21 +289,34 @@ def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
         return RewardFailed, failure(name, error)
 
 
-def _load(pickled: bytes, device: str) -> Any:
+def _pickled(name: str, outcome: tuple[Any, Any]) -> bytes:
+    """For `recv`. What cannot be sent is the reward's fault, in one line."""
+    try:
+        return pickle.dumps(outcome)
+    except Exception as error:
+        problem = f"workers: expected what can be sent to another process, got {reason_of(error)}"
+        return pickle.dumps((RewardFailed, f"reward {name}: {problem}"))
+
+
+def _load(name: str, pickled: bytes, device: str) -> Any:
     from crd_fast.rewards.registry import load
 
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        found.setup(device)
+        with answers_for(name):
+            found.setup(device)
     return found
 
 
 def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method == "offers":
         return [method for method in METHODS if hasattr(reward, method)]
-    if method != "score":
-        return getattr(reward, method)(*arguments)
+    if method == "check":
+        reward.check(*arguments)
+        return None  # whatever it returns means nothing
+    if method == "report":
+        return dict(reward.report(*arguments))
     with torch.no_grad():
         return with_none(checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0])))
 

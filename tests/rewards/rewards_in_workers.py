@@ -1,10 +1,12 @@
 """Rewards of all kinds that tests copy to a folder of their own, where workers import them."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +56,19 @@ def exits(images, prompts, metadata):
     return mean(images, prompts, metadata)
 
 
+def leaves(images, prompts, metadata):
+    """Ends without what it has started: by itself, with its pipes, or while nobody waits for it."""
+    if prompts[0] == "forked":
+        child = os.fork() or time.sleep(3600) or os._exit(0)
+    else:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid
+    (HERE / f"pid-{child}").touch()
+    if prompts[0] == "idle":
+        threading.Timer(0.1, os._exit, [7]).start()
+        return [os.getpid()] * len(images)
+    os._exit(7)
+
+
 def killed(images, prompts, metadata):
     if first_time("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -94,6 +109,22 @@ def starts_more(images, prompts, metadata):
     for pid in (os.getpid(), child.pid):
         (HERE / f"pid-{pid}").touch()
     ctypes.PyDLL(None).sleep(3600)  # holds Python's lock
+
+
+def pool(images, prompts, metadata):
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
+        return processes.map(abs, [-2.0] * len(images))
+
+
+class Unsendable:
+    def check(self, metadata):
+        return lambda: 1
+
+    def score(self, images, prompts, metadata):
+        return [1.0] * len(images)
+
+    def report(self, images, prompts, metadata):
+        return {"odd": lambda: 1}
 
 
 class Judge:

@@ -51,6 +51,10 @@ class Slow(Brightness):
         gate.wait(30)
         return super().score(images, prompts, metadata)
 
+class Unreached(Brightness):
+    def check(self, metadata):
+        raise ConnectionError("no one there")
+
 def wrong(images, prompts, metadata):
     return {"nan": [float("nan")] * len(images), "short": [0.0], "words": ["a"] * len(images)}[prompts[0]]
 
@@ -64,6 +68,21 @@ def records(images, prompts, metadata):
     """Whether torch keeps what a backward pass would need."""
     import torch
     return [torch.is_grad_enabled()] * len(images)
+
+def yields(images, prompts, metadata):
+    import torch
+    for prompt in prompts:
+        if prompt == "wrong":
+            yield 1.0 + prompt
+        yield torch.is_grad_enabled()
+
+calls = []
+
+def third_time(images, prompts, metadata):
+    calls.append(None)
+    if len(calls) < 3:
+        raise ConnectionError("no one there")
+    return [float(len(calls))] * len(images)
 
 def dies(images, prompts, metadata):
     os._exit(7)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from crd_fast.errors import UserError
+from crd_fast.rewards import Rewards
 from crd_fast.rewards import http as client
 
 
@@ -27,6 +28,9 @@ def impostor(respond):
     """A server that answers in its own way: `respond(handler)`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            says(b"{}")(self)
+
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             respond(self)
@@ -58,6 +62,20 @@ def says(body, status=200, **headers):
     return respond
 
 
+def head_drips(handler):
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+    for _ in range(40):
+        handler.wfile.write(b"a")
+        time.sleep(0.05)
+    handler.wfile.write(b"\r\n\r\n")
+
+
+def promises(handler):
+    for _ in range(40):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.05)
+
+
 def drips(handler):
     handler.send_response(200)
     handler.end_headers()
@@ -82,7 +100,8 @@ def drips(handler):
         (says(b"", 503, Retry_After="soon"), "answered 503 (tried 3 times)"),
         (lambda handler: time.sleep(3), "expected an answer within 0.5 s, got none (tried 3 times)"),
         (lambda handler: handler.connection.close(), "cannot be reached"),
-        (drips, "expected an answer within 0.5 s, got none (tried 3 times)"),
+        *((slow, "expected an answer within 0.5 s, got none (tried 3 times)")
+          for slow in (drips, head_drips, promises)),
     ],
 )  # fmt: skip
 def test_a_server_that_is_slow_or_answers_nonsense(respond, words):
@@ -94,6 +113,43 @@ def test_a_server_that_is_slow_or_answers_nonsense(respond, words):
     message = str(refused.value)
     assert message.startswith(f"reward http: {address}: ") and words in message
     assert "\n" not in message and len(message) < 450
+
+
+def refuses_first(status):
+    """A server whose first answer to `/check` is this one, and which scores whatever it is given."""
+    answers = iter([(b'{"detail": "no"}', status)])
+
+    def respond(handler):
+        scores = handler.path == "/score"
+        says(*((b'{"scores": [1.0]}', 200) if scores else next(answers, (b"{}", 200))))(handler)
+
+    return respond
+
+
+def plain(images, prompts, metadata):
+    return [5.0] * len(images)
+
+
+@pytest.mark.parametrize("workers", [{}, {"workers": 1}])
+def test_only_what_the_server_s_reward_refuses_is_left_to_the_other_rewards(workers):
+    """Once refused, never asked again: whatever else the server says must not stand for that."""
+    entries = [{"prompt": "a"}, {"prompt": "b"}]
+
+    def rewards(address):
+        return Rewards({address: {"skip_others": True, "retries": 0, **workers}, plain: 1.0}, device="cpu")
+
+    with impostor(refuses_first(422)) as address:
+        found = rewards(address)
+        found.check(entries)
+        values = found.score(pictures(2), entries)[address]
+        found.close()
+    np.testing.assert_array_equal(values, [np.nan, 1.0])
+    for status in (400, 401, 403, 500, 503):
+        with impostor(refuses_first(status)) as address:
+            found = rewards(address)
+            with pytest.raises(UserError, match=f"^reward http: {address}: .*{status} no$"):
+                found.check(entries)
+            found.close()
 
 
 def test_a_server_that_comes_back():

@@ -1,5 +1,6 @@
 """Rewards by name, with settings, in a recipe."""
 
+import functools
 import importlib.util
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.source import PromptSource
-from crd_fast.rewards import REWARDS, Rewards, load
+from crd_fast.rewards import REWARDS, Rewards, load, registry
 from crd_fast.rewards.registry import whole_prompts
 from tests.cli.conftest import metrics
 from tests.rewards.conftest import recipe_file
@@ -117,6 +118,32 @@ def test_what_is_reported_of_single_pictures():
             Rewards({Detailed: wrong}).report(images, metadata, values)
 
 
+class Another(Detailed):
+    pass
+
+
+def test_rewards_that_report_the_same_name_do_not_overwrite_each_other():
+    images, metadata = pictures(0, 255), entries(2)
+    first, second = f"{__name__}:Detailed", f"{__name__}:Another"
+
+    def report(**settings):
+        rewards = Rewards({Detailed: 1.0, Another: settings})
+        return rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
+
+    found, per_image = report()  # they agree, as GenEval's do
+    assert found["redness"] == 0.5 and per_image["reds"].tolist() == [1, 1]
+    for settings, words in [
+        ({"value": 0.25}, f"reward {second}: its report names redness, to which {first} gives another value"),
+        ({"per_image": {"reds": [1.0, 0.0]}}, f"names reds, to which {first} gives another value"),
+        ({"of_all": f"reward/{first}"}, f"reward {second}: its report names reward/{first}, which every"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            report(**settings)
+    with pytest.raises(UserError, match=f"reward {first}: its report names reward/{second}, which every"):
+        rewards = Rewards({Detailed: {"of_all": f"reward/{second}"}, Another: 1.0})
+        rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
+
+
 @pytest.mark.parametrize(
     "value, reported",
     [
@@ -182,12 +209,22 @@ def test_timeout_and_retries_are_the_engine_s_unless_the_reward_has_them(mine):
     _, engine = load("mine:redness", {"timeout": 5, "retries": 0, "weight": 3})
     assert engine == {"timeout": 5.0, "retries": 0}
     reward, engine = load("mine:Patient", {"timeout": 5.0})
-    assert reward.timeout == 5.0 and engine == {}
+    assert reward.timeout == 5.0 and engine == {"timeout": math.inf}
+
+
+@pytest.mark.parametrize("workers", [{}, {"workers": 1}])
+def test_a_timeout_of_the_reward_s_own_is_all_there_is(mine, workers, monkeypatch):
+    """A client's, of one answer: its tries may last longer than any call of the engine."""
+    monkeypatch.setattr(registry, "TIMEOUT", 0.1)
+    monkeypatch.setattr(registry, "Reward", functools.partial(registry.Reward, timeout=0.1))
+    rewards = Rewards({"mine:Patient": {"timeout": 0.5, **workers}}, device="cpu")
+    assert rewards.score(pictures(0), entries(1))["mine:Patient"].tolist() == [0.5]
+    rewards.close()
 
 
 def test_an_address_is_the_reward_that_is_served_there():
     reward, engine = load("http://127.0.0.1:8701", {"timeout": 5.0})
-    assert type(reward).__name__ == "HttpReward" and engine == {}
+    assert type(reward).__name__ == "HttpReward" and engine == {"timeout": math.inf}
     assert (reward.client.url, reward.client.timeout) == ("http://127.0.0.1:8701", 5.0)
 
 

@@ -57,6 +57,10 @@ def sign(text):
         ("it's the cats' sign “OPEN”", "OPEN"),
         ("'no' and \"yes\"", "yes"),
         ("a 5\" pipe with a sign 'OPEN'", "OPEN"),
+        ("a rock 'n' roll poster that says 'LIVE'", "LIVE"),
+        ("a sign that says 'n' in red", "n"),
+        ("it says ''Don't''", "Don't"),
+        ('says \\"CAT\\"', "CAT"),
     ],
 )
 def test_target_is_what_stands_in_quotes(prompt, text):

@@ -41,6 +41,22 @@ def test_score_prints_a_table_and_writes_json(inside, mine, folder):
     assert_refused(inside(*command, "--reward", "mine:redness"), "--json scores.json: already exists")
 
 
+def test_a_setting_that_json_does_not_have_is_written_as_text(inside, mine, folder):
+    (folder / "since.py").write_text(
+        "def since(images, prompts, metadata, day): return [1.0] * len(images)\n"
+    )
+    command = ["score", "--images", "images", "--prompts", "prompts.txt", "--json", "scores.json"]
+    code, _, err = inside(*command, "--reward", "since.py:since", "--set", "day=2024-01-01")
+    assert code == 0, err
+    assert json.loads((folder / "scores.json").read_text())["settings"] == {"day": "2024-01-01"}
+
+
+def test_a_file_with_a_dot_in_its_name_is_refused(inside, mine, folder):
+    (folder / "my.v2.py").write_text("def mine(images, prompts, metadata): return [1.0] * len(images)\n")
+    found = inside("score", "--images", "images", "--prompts", "prompts.txt", "--reward", "my.v2.py:mine")
+    assert_refused(found, "expected a file without a dot before .py; rename my.v2.py")
+
+
 def test_pictures_of_one_prompt_are_scored_together(tmp_path, monkeypatch):
     """In whatever order they come: diversity is among those of a prompt."""
     monkeypatch.setattr(registry, "CALL_IMAGES", 2)

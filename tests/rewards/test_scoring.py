@@ -238,6 +238,32 @@ def test_values_that_are_none(values, words):
             working.results()
 
 
+def test_a_generator_is_a_reward_s_own_code():
+    """What it raises is not taken for values that are none; torch keeps nothing of what it computes."""
+
+    def wrong(images, prompts, metadata):
+        for prompt in prompts:
+            yield 1.0 + prompt
+
+    def records(images, prompts, metadata):
+        yield from [torch.is_grad_enabled()] * len(images)
+
+    with Scoring([Reward("mine", wrong)]) as working:
+        working.put(image(1, 2), entries("a", 2))
+        with pytest.raises(UserError, match=r"^reward mine: TypeError: .*test_scoring.py line"):
+            working.results()
+    with Scoring([Reward("mine", records)]) as working:
+        working.put(image(1, 2), entries("a", 2))
+        assert working.results()["mine"].tolist() == [0.0, 0.0]
+
+
+def test_pauses_do_not_grow_for_ever():
+    pauses = []
+    call, _ = failing(ConnectionError("no one there"), times=9)
+    assert scoring.repeated(lambda: call(image(5), ["a"], [{}]), 9, pauses.append) == [5.0]
+    assert pauses == [0.5, 1, 2, 4, 8, 8, 8, 8, 8]
+
+
 def test_values_of_any_numeric_type():
     for values in (
         np.array([1, 2]),

@@ -151,6 +151,26 @@ def test_a_reward_behind_a_server_records_no_graphs_either():
         assert client.HttpReward(address).score(pictures(1), ["a"], [{}]) == [0.0]
 
 
+def test_a_generator_behind_a_server_is_a_reward_s_own_code_as_well():
+    with serving("yields", token=None) as address:
+        assert client.HttpReward(address).score(pictures(1), ["a"], [{}]) == [0.0]
+        with pytest.raises(UserError, match="refused with 500 reward served_rewards:yields: TypeError"):
+            client.HttpReward(address).score(pictures(1), ["wrong"], [{}])
+
+
+def test_what_the_reward_itself_does_not_reach_is_tried_again(served_rewards, monkeypatch):
+    monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
+    for settings, words in (({"retries": 0}, "500 .*ConnectionError: no one there"), ({}, None)):
+        served_rewards.calls.clear()
+        with serving("third_time", settings, token=None) as address:
+            reward = client.HttpReward(address)
+            if words is None:
+                assert reward.score(pictures(1), ["a"], [{}]) == [3.0]
+            else:
+                with pytest.raises(UserError, match=words):
+                    reward.score(pictures(1), ["a"], [{}])
+
+
 def test_workers_score_requests_at_the_same_time():
     images = pictures(2)
     with serving("both", {"workers": 2}) as address, concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -232,6 +252,13 @@ def test_a_reward_that_fails_is_the_servers_fault(reward, prompt, words):
         assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_check_that_fails_has_refused_nothing():
+    with serving("Unreached") as address:
+        wait_until_ready(address)
+        status, answer, _ = ask(address, "POST", "/check", b'{"metadata": [{"prompt": "a"}]}')
+    assert status == 500 and "ConnectionError: no one there" in json.loads(answer)["detail"]
+
+
 def test_others_need_a_token():
     for host in ("0.0.0.0", "192.0.2.1", "::"):
         with pytest.raises(UserError, match="expected a token"):
@@ -250,6 +277,9 @@ def test_the_command_refuses_in_one_line(inside, monkeypatch):
 
     assert "did you mean 'geneval'" in run("genevel", "--port", "0")
     assert "unknown setting 'gian'" in run("served_rewards:Brightness", "--port", "0", "--set", "gian=2")
+    for key in ("skip_others", "optional"):
+        refused = run("geneval", "--port", "0", "--set", f"{key}=true")
+        assert refused.endswith(f"reward geneval: {key}: expected in the recipe that asks the server")
     assert "expected a token" in run("geneval", "--host", "0.0.0.0", "--port", "0")
     assert "expected NOTHING in the environment" in run("geneval", "--token-env", "NOTHING")
     assert "expected KEY=VALUE" in run("geneval", "--port", "0", "--set", "gain")

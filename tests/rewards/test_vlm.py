@@ -121,7 +121,16 @@ def test_the_score_is_the_probability_of_yes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "said, expected", [("7", 0.7), ("Score: 8.5/10", 0.85), ("**0**", 0.0), ("10", 1.0), ("I say 3.", 0.3)]
+    "said, expected",
+    [
+        ("7", 0.7),
+        ("Score: 8.5/10", 0.85),
+        ("**0**", 0.0),
+        ("10", 1.0),
+        ("I say 3.", 0.3),
+        (".8", 0.08),
+        ("Well...8", 0.8),
+    ],
 )
 def test_the_score_is_a_number_of_the_answer(said, expected):
     with Speaks(says(said)).running() as url:

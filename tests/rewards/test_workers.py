@@ -19,7 +19,8 @@ from PIL import Image
 
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards, load
-from crd_fast.rewards.workers import SHARED, RewardFailed, Workers
+from crd_fast.rewards.failures import RewardFailed
+from crd_fast.rewards.workers import SHARED, Workers
 from tests.cli.conftest import SMALL, metrics
 from tests.forked import crd_fast
 
@@ -128,6 +129,26 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     assert scored(found, pictures(1), ["fine"])  # there are new ones
 
 
+@pytest.mark.parametrize("how", ["alone", "forked"])
+def test_a_worker_that_ends_by_itself_leaves_nothing_behind(rewards, folder, how):
+    """And is known to have ended, though a process that it has forked holds its pipes."""
+    found = rewards("leaves", workers=1, timeout=PATIENCE)
+    with pytest.raises(RewardFailed, match="its worker ended with exit code 7, twice"):
+        scored(found, pictures(1), [how])
+    children = [int(file.name[4:]) for file in folder.glob("pid-*")]
+    assert len(children) == 2
+    wait_until(lambda: all(map(gone, children)))
+
+
+def test_nor_does_one_that_ends_while_nobody_waits_for_it(rewards, folder):
+    found = rewards("leaves", workers=1)
+    (worker,) = scored(found, pictures(1), ["idle"])
+    wait_until(lambda: gone(int(worker)))
+    found.close()
+    (child,) = [int(file.name[4:]) for file in folder.glob("pid-*")]
+    wait_until(lambda: gone(child))
+
+
 @pytest.mark.parametrize(
     "name, prompt, words",
     [
@@ -175,6 +196,21 @@ def test_check_and_report_are_the_workers(rewards, folder):
     assert report["judge/meta"] and report["judge/images"] == 4
     assert report["judge/process"] != os.getpid()
     assert not hasattr(load("workers_mine:mean", {"workers": 1})[0], "check")
+
+
+def test_what_a_reward_returns_may_be_nothing_that_can_be_sent(rewards):
+    found = rewards("Unsendable", workers=1)
+    metadata = [{"prompt": "a"}]
+    found.check(metadata)
+    values = found.score(pictures(1), metadata)
+    with pytest.raises(UserError) as error:
+        found.report(pictures(1), metadata, values)
+    words = "reward workers_mine:Unsendable: workers: expected what can be sent to another process, got "
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reward_in_a_worker_may_have_processes_of_its_own(rewards):
+    assert scored(rewards("pool", workers=1), pictures(2), ["a"]) == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
