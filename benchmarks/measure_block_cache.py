@@ -73,11 +73,13 @@ class Cached:
             return False
         return bool((residual - self.head).abs().mean() < self.threshold * self.head.abs().mean())
 
-    def close(self) -> float:
-        """The share of blocks that were run."""
+    def share(self) -> float:
+        """Of the blocks, so far, that were run."""
+        return self.run / (self.steps * len(self.blocks))
+
+    def close(self) -> None:
         for block in self.blocks:
             del block.forward
-        return self.run / (self.steps * len(self.blocks))
 
 
 def main() -> None:
@@ -95,6 +97,7 @@ def main() -> None:
         for threshold in THRESHOLDS:
             evaluation.model = cached = Cached(model, threshold)
             found = evaluation.run_with(sampling)
+            blocks_run = cached.share()  # of these pictures, not of those below
             few = [
                 generate(
                     cached,
@@ -105,12 +108,13 @@ def main() -> None:
                 )
                 for size in (32, 5)
             ]
+            cached.close()
             line = {
                 "solver": solver,
                 "steps": steps,
                 "threshold": threshold,
                 "overall": found.metrics["eval/overall"],
-                "blocks_run": cached.close(),
+                "blocks_run": blocks_run,
                 "micro_batch_deviation": float((few[0] - few[1]).abs().max()),
             }
             print(json.dumps(line), flush=True)

@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint's folder")
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    names = [Path(name).name for name in arguments.checkpoints]
+    if len(set(names)) < len(names):
+        parser.error(f"expected checkpoints of different names, got {names}")
     result = {
         "cpu": cpu_name(),
         "commit": git_commit(),

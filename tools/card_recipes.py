@@ -131,7 +131,9 @@ def recipe_name(name: str, size: str) -> str:
 
 def yaml_text(name: str, size: str, plan: dict) -> str:
     recipe = build_recipe(published(name, size).model_dump(), plan["overrides"])
-    where = f"on a card of {size} GB, for a day" if size != PAPER else "in the published shape"
+    hours = plan["hours"]["estimate"]
+    long = "a day" if hours <= HOURS else f"about {hours:.0f} hours"
+    where = f"on a card of {size} GB, for {long}" if size != PAPER else "in the published shape"
     lines = [f"# {MODELS[name][0]} {where}. The plan is in docs/cards.md."]
     for section, values in recipe.model_dump(exclude_defaults=True).items():
         text = dump_yaml(values, default_flow_style=True, width=1000).strip()

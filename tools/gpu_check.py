@@ -132,12 +132,17 @@ def check(planned, out):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu", help="folder of the page")
+    own = (
+        ROOT / "outputs" / time.strftime("gpu-%Y%m%d-%H%M%S")
+    )  # figures of another run are not taken for its
+    parser.add_argument("--out", type=Path, default=own, help="folder of the page, a new one")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_check: expected a CUDA or ROCm device, found none", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    if any(options.out.glob("*.jsonl")) or (options.out / "run").exists():
+        print(f"gpu_check: --out {options.out}: has a run already, expected a new folder", file=sys.stderr)
+        return 2
     return check(steps(options.out.resolve()), options.out)
 
 

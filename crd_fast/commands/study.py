@@ -58,8 +58,11 @@ def study(
         )
 
     finished = results or run_study(loaded, output, wanted, say)
-    for file in write_results(loaded, output, say):
+    written = write_results(loaded, output, say)
+    for file in written:
         say(f"written: {file}")
+    if results and not written:
+        say(f"no run in {output} is whole: nothing is written")
     if not finished:
         say("stopped; give the same command again to go on")
         raise typer.Exit(130)

@@ -58,7 +58,8 @@ def access(model: str) -> Check:
     if path in WORLDS:
         return Check("model", "ok", f"{path}: ships with this package")
     if "/" not in path:
-        return Check("model", "missing", f"{path}: no hub id, ORG/NAME, and no short name{_nearest(path)}")
+        found = f"{path}: no hub id, ORG/NAME, and no short name{_nearest(path)}"
+        return Check("model", "missing", found, "name another model: crd-fast recipes lists those known here")
     hub, reason = attempt("huggingface_hub")
     errors, _ = attempt("huggingface_hub.errors")
     if hub is None or errors is None:

@@ -238,7 +238,7 @@ def reward_seconds(name: str, value: Any) -> float:
     if settings.get("side", side) != side:  # the detector's time was measured at its default
         return 0.0
     workers = settings.get("workers", 1)
-    seconds = SLOW_REWARDS.get((name, settings.get("mode", mode)), 0.0)
+    seconds = SLOW_REWARDS.get((name, str(settings.get("mode", mode))), 0.0)
     return seconds / workers if isinstance(workers, int) else seconds
 
 

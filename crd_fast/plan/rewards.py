@@ -89,7 +89,9 @@ def reward_bytes(rewards: Mapping[str, Any]) -> RewardBytes:
         workers = settings.get("workers", 1)
         copies = workers if isinstance(workers, int) else max(1, cores() - 1)
         weights += copies * FLOAT32 * network.parameters
-        workspace += copies * network.workspace * settings.get("batch", BATCHES.get(name, BATCH))
+        batch = settings.get("batch")
+        pictures = batch if isinstance(batch, int) else BATCHES.get(name, BATCH)
+        workspace += copies * network.workspace * pictures
     return RewardBytes(weights, workspace)
 
 

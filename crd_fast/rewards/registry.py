@@ -344,6 +344,17 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
             raise UserError(f"reward {name}: {error}") from error
 
 
+def check_named(rewards: Mapping[str, Any]) -> None:
+    """Raises UserError for an unknown name, or a value that a setting of the engine cannot have. Nothing is
+    loaded: one's own rewards and servers are not asked."""
+    for name, value in rewards.items():
+        if ":" not in name:
+            _path(name)
+        settings = value if isinstance(value, Mapping) else {}
+        for key in settings.keys() & set(TAKEN):
+            engine_setting(name, key, settings[key])
+
+
 def _path(name: str) -> str:
     if name in REWARDS:
         return REWARDS[name]

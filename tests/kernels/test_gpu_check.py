@@ -30,6 +30,14 @@ def test_page_and_status(tmp_path):
     assert "- commit: " in text and "- torch: " in text
 
 
+def test_figures_of_another_run_are_not_taken_for_its(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "headline.jsonl").write_text("{}")
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert "has a run already, expected a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["headline.jsonl"]
+
+
 def test_a_step_is_stopped_at_its_limit(tmp_path):
     slow = script("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=2)
     assert gpu_check.check([slow], tmp_path) == 1

@@ -3,9 +3,9 @@
 import pytest
 from transformers import CLIPConfig
 
-from crd_fast.plan.cost import cost
+from crd_fast.plan.cost import cost, reward_seconds
 from crd_fast.plan.planner import Planner
-from crd_fast.plan.rewards import NETWORKS, clip_network
+from crd_fast.plan.rewards import NETWORKS, clip_network, reward_bytes
 from crd_fast.train.features import AT_ONCE
 from tools.reward_sizes import CLIPS, MODELS, measure
 
@@ -68,6 +68,26 @@ def test_the_network_of_the_features_is_there_at_evaluations(recipe, tmp_path):
 
 def test_of_a_model_that_is_not_here_the_largest_is_expected():
     assert clip_network("nobody/nothing") == NETWORKS["pickscore"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("rewards={pickscor: 1.0}", "unknown reward 'pickscor', did you mean 'pickscore'"),
+        ("rewards.ocr.workers=0", "reward ocr: workers: expected auto or a whole number >= 1, got 0"),
+        ("eval_rewards.pickscore.workers=-3", "reward pickscore: workers: expected auto"),
+        ("rewards.ocr.timeout=never", "reward ocr: timeout: expected a number of seconds"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(inside, change, said):
+    code, _, err = inside("plan", "builtin-ocr", "--gpu", "rtx-4090", "--set", change)
+    assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_settings_that_only_a_reward_can_judge_stop_no_plan(recipe):
+    odd = recipe("builtin", "rewards={pickscore: {batch: x}, ocr: {mode: [1]}}")
+    assert reward_bytes(odd.rewards) == reward_bytes({"pickscore": 1.0})
+    assert reward_seconds("ocr", odd.rewards["ocr"]) == 0
 
 
 def test_each_worker_has_a_copy(recipe):

@@ -140,6 +140,13 @@ def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
     assert "| whole | 1 |" in (output / "table.md").read_text()
 
 
+def test_results_of_nothing_are_said_to_be_none(study, inside, tmp_path):
+    code, text, _ = inside("study", study, "--output", tmp_path / "out", "--results")
+    assert code == 0 and f"no run in {tmp_path / 'out'} is whole: nothing is written" in " ".join(
+        text.split()
+    )
+
+
 def test_runs_are_kept_where_the_study_looks_on_otherwise(study, inside, tmp_path):
     """As a run that was made before the judges and evaluations that the study has now."""
     output = tmp_path / "out"
