@@ -59,6 +59,10 @@ class Cost:
     pixels: int  # of the largest picture
     prompts_per_iteration: int
     waiting_bytes: int  # of networks that wait on the host for evaluations
+    # forwards, each of a micro-batch: of an iteration's rollout, an evaluation, and the base with guidance
+    rollout_forwards: int
+    evaluation_forwards: int
+    guided_base_forwards: int
 
     # -- time ---------------------------------------------------------------------------------------------
 
@@ -70,21 +74,31 @@ class Cost:
         """The table's throughput is bfloat16's; in float32 only the bound holds."""
         return self.card is not None and self.precision == "bf16"
 
-    def _iteration(self, efficiency: float) -> float:
-        """Pictures are scored while the next are generated, so that the slower of the two counts."""
+    def _iteration(self, efficiency: float, rewards: bool = True) -> float:
+        """Pictures are scored while the next are generated, so that the slower of the two counts; blocks are
+        fetched while others compute."""
         flops = self.plan.flops
         generating = self.seconds(flops["rollout"] + flops["decode"], efficiency) or 0.0
         updating = self.seconds(flops["update"], efficiency) or 0.0
-        link = self.plan.streamed_bytes / (self.card.link * 1e9) if self.card else 0.0
-        return max(max(generating, self.reward_seconds * self.pictures) + updating, link)
+        rollout_bytes = self.rollout_forwards * self.plan.forward_bytes
+        generating = max(generating, self._fetching(rollout_bytes))
+        updating = max(updating, self._fetching(self.plan.streamed_bytes - rollout_bytes))
+        return max(generating, self.reward_seconds * self.pictures * rewards) + updating
+
+    def _fetching(self, bytes_: float) -> float:
+        """Seconds on the link to the host."""
+        return bytes_ / (self.card.link * 1e9) if self.card else 0.0
+
+    def _of_forwards(self, flops: float, forwards: int, efficiency: float = 1.0) -> float:
+        """Seconds of pictures that are made, by computing or by fetching blocks."""
+        return max(self.seconds(flops, efficiency) or 0.0, self._fetching(forwards * self.plan.forward_bytes))
 
     @property
     def bound(self) -> float | None:
         """Seconds of an iteration that no program can beat; rewards are not in it."""
         if self.card is None:
             return None
-        computing = sum(self.plan.flops.values()) / (self.card.tflops * 1e12)
-        return max(computing, self.plan.streamed_bytes / (self.card.link * 1e9))
+        return self._iteration(1.0, rewards=False)
 
     @property
     def iteration(self) -> float | None:
@@ -96,15 +110,14 @@ class Cost:
         """Seconds of an evaluation by the estimate. Its pictures are scored after all are there."""
         if not self.has_estimate:
             return None
-        return (self.seconds(self.evaluation_flops, self.efficiency) or 0.0) + (
-            (self.reward_seconds + self.judge_seconds) * self.evaluated
-        )
+        making = self._of_forwards(self.evaluation_flops, self.evaluation_forwards, self.efficiency)
+        return making + (self.reward_seconds + self.judge_seconds) * self.evaluated
 
     def _hours(self, iterations: int, evaluations: int) -> float | None:
         if self.iteration is None or self.evaluation is None:
             return None
         seconds = iterations * self.iteration + evaluations * self.evaluation
-        seconds += self.seconds(self.guided_base_flops, self.efficiency) or 0.0
+        seconds += self._of_forwards(self.guided_base_flops, self.guided_base_forwards, self.efficiency)
         seconds += (self.reward_seconds + self.judge_seconds) * self.guided_base_scored
         return seconds / 3600
 
@@ -128,7 +141,8 @@ class Cost:
         """Of the run."""
         if self.bound is None:
             return None
-        evaluating = self.seconds(self.evaluations * self.evaluation_flops + self.guided_base_flops) or 0.0
+        evaluating = self.evaluations * self._of_forwards(self.evaluation_flops, self.evaluation_forwards)
+        evaluating += self._of_forwards(self.guided_base_flops, self.guided_base_forwards)
         return (self.iterations * self.bound + evaluating) / 3600
 
     @property
@@ -192,6 +206,9 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
     guided = row_flops["sampler"] * 2 * recipe.evaluate.steps + row_flops["decode"]
     features = recipe.evaluate.features is not None and every > 0
     guided_scales = {recipe.guided_base, recipe.evaluate.drift if features else None} - {None}
+    pictures = recipe.rollout.prompts_per_iteration * recipe.rollout.samples_per_prompt
+    # as many rows in each as in the rollout's
+    batch = plan.rollout_micro_batch * (2 if recipe.rollout.guidance_scale > 1 else 1)
     return Cost(
         plan,
         card,
@@ -199,7 +216,7 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         recipe.train.precision,
         iterations,
         first,
-        recipe.rollout.prompts_per_iteration * recipe.rollout.samples_per_prompt,
+        pictures,
         evaluations=evaluations(every, iterations, iterations),
         evaluated=evaluated,
         evaluation_flops=evaluated * flops,
@@ -217,6 +234,9 @@ def cost(recipe: Recipe, plan: Plan, card: Card | None = None, efficiency: float
         pixels=max(map(pixels, recipe.rollout.sizes)),
         prompts_per_iteration=recipe.rollout.prompts_per_iteration,
         waiting_bytes=waiting_bytes(recipe),
+        rollout_forwards=math.ceil(pictures / plan.rollout_micro_batch) * recipe.rollout.steps,
+        evaluation_forwards=math.ceil(evaluated / batch * forwards),
+        guided_base_forwards=math.ceil(evaluated / batch * 2 * recipe.evaluate.steps) * len(guided_scales),
     )
 
 

@@ -83,7 +83,8 @@ class Plan:
     rows: dict[str, float] = field(default_factory=dict)  # of one iteration
     row_flops: dict[str, float] = field(default_factory=dict)  # of several sizes of pictures, the mean
     evaluation_row_flops: dict[str, float] = field(default_factory=dict)  # where it has another size
-    streamed_bytes: float = 0.0  # that one iteration fetches from the host
+    streamed_bytes: float = 0.0  # that one iteration fetches from the host, and that a forward does
+    forward_bytes: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of what is stored: see `Planner.sizes`
     kept_graphs: str = "none"
 
@@ -253,6 +254,7 @@ class Planner:
         result.forwards["rollout"] = rows
         result.rows |= {"sampler": rows * samples * rollout.steps, "decode": samples}
         result.row_flops |= account.row_flops
+        result.forward_bytes = self.streamed
         result.streamed_bytes += self.streamed * math.ceil(samples / count) * rollout.steps
         del others
 

@@ -163,8 +163,19 @@ def test_a_slow_reward_is_waited_for_only_beyond_the_rollout(recipe):
 
 def test_streamed_blocks_come_over_the_link(recipe):
     card = BY_NAME["rtx-4060"]
-    plan = a_plan(streamed_bytes=1e15)
-    assert run_cost(recipe, plan, card.name).bound == pytest.approx(1e15 / (8 * 1.969e9))
+    link, rollout = card.link * 1e9, 12e15 / (card.tflops * 1e12)
+    assert link == pytest.approx(8 * 1.969e9)
+    of_update = run_cost(recipe, a_plan(streamed_bytes=1e15), card.name)
+    assert of_update.bound == pytest.approx(rollout + 1e15 / link)
+    # 100 pictures one by one in 3 steps, and of an evaluation 40 in 10
+    plan = a_plan(streamed_bytes=301 * 1e12, forward_bytes=1_000_000_000_000)
+    slow, fast = run_cost(recipe, plan, card.name), run_cost(recipe, None, card.name)
+    assert slow.bound == pytest.approx(300 * 1e12 / link + 40e15 / (card.tflops * 1e12))
+    assert slow.evaluation == pytest.approx(400 * 1e12 / link) and slow.evaluation > fast.evaluation
+    assert slow.hours == pytest.approx(
+        (30 * slow.iteration + slow.evaluations * slow.evaluation) / 3600
+        + (slow.guided_base_forwards * 1e12 / link) / 3600
+    )
     assert (
         run_cost(recipe, a_plan(streamed_bytes=1e9), card.name).bound
         == run_cost(recipe, None, card.name).bound
