@@ -151,7 +151,7 @@ def test_damaged_files_are_said_and_survived(tmp_path, no_charts):
 
 
 def test_prompts_are_text_and_large_tiles_are_shrunk(tmp_path, no_charts):
-    folder = fake_run(tmp_path, [])
+    folder = fake_run(tmp_path, metrics(0))
     write_samples(folder, (0,), ["<script>red & 'blue'</script>"], size=600)
     page = Page(write_report(folder))
     assert page.images[0]["alt"].endswith("<script>red & 'blue'</script>")
