@@ -31,7 +31,7 @@ from crd_fast.sections import Section
 from crd_fast.seeds import SIZES, generator
 from crd_fast.sizes import Resolution
 from crd_fast.worlds import WORLDS
-from crd_fast.yaml_files import dump_yaml, parse_yaml, read_yaml
+from crd_fast.yaml_files import dump_yaml, is_yaml, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
@@ -200,8 +200,8 @@ class Recipe(Section):
         """Indices of the rollout's steps that are trained: those in the first `timestep_range` of the
         denoising, or of these the noisier half.
         """
-        last = self.train.timestep_range * self.rollout.steps
-        steps = [i for i in range(self.rollout.steps) if i < round(last, 9)]  # 0.28 * 25 is 7.000000000000001
+        last = round(self.train.timestep_range * self.rollout.steps, 9)  # 0.28 * 25 is 7.000000000000001
+        steps = [i for i in range(self.rollout.steps) if i < last]
         return steps[: (len(steps) + 1) // 2] if self.train.timestep_sampling == "high-noise" else steps
 
     def to_yaml(self) -> str:
@@ -280,7 +280,7 @@ def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path}: extends: expected a recipe's file or name, got {base!r}")
     chain = (*above, path.resolve())
     beside = path.parent / Path(base).expanduser()
-    extended = beside if beside.is_file() or _is_yaml(beside) else base
+    extended = beside if beside.is_file() or is_yaml(beside) else base
     if _file_of(extended).resolve() in chain:
         raise UserError(f"{path}: extends: {base} leads back to this file")
     return merged(_read(extended, chain), values)
@@ -298,16 +298,12 @@ def merged(base: dict, values: dict) -> dict:
 def _file_of(source: str | Path) -> Path:
     path = Path(source).expanduser()
     # names have dots too: flux.1-dev-12gb; and folders may be called like recipes
-    if not _is_yaml(path) and (path.is_dir() or not path.exists()):
+    if not is_yaml(path) and (path.is_dir() or not path.exists()):
         path = RECIPES / f"{source}.yaml"
         if not path.exists():
             near = _nearest(str(source), recipe_names())
             raise UserError(f"recipe: no file or recipe called {str(source)!r}{near}")
     return path
-
-
-def _is_yaml(path: Path) -> bool:
-    return path.suffix in (".yaml", ".yml")
 
 
 def _apply(values: dict, override: str) -> None:

@@ -11,6 +11,8 @@ import yaml
 
 from crd_fast.errors import UserError, unreadable
 
+SUFFIXES = (".yaml", ".yml")
+
 
 class Loader(yaml.SafeLoader):
     """Safe YAML that also takes 3e-4 for a number, as people write it.
@@ -91,12 +93,17 @@ def _line(error: yaml.YAMLError, text: str) -> str:
     return f" line {mark.line + 1}:" if mark and "\n" in text.strip() else ""
 
 
+def is_yaml(path: Path) -> bool:
+    """By its name."""
+    return path.suffix in SUFFIXES
+
+
 def read_yaml(path: Path) -> dict:
     """A YAML file that holds a mapping, without a schema's checks."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
-        raise UserError(unreadable(path, error, (".yaml", ".yml"))) from None
+        raise UserError(unreadable(path, error, SUFFIXES)) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected UTF-8 text") from None
     if values is None:

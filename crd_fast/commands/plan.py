@@ -62,13 +62,13 @@ def plan(
     with quick_imports():
         from crd_fast.config import build_recipe, load_recipe
         from crd_fast.plan.gpus import parse_gpu
+        from crd_fast.rewards.registry import check_named
 
     if json_ is not None:
         check_new(json_, "--json")
     loaded = load_recipe(recipe or "builtin", set_ or [])
-    with quick_imports():
-        from crd_fast.rewards.registry import check_named
-    check_named({**loaded.rewards, **loaded.eval_rewards})
+    for named in (loaded.rewards, loaded.eval_rewards):
+        check_named(named)
     memory, card = parse_gpu(gpu) if gpu is not None else (None, None)
     if efficiency is not None and card is None:
         raise UserError("--efficiency: goes with the name of a card, like --gpu rtx-4090")

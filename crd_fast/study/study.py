@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crd_fast.config import Recipe, load_recipe, read_yaml
+from crd_fast.config import Recipe, load_recipe
 from crd_fast.errors import UserError, did_you_mean
+from crd_fast.yaml_files import is_yaml, read_yaml
 
 STUDIES = Path(__file__).parent / "studies"
 Overrides = dict[str, Any]  # section.key: value
@@ -83,7 +84,7 @@ def study_names() -> list[str]:
 def load_study(source: str) -> Study:
     """From a file, or by the name of one that ships. Raises UserError, one line."""
     path = Path(source)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
+    if not is_yaml(path) and not path.exists():
         path = STUDIES / f"{source}.yaml"
         if not path.exists():
             near = did_you_mean(source, study_names()) or f"; known: {', '.join(study_names())}"

@@ -38,6 +38,7 @@ from crd_fast.weights.lora import LoraWeights
 from crd_fast.weights.lora_file import lora_file
 from crd_fast.weights.make import make_weights
 from crd_fast.worlds import WORLDS
+from crd_fast.yaml_files import is_yaml
 
 logger = logging.getLogger("crd_fast")
 
@@ -68,7 +69,7 @@ class Source:
             if lora is not None:
                 raise UserError(f"--lora {lora}: goes with a model, but {source} has trained weights")
             return cls._trained(path, base)
-        if source in WORLDS or source in recipe_names() or path.suffix in (".yaml", ".yml"):
+        if source in WORLDS or source in recipe_names() or is_yaml(path):
             recipe = load_recipe(source, ["model.sharding=none"])
             file = lora or recipe.model.init_lora
             return cls(recipe, lora=None if file is None else Path(file))

@@ -84,6 +84,12 @@ def test_what_training_refuses_is_not_planned(inside, change, said):
     assert code == 2 and said in err and "Traceback" not in err
 
 
+def test_a_judge_of_the_same_name_hides_no_mistake(inside):
+    both = ("--set", "rewards={ocr: {workers: 0}}", "--set", "eval_rewards={ocr: 1.0}")
+    code, _, err = inside("plan", "builtin-ocr", *both)
+    assert code == 2 and "reward ocr: workers: expected auto" in err
+
+
 def test_settings_that_only_a_reward_can_judge_stop_no_plan(recipe):
     odd = recipe("builtin", "rewards={pickscore: {batch: x}, ocr: {mode: [1]}}")
     assert reward_bytes(odd.rewards) == reward_bytes({"pickscore": 1.0})
