@@ -5,6 +5,7 @@ The fakes say that they are on the CPU. What a GPU would have beside them is not
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,15 +52,21 @@ class Unknown(TorchDispatchMode):
 def fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Within this context every new tensor is a fake one, and modules are moved by replacing parameters.
 
-    Nothing is initialized: there are no values, and to draw them takes as long as all the rest.
+    Nothing is initialized: there are no values, and to draw them takes as long as all the rest. Nor are
+    adapters moved to where they are already; their dtype is set after that.
     """
     unchanged: dict[str, Any] = dict.fromkeys(INITIALIZERS, _unchanged)
-    with mock.patch.object(nn.Module, "_apply", _replace), mock.patch.multiple(nn.init, **unchanged), mode:
+    with (
+        mock.patch.object(nn.Module, "_apply", _replace),
+        mock.patch.multiple(nn.init, **unchanged),
+        mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _unchanged),
+        mode,
+    ):
         yield
 
 
-def _unchanged(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return tensor
+def _unchanged(it: Any, *args: object, **kwargs: object) -> Any:
+    return it
 
 
 def _replace(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
@@ -179,15 +187,30 @@ def _quantize(
         return
     import bitsandbytes as bnb
 
+    of_shape: dict[torch.Size, tuple[torch.Tensor, Any]] = {}  # bitsandbytes' Python takes long on fakes
     for name in quantize.quantized_layers(network, keep):
         path, _, child = name.rpartition(".")
         parent = network.get_submodule(path)
         layer = getattr(parent, child)
         new = quantize.empty_nf4(layer, dtype)
-        codes, state = bnb.functional.quantize_4bit(
-            layer.weight.data, compress_statistics=True, quant_type="nf4"
-        )
-        weight: Any = nn.Parameter(codes, requires_grad=False)
-        weight.quant_state = state
+        shape = layer.weight.shape
+        if shape not in of_shape:
+            of_shape[shape] = bnb.functional.quantize_4bit(
+                layer.weight.data, compress_statistics=True, quant_type="nf4"
+            )
+        codes, state = of_shape[shape]
+        weight: Any = nn.Parameter(torch.empty_like(codes), requires_grad=False)
+        weight.quant_state = _another(state)
         new.weight, new.bias = weight, layer.bias
         setattr(parent, child, new)
+
+
+def _another(state: Any) -> Any:
+    """A quant_state like this one, in tensors of its own."""
+    new = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(new, name, torch.empty_like(value))
+    if state.state2 is not None:
+        new.state2 = _another(state.state2)
+    return new
