@@ -279,11 +279,16 @@ def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict:
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected a recipe's file or name, got {base!r}")
     chain = (*above, path.resolve())
-    beside = path.parent / Path(base).expanduser()
-    extended = beside if beside.is_file() or is_yaml(beside) else base
+    extended = from_folder(path.parent, base)
     if _file_of(extended).resolve() in chain:
         raise UserError(f"{path}: extends: {base} leads back to this file")
     return merged(_read(extended, chain), values)
+
+
+def from_folder(folder: Path, source: str) -> str | Path:
+    """What a file in `folder` means by `source`: a file, by its path from there on, or a recipe's name."""
+    path = folder / Path(source).expanduser()
+    return path if path.is_file() or is_yaml(path) else source
 
 
 def merged(base: dict, values: dict) -> dict:

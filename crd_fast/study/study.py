@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crd_fast.config import Recipe, load_recipe
+from crd_fast.config import Recipe, from_folder, load_recipe
 from crd_fast.errors import UserError, did_you_mean
 from crd_fast.yaml_files import is_yaml, read_yaml
 
@@ -25,7 +25,7 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: str
+    recipe: str  # a name, or a path from the study's folder on
     measure: str  # the held-out metric, without eval/
     judges: list[str] = []  # other held-out metrics of the table, without eval/
     watched: list[str] = []  # metrics of training in the table, of the last iteration
@@ -97,6 +97,11 @@ def load_study(source: str) -> Study:
         if mistake["type"] == "value_error":  # our own, which says what it got
             raise UserError(f"{path}: {mistake['ctx']['error']}") from None
         raise UserError(f"{path}: {where}: {mistake['msg']}, got {mistake['input']!r}") from None
+    tasks = {
+        name: task.model_copy(update={"recipe": str(from_folder(path.parent, task.recipe))})
+        for name, task in study.tasks.items()
+    }
+    study = study.model_copy(update={"tasks": tasks})
     for cell in cells(study):  # every arm's settings are checked before the first one runs
         if cell.seed != study.seeds[0]:
             break

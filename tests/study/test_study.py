@@ -312,6 +312,18 @@ def test_mistakes_are_one_line(study, inside, tmp_path):
             load_study(str(study))
 
 
+def test_a_tasks_recipe_is_looked_for_beside_the_study(tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": "builtin", "train": {"iterations": 7}}))
+    task = {"recipe": "mine.yaml", "measure": "overall"}
+    values = STUDY | {"tasks": {"shapes": task, "shipped": task | {"recipe": "builtin"}}, "overrides": {}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values))
+    mine, shipped = (
+        next(cell for cell in cells(load_study(file)) if cell.task == name) for name in values["tasks"]
+    )
+    assert mine.recipe.train.iterations == 7 != shipped.recipe.train.iterations
+
+
 def test_settings_of_a_task_come_after_the_studys_and_those_of_an_arm_last():
     task = STUDY["tasks"]["shapes"] | {"overrides": {"train.iterations": 3, "eval_rewards.diversity": {}}}
     judged = {"eval_rewards": {"colorfulness": {}}, "train.iterations": 2}
