@@ -36,6 +36,7 @@ INITIALIZERS = (
     "zeros_",
     "ones_",
 )
+NEW_PARAMETER = nn.Parameter.__new__
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 
@@ -59,6 +60,7 @@ def fakes(mode: FakeTensorMode) -> Iterator[None]:
     with (
         mock.patch.object(nn.Module, "_apply", _replace),
         mock.patch.multiple(nn.init, **unchanged),
+        mock.patch.object(nn.Parameter, "__new__", _parameter),
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _unchanged),
         mode,
     ):
@@ -67,6 +69,14 @@ def fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 def _unchanged(it: Any, *args: object, **kwargs: object) -> Any:
     return it
+
+
+def _parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+    """As nn.Parameter, which detaches a fake tensor first. That takes a third of building a network."""
+    if not isinstance(data, FakeTensor) or data.requires_grad:
+        return NEW_PARAMETER(cls, data, requires_grad)
+    data.requires_grad_(requires_grad)._is_param = True  # type: ignore[attr-defined]
+    return data
 
 
 def _replace(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
