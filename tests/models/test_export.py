@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -372,6 +373,14 @@ def test_any_set_of_a_checkpoint(inside, run_of, tiny, tmp_path, method):
     torch.testing.assert_close(fused, pictures["ema"], rtol=1e-4, atol=1e-4)
     code, _, errors = inside("export", run, "--to", "hub", "--out", tmp_path / "hub", "--weights", "ema")
     assert code == 2 and "expected policy for the hub" in errors
+
+
+def test_another_set_is_written_beside_what_is_exported(inside, run_of, tmp_path, monkeypatch):
+    """The system's folder for temporary files may have no room for a whole network."""
+    run = run_of("sd3", "evaluate.every=0", "train.iterations=1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    exported(inside, run, "diffusers", tmp_path / "lora", "--weights", "old")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 def test_a_set_that_is_not_there(inside, run_of, tmp_path):
