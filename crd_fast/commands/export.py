@@ -66,7 +66,11 @@ def export(
         raise UserError(f"--out {out}: --to {to} writes a folder, expected a name without .safetensors")
     if base_model is not None and to != "hub":
         raise UserError(f"--base-model: is for the model card of --to hub, got --to {to}")
-    with made_beside(out, "--out") as partial, TemporaryDirectory() as aside, console.status("exporting"):
+    with (
+        made_beside(out, "--out") as partial,
+        TemporaryDirectory(dir=partial.parent) as aside,  # whole sets of weights, for which /tmp may be small
+        console.status("exporting"),
+    ):
         from crd_fast.train import export as exports
 
         trained = exports.Trained.of(source, checkpoint, model)

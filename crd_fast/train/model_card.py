@@ -94,6 +94,10 @@ def values(trained: Trained, run: Run | None, base_model: str | None = None) -> 
     call |= GUIDANCE.get(pipeline, lambda w, e: {})(
         recipe.evaluate.guidance_scale, recipe.model.guidance_embedding
     )
+    if recipe.model.text_length != "default":
+        call["max_sequence_length"] = recipe.model.text_length
+    if pipeline == "SanaPipeline":
+        call["use_resolution_binning"] = False  # or it draws at a size of its own and scales that
     return {
         "front": front.to_yaml(),
         "base": base_id or Path(recipe.model.path).name,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from types import SimpleNamespace
+import tempfile
 
 import numpy as np
 import pytest
@@ -15,14 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
-from crd_fast.run.report.run import Run
 from crd_fast.run.scores import read_scores, scores_path
-from crd_fast.train import model_card
 from crd_fast.train.export import Trained, write_comfyui, write_fused
 from crd_fast.train.inference import Source, evaluated
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
-from tests.models.conftest import PROMPTS, RESOLUTION, by_pipeline, by_rollout, load_pipeline
+from tests.models.conftest import (
+    ALL,
+    PROMPTS,
+    RESOLUTION,
+    SAMPLE_PROMPTS,
+    SEEDS,
+    STEPS,
+    by_pipeline,
+    by_rollout,
+    load_pipeline,
+)
 
 SETTINGS = ("evaluate.every=1", "evaluate.steps=2", "checkpoint.every=1")
 
@@ -156,37 +164,22 @@ def test_a_folder_for_the_hub(inside, run_of, tiny, tmp_path):
     assert names["image"].size == (RESOLUTION, RESOLUTION)
 
 
-def test_a_card_of_an_earlier_checkpoint_has_no_later_warning(tmp_path):
-    for name, text in {
-        "config.yaml": "{}",
-        "metrics.jsonl": '{"iteration": 10}\n{"iteration": 20}\n',
-        "warnings.txt": "iteration 10: early\niteration 20: late\nfrom the start\n",
-    }.items():
-        (tmp_path / name).write_text(text)
-    run = model_card.run_until(SimpleNamespace(run=tmp_path, iteration=10))
-    assert run.warned == ["iteration 10: early", "from the start"] and len(run.metrics) == 1
-
-
-def test_pictures_on_a_card_are_of_evaluations_alike(tmp_path):
-    """A run that was gone on with other prompts to be evaluated by: what was before is not to be compared."""
-    (tmp_path / "samples").mkdir()
-    rows = [{"iteration": i, "eval/overall": 0.5, "evaluated_alike_since": 10 * (i > 0)} for i in (0, 10, 20)]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "config.yaml").write_text("{}")
-    for i in (0, 10, 20):
-        (tmp_path / "samples" / f"{i:06d}.png").write_text(str(i))
-    trained = SimpleNamespace(run=tmp_path, iteration=20)
-    run = model_card.run_until(trained)
-    assert model_card.copy_grids(run, 20, tmp_path) == [("before.png", 10), ("after.png", 20)]
-
-
-def test_the_roles_on_a_card(tmp_path):
-    """Names may have slashes, as addresses and files have, and a reward of weight 0 is not trained on."""
-    names = ["reward/http://127.0.0.1:8701", "reward/ink", "judge//home/me/my.py:f", "reward_mean", "clean"]
-    run = Run(tmp_path, config={"rewards": {"http://127.0.0.1:8701": {"weight": 1.0}, "ink": 0.0}})
-    run.metrics = [{"iteration": i, **{f"eval/{name}": 0.1 * i for name in names}} for i in (0, 10)]
-    roles = {row["name"]: row["role"] for row in model_card.rows(run)}
-    assert list(roles.values()) == ["trained on", "trained on", "weight 0", "judge", "reported"]
+@pytest.mark.parametrize("family", ALL)
+def test_the_code_on_a_card_draws_what_was_evaluated(inside, run_of, tiny, tmp_path, family):
+    """Prompts are cut where the run cuts them, the size and the steps are the run's."""
+    length = 125 if family == "qwen-image" else 24  # fewer tokens than the prompt has, behind a template
+    settings = (f"evaluate.steps={STEPS}", f"model.text_length={length}", "train.iterations=1")
+    run = run_of(family, *settings)
+    pictures, _ = by_rollout(Source.of(str(run)).load(PROMPTS))
+    exported(inside, run, "hub", tmp_path / "my-lora", "--base-model", "org/base")
+    code = python_of((tmp_path / "my-lora" / "README.md").read_text(encoding="utf-8"))
+    code = code.replace("org/base", str(tiny(family))).replace("YOUR-NAME/my-lora", str(tmp_path / "my-lora"))
+    code = code.replace('pipe.to("cuda")\n', "").replace("torch.bfloat16", "torch.float32")
+    names = {"prompt": PROMPTS[SAMPLE_PROMPTS[2]], "seed": SEEDS[2]}
+    drawn = 'prompt, generator=torch.Generator().manual_seed(seed), output_type="pt"'
+    exec(code.replace('"a photo of a red bicycle"', drawn), names)
+    difference = (names["image"].permute(1, 2, 0) - pictures[2]).norm() / pictures[2].norm()
+    assert difference < (0.03 if family == "sana" else 1e-4)  # its times are whole numbers
 
 
 def test_the_licence_of_the_base(inside, run_of, tiny, tmp_path):
@@ -382,15 +375,15 @@ def test_any_set_of_a_checkpoint(inside, run_of, tiny, tmp_path, method):
     assert code == 2 and "expected policy for the hub" in errors
 
 
+def test_another_set_is_written_beside_what_is_exported(inside, run_of, tmp_path, monkeypatch):
+    """The system's folder for temporary files may have no room for a whole network."""
+    run = run_of("sd3", "evaluate.every=0", "train.iterations=1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    exported(inside, run, "diffusers", tmp_path / "lora", "--weights", "old")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
 def test_a_set_that_is_not_there(inside, run_of, tmp_path):
     run = run_of("sd3", "evaluate.every=0")
     code, _, errors = inside("export", run, "--to", "diffusers", "--out", tmp_path / "a", "--weights", "ema")
     assert code == 2 and "expected one of policy, old, sampler" in errors and not (tmp_path / "a").exists()
-
-
-def test_a_model_card_says_no_folder_of_several_prompt_files():
-    prompts = {"/home/me/a/mine.txt": 3, "/home/me/b/mine.txt": 1, "geneval": 2}
-    recipe = build_recipe({"rollout": {"prompts": prompts}, "evaluate": {"prompts": "/home/me/c.txt"}})
-    said = model_card.settings(SimpleNamespace(recipe=recipe))
-    assert "/home" not in said
-    assert yaml.safe_load(said)["rollout"]["prompts"] == {"mine.txt": 4, "geneval": 2}
