@@ -159,16 +159,18 @@ def print_one(title: str, found: Evaluated, base: Scores | None) -> None:
 
     from crd_fast.run.scores import error_of, shown_difference
 
+    since = {name: shown_difference(base, found.scores, name) for name, _ in measures(found)}
+    paired = any(since.values())  # not where other pictures are asked for than the first evaluation's
     table = Table(title=f"{title}: {found.metrics['eval/images']} images")
     table.add_column("metric", overflow="fold")
-    for head in ("value", "± error", *(["since iteration 0"] if base else [])):
+    for head in ("value", "± error", *(["since iteration 0"] if paired else [])):
         table.add_column(head, justify="right", no_wrap=True)
     for name, value in measures(found):
         error = error_of(found.scores, name)
         cells = [f"{value:.3f}", "" if math.isnan(error) else f"{error:.3f}"]
-        table.add_row(name, *cells, *([shown_difference(base, found.scores, name)] if base else []))
+        table.add_row(name, *cells, *([since[name]] if paired else []))
     console.print(table)
-    say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if base else ""))
+    say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if paired else ""))
 
 
 def print_both(titles: list[str], found: list[Evaluated]) -> None:
