@@ -360,7 +360,6 @@ def _path(name: str) -> str:
         return REWARDS[name]
     if ":" not in name:
         hint = did_you_mean(name, REWARDS)
-        raise UserError(
-            f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
-        )
+        known = ", ".join([*REWARDS, "or file.py:name, module:name"])
+        raise UserError(f"rewards: unknown reward {name!r}{hint} (known: {known})")
     return name

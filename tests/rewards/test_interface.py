@@ -232,6 +232,7 @@ def test_an_address_is_the_reward_that_is_served_there():
     "name, settings, words",
     [
         ("genevil", {}, "unknown reward 'genevil', did you mean 'geneval'?"),
+        ("my_reward.py", {}, "or file.py:name, module:name)"),
         ("ocr_dens", {}, "did you mean 'ocr_dense'?"),
         ("mine:nothing", {}, "'mine:nothing' cannot be imported"),
         ("nothing:here", {}, "'nothing:here' cannot be imported"),
