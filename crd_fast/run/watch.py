@@ -19,7 +19,7 @@ import numpy as np
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
 from crd_fast.run.hacking import falls, said_of
-from crd_fast.run.metrics import TRAINED_ALIKE
+from crd_fast.run.metrics import SCORED, TRAINED_ALIKE
 from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -169,11 +169,10 @@ class Watch:
 
     def _silent_judges(self, record: dict) -> dict[str, str]:
         """What scored no picture of an evaluation, whose prompts or number of samples are not for it."""
-        start = "eval/scored/"
-        silent = [key for key, share in record.items() if key.startswith(start) and not share]
+        silent = [key for key, share in record.items() if key.startswith(SCORED) and not share]
         return {
-            key: f"iteration {record['iteration']}: {key.removeprefix(start)} scored none of the pictures of "
-            "the evaluation, which says nothing of it"
+            key: f"iteration {record['iteration']}: {key.removeprefix(SCORED)} scored none of the pictures "
+            "of the evaluation, which says nothing of it"
             for key in silent
         }
 

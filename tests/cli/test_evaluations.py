@@ -1,13 +1,17 @@
 """What a run leaves of every picture it evaluates, through the real command line."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from crd_fast.commands.evaluate import print_both
 from crd_fast.run.scores import guided_base_path, read_scores, scores_path
+from crd_fast.train.evaluate import Evaluated
 from tests.cli.conftest import metrics
 from tests.cli.report_runs import Page
 
@@ -126,3 +130,14 @@ def test_prompts_that_are_trained_on_as_well_are_known(inside, small, tmp_path, 
     found = [json.loads(line) for line in (run / "evaluations" / "000000.jsonl").read_text().splitlines()]
     assert [line["trained_on"] for line in found] == ([True, True, False] if shared else [False, False])
     assert read_scores(scores_path(run, 0)).trained_on() == (shared, len(found))
+
+
+def test_what_one_of_two_scored_in_part_is_shown_of_both(monkeypatch):
+    console = Console(width=120, file=io.StringIO())
+    monkeypatch.setattr("crd_fast.commands.evaluate.console", console)
+    nothing = np.zeros((0, 2, 2, 3), np.uint8)
+    whole, part = {"eval/images": 4, "eval/judge/vlm": 0.5}, {"eval/judge/vlm": 0.75, "eval/scored/vlm": 0.5}
+    print_both(["a", "b"], [Evaluated(metrics, nothing) for metrics in (whole, part)])
+    cells = [line.replace("│", "").split() for line in console.file.getvalue().splitlines()]
+    assert ["judge/vlm", "0.500", "0.750", "+0.250"] in cells
+    assert ["scored/vlm", "1.000", "0.500", "-0.500"] in cells
