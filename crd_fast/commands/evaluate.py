@@ -159,34 +159,35 @@ def print_one(title: str, found: Evaluated, base: Scores | None) -> None:
 
     from crd_fast.run.scores import error_of, shown_difference
 
+    since = {name: shown_difference(base, found.scores, name) for name, _ in measures(found)}
+    paired = any(since.values())  # not where other pictures are asked for than the first evaluation's
     table = Table(title=f"{title}: {found.metrics['eval/images']} images")
     table.add_column("metric", overflow="fold")
-    for head in ("value", "± error", *(["since iteration 0"] if base else [])):
+    for head in ("value", "± error", *(["since iteration 0"] if paired else [])):
         table.add_column(head, justify="right", no_wrap=True)
     for name, value in measures(found):
         error = error_of(found.scores, name)
         cells = [f"{value:.3f}", "" if math.isnan(error) else f"{error:.3f}"]
-        table.add_row(name, *cells, *([shown_difference(base, found.scores, name)] if base else []))
+        table.add_row(name, *cells, *([since[name]] if paired else []))
     console.print(table)
-    say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if base else ""))
+    say("± one standard error, prompts as the units" + ("; * p < 0.05, paired" if paired else ""))
 
 
 def print_both(titles: list[str], found: list[Evaluated]) -> None:
     from rich.table import Table
 
-    from crd_fast.run.scores import shown_difference
+    from crd_fast.run.metrics import value_of
+    from crd_fast.run.scores import shown, shown_change
 
     table = Table(title=f"{found[0].metrics['eval/images']} images each, same prompts and seeds")
     table.add_column("metric", overflow="fold")
     for head in ("A", "B", "B - A"):
         table.add_column(head, justify="right", no_wrap=True)
-    after = dict(measures(found[1]))
-    for name, value in measures(found[0]):
-        if name not in after:
-            continue
-        difference = shown_difference(found[0].scores, found[1].scores, name)
-        difference = difference or f"{after[name] - value:+.3f}"
-        table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}", difference)
+    first, second = found
+    for name in dict(measures(first) + measures(second)):
+        before, after = (value_of(one.metrics, f"eval/{name}") for one in found)
+        difference = shown_change((before, after), first.scores, second.scores, name)
+        table.add_row(name, shown(before), shown(after), difference)
     console.print(table)
     for letter, title in zip("AB", titles):
         say(f"{letter}: {title}")

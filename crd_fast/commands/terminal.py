@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,9 +16,16 @@ from rich.text import Text
 
 from crd_fast.errors import UserError
 
+
+class Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """As whatever else is printed to a pipe that is read no further; rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 # nothing that is printed is markup or an emoji's name: names, prompts and paths come as they are
-console = Console(markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False)
+console = Terminal(markup=False, emoji=False)
+errors = Terminal(stderr=True, markup=False, emoji=False)
 
 Overrides = Annotated[
     list[str] | None,

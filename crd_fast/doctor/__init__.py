@@ -71,11 +71,13 @@ def choices() -> dict[str, str]:
 def render(console: Console, model: str | None = None) -> int:
     """Prints `checks`, what will be used and what can be trained. Returns 0 if training can run, else 2.
 
-    model: whose access at the hub is looked at as well.
+    model: whose access at the hub is looked at as well; of that one, then.
     """
     with console.status("looking at this machine"):
-        found = checks() + ([] if model is None else [hub.access(model)])
+        found = checks()
         missing = [check.name for check in found if check.status == "missing"]
+        found += [] if model is None else [hub.access(model)]
+        withheld = not missing and any(check.status == "missing" for check in found)
         used = {} if missing else choices()
         last = outlook(found, gpu_here())
 
@@ -97,9 +99,9 @@ def render(console: Console, model: str | None = None) -> int:
     if missing:
         say(f"Training cannot run here yet. Missing: {', '.join(missing)}.")
     else:
-        say("Training can run here, and will use:")
+        say(f"Training can run here{f', but not of {model} yet' if withheld else ''}, and will use:")
         for purpose, choice in used.items():
             say(f"  {purpose:<10}{choice}")
     for line in last:
         say((line, "bold" if line is last[0] else ""))
-    return 2 if missing else 0
+    return 2 if missing or withheld else 0

@@ -216,11 +216,21 @@ READERS: dict[str, Callable[[list[str], Path], Iterator[tuple[str, dict]]]] = {
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
     except json.JSONDecodeError as error:
         raise UserError(f"prompts: {where}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError):
         raise UserError(f"prompts: {where}: not JSON: a number or a nesting that is too long") from None
+
+
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict:
+    """The object that a file has. Of two with one key Python would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"prompts: {where}: expected keys that differ, got {twice!r} twice")
+    return found
 
 
 def check_text(where: str, text: str) -> None:

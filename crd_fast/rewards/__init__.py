@@ -5,9 +5,10 @@ All three are the call's own: a read-only copy of the images (`images.copy()` ma
 the metadata.
 A reward is named in the recipe: one of `REWARDS`, or `package.module:name` of a function with that
 signature, or of a class with a method `score` and optionally `setup(device)`, `check(metadata)`, which may
-refuse prompts before any work, and `report(images, prompts, metadata) -> dict[str, float]`, what an
-evaluation adds to its metrics. Under the key `per_image` it may have a dict of names to N values each, for
-what can be said of single pictures: two evaluations are then compared picture by picture.
+refuse prompts before any work by a ValueError, and `report(images, prompts, metadata) -> dict[str, float]`,
+what an evaluation adds to its metrics; judges are not asked for theirs. Under the key `per_image` it may have
+a dict of names to N values each, for what can be said of single pictures: two evaluations are then compared
+picture by picture.
 
     rewards: {ocr: 1.0, my_package.my_module:my_reward: 0.5}              # weights
     rewards: {ocr: {weight: 1.0, mode: word}, "http://localhost:8701": 1.0}  # settings; a server's address

@@ -58,23 +58,24 @@ class Diversity:
     """How far a picture is from the others of its prompt: mean root-mean-square distance, 0 to 1.
 
     Pictures are compared as 16 x 16 RGB thumbnails in [0, 1], box-filtered. A picture that is alone with its
-    prompt scores 0. Falls when the samples of a prompt become the same picture.
+    prompt is not scored. Falls when the samples of a prompt become the same picture.
     """
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float]:
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         side = (DIVERSITY_SIDE, DIVERSITY_SIDE)
         thumbnails = np.stack(
             [np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BOX)) for image in images]
         )
         pixels = thumbnails.reshape(len(images), -1) / 255
-        scores = np.zeros(len(images))
+        scores: list[float | None] = [None] * len(images)
         for prompt in set(prompts):
             members = [i for i, other in enumerate(prompts) if other == prompt]
             if len(members) > 1:
                 gaps = pixels[members][:, None] - pixels[members][None]
                 distance = np.sqrt((gaps**2).mean(axis=-1))  # (members, members), 0 on the diagonal
-                scores[members] = distance.sum(axis=1) / (len(members) - 1)
-        return scores.tolist()
+                for i, total in zip(members, distance.sum(axis=1)):
+                    scores[i] = float(total / (len(members) - 1))
+        return scores
 
 
 class Naturalness:

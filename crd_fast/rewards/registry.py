@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.reward_weights import weight_of
@@ -240,15 +241,16 @@ class Rewards:
             if hasattr(reward, "report") and len(rows):
                 prompts = [metadata[i]["prompt"] for i in rows]
                 entries = lent_metadata([metadata[i] for i in rows])
-                with answers_for(name):
+                with answers_for(name), torch.no_grad():
                     reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
+                    each = {key: checked(f"{name}: {key}", of, len(rows)) for key, of in each.items()}
                 if own := (reported | each).keys() & every:
                     raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
                 add_reported(name, checked_metrics(name, reported), metrics, by)
                 placed = {key: np.full(len(images), np.nan) for key in each}
                 for key, of in each.items():
-                    placed[key][rows] = checked(f"{name}: {key}", of, len(rows))
+                    placed[key][rows] = of
                 add_reported(name, placed, per_image, by)
         return metrics, per_image
 
@@ -264,8 +266,6 @@ def whole_prompts(prompts: list[str]) -> list[slice]:
 
 
 def default_device() -> str:
-    import torch
-
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
@@ -360,7 +360,6 @@ def _path(name: str) -> str:
         return REWARDS[name]
     if ":" not in name:
         hint = did_you_mean(name, REWARDS)
-        raise UserError(
-            f"rewards: unknown reward {name!r}{hint} (known: {', '.join(REWARDS)}, or package.module:name)"
-        )
+        known = ", ".join([*REWARDS, "or file.py:name, module:name"])
+        raise UserError(f"rewards: unknown reward {name!r}{hint} (known: {known})")
     return name

@@ -313,11 +313,14 @@ def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method == "offers":
         return [method for method in METHODS if hasattr(reward, method)]
     if method == "check":
-        reward.check(*arguments)
+        try:
+            reward.check(*arguments)
+        except ValueError as error:  # a refusal, as without workers
+            raise UserError(failure(name, error)) from None
         return None  # whatever it returns means nothing
-    if method == "report":
-        return dict(reward.report(*arguments))
     with torch.no_grad():
+        if method == "report":
+            return dict(reward.report(*arguments))
         return with_none(checked(name, getattr(reward, "score", reward)(*arguments), len(arguments[0])))
 
 

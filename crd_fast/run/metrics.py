@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crd_fast.errors import UserError
@@ -13,6 +14,7 @@ METRICS = "metrics.jsonl"
 MEASURED = ("seconds", "peak", "images_per_second", "tflops", "gpu_peak")
 GPU_PEAK = "gpu_peak_bytes"  # of tensors, so far; with /PHASE, in a phase
 GUIDED_BASE = "guided_base/"  # how the names begin of what the base with guidance got, in the first record
+SCORED = "eval/scored/"  # how the names begin of the shares that rewards and judges scored
 # In records of a run that went on with other prompts, or was evaluated otherwise: since which iteration.
 TRAINED_ALIKE, EVALUATED_ALIKE = "trained_alike_since", "evaluated_alike_since"
 
@@ -39,6 +41,11 @@ def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:
     elif bad and bad[0] < len(lines):
         raise UserError(f"{path} line {bad[0]}: not the record of an iteration")
     return [records[iteration] for iteration in sorted(records)]
+
+
+def value_of(record: Mapping[str, float], name: str) -> float:
+    """NaN where an evaluation has no such measure. The share that was scored is not said where it is 1."""
+    return record.get(name, 1.0 if name.startswith(SCORED) else math.nan)
 
 
 def comparable(records: Sequence[dict], key: str) -> list[dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from crd_fast.run.metrics import EVALUATED_ALIKE, GPU_PEAK, GUIDED_BASE, comparable
+from crd_fast.run.metrics import EVALUATED_ALIKE, GPU_PEAK, GUIDED_BASE, comparable, value_of
 from crd_fast.run.observer import Observer
-from crd_fast.run.scores import Scores, guided_base_scores, scores_of, shown_difference
+from crd_fast.run.scores import guided_base_scores, scores_of, shown, shown_change
 
 
 class Bars(Observer):
@@ -147,7 +146,8 @@ def before_and_after(run: Path, records: list[dict]) -> Table | None:
     title = f"Held-out prompts, {first.get('eval/images', '?')} images, {which}"
     if shared:
         title = f"{title.replace('Held-out', 'Evaluated')}; {shared} of the prompts are trained on as well"
-    names = [key.removeprefix("eval/") for key in first if key.startswith("eval/") and key != "eval/images"]
+    keys = [key for key in {**first, **last} if key.startswith("eval/") and key != "eval/images"]
+    names = [key.removeprefix("eval/") for key in keys]
     names.sort(key=lambda name: ("reward" in name, name in ("overall", "clean")))
     heads = ["before", "after", "change"]
     caption = "± one standard error, prompts as the units; * p < 0.05, paired"
@@ -160,13 +160,9 @@ def before_and_after(run: Path, records: list[dict]) -> Table | None:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     for name in names:
-        before, after = first[f"eval/{name}"], last.get(f"eval/{name}", math.nan)
-        row = [f"{before:.3f}", f"{after:.3f}", _change(before, after, start, end, name)]
+        before, after = (value_of(record, f"eval/{name}") for record in (first, last))
+        row = [shown(before), shown(after), shown_change((before, after), start, end, name)]
         if (known := first.get(GUIDED_BASE + name)) is not None:
-            row += [f"{known:.3f}", _change(known, after, guided, end, name)]
+            row += [shown(known), shown_change((known, after), guided, end, name)]
         table.add_row(name, *row)
     return table
-
-
-def _change(before: float, after: float, start: Scores | None, end: Scores | None, name: str) -> str:
-    return shown_difference(start, end, name) or f"{after - before:+.3f}"

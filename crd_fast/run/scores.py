@@ -213,6 +213,17 @@ def shown_difference(before: Scores | None, after: Scores | None, metric: str) -
     return f"{both.difference:+.3f} ± {both.error:.3f}{'*' if both.significant else ' '}"
 
 
+def shown_change(values: tuple[float, float], start: Scores | None, end: Scores | None, metric: str) -> str:
+    """The same, or the difference of the two values alone; nothing where one of them is not known."""
+    before, after = values
+    difference = "" if math.isnan(after - before) else f"{after - before:+.3f}"
+    return shown_difference(start, end, metric) or difference
+
+
+def shown(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
 def error_of(scores: Scores | None, metric: str) -> float:
     """Standard error of a metric in one evaluation, NaN where it is not known."""
     measure = measure_of(scores, metric) if scores else None

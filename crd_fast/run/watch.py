@@ -19,7 +19,7 @@ import numpy as np
 from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
 from crd_fast.run.hacking import falls, said_of
-from crd_fast.run.metrics import TRAINED_ALIKE
+from crd_fast.run.metrics import SCORED, TRAINED_ALIKE
 from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -128,7 +128,7 @@ class Watch:
             found |= self._trained_pictures(record)
             found |= self._equal_groups(record)
         if "eval/reward_mean" in record:
-            found |= self._hacking(record)
+            found |= self._silent_judges(record) | self._hacking(record)
         new = {kind: text for kind, text in found.items() if kind not in self.given}
         self.given |= new
         return list(new.values())
@@ -165,6 +165,15 @@ class Watch:
             f"of the last {iterations} iterations: they are trained on without it"
             for name, iterations in self._silent.items()
             if iterations >= WINDOW
+        }
+
+    def _silent_judges(self, record: dict) -> dict[str, str]:
+        """What scored no picture of an evaluation, whose prompts or number of samples are not for it."""
+        silent = [key for key, share in record.items() if key.startswith(SCORED) and not share]
+        return {
+            key: f"iteration {record['iteration']}: {key.removeprefix(SCORED)} scored none of the pictures "
+            "of the evaluation, which says nothing of it"
+            for key in silent
         }
 
     def _equal_groups(self, record: dict) -> dict[str, str]:

@@ -312,6 +312,11 @@ def test_access_to_a_named_model(monkeypatch, tmp_path):
     assert wrong.status == "missing" and "did you mean 'sd3.5-medium" in wrong.found
     assert hub.access("builtin").status == "ok"
 
+    monkeypatch.setattr(doctor, "choices", lambda: {"loss": "cpu"})
+    code, text = rendered(monkeypatch, [], model="sd3.5-mediun")  # not what this machine lacks
+    assert code == 2 and "Training can run here, but not of sd3.5-mediun yet, and will use:" in text
+    code, text = rendered(monkeypatch, [Check("peft", "missing", "none", "pip")], model="sd3.5-mediun")
+    assert code == 2 and "Training cannot run here yet. Missing: peft." in text
     code, text = rendered(monkeypatch, [], model=str(tmp_path))
     assert code == 0 and f"a folder here, {tmp_path}" in text.replace("\n", "")
 

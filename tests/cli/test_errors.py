@@ -1,9 +1,12 @@
 """Bad input: one line on standard error, exit code 2, nothing lost."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -375,3 +378,16 @@ def test_a_rewards_settings_are_read_as_recipes_are(setting, words):
         "mode": "scene",
         "top": {"k": 3},
     }
+
+
+def test_a_pipe_that_is_read_no_further_is_no_error():
+    """As of `crd-fast recipes | head`: nothing is said, and no traceback is left behind."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "crd_fast", "recipes"], stdout=write, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, b"")

@@ -1,13 +1,17 @@
 """What a run leaves of every picture it evaluates, through the real command line."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from crd_fast.commands.evaluate import print_both
 from crd_fast.run.scores import guided_base_path, read_scores, scores_path
+from crd_fast.train.evaluate import Evaluated
 from tests.cli.conftest import metrics
 from tests.cli.report_runs import Page
 
@@ -68,7 +72,7 @@ def test_scores_of_single_pictures_are_those_of_the_metrics_and_survive_a_resume
             sure = "*" if stats.ttest_rel(after, before).pvalue < 0.05 else ""
             assert cells[name] == [*expected, "±", f"{stats.sem(after - before):.3f}{sure}"]
     code, out, err = inside("eval", run, "--samples", 1)  # other pictures
-    assert code == 0 and "since iteration 0" in out and "±" not in out.split("reward_mean")[1].split("\n")[0]
+    assert code == 0 and "reward_mean" in out and "since iteration 0" not in out and "paired" not in out
 
 
 def test_the_base_with_guidance_is_that_of_the_untrained_model(inside, small, tmp_path):
@@ -126,3 +130,14 @@ def test_prompts_that_are_trained_on_as_well_are_known(inside, small, tmp_path, 
     found = [json.loads(line) for line in (run / "evaluations" / "000000.jsonl").read_text().splitlines()]
     assert [line["trained_on"] for line in found] == ([True, True, False] if shared else [False, False])
     assert read_scores(scores_path(run, 0)).trained_on() == (shared, len(found))
+
+
+def test_what_one_of_two_scored_in_part_is_shown_of_both(monkeypatch):
+    console = Console(width=120, file=io.StringIO())
+    monkeypatch.setattr("crd_fast.commands.evaluate.console", console)
+    nothing = np.zeros((0, 2, 2, 3), np.uint8)
+    whole, part = {"eval/images": 4, "eval/judge/vlm": 0.5}, {"eval/judge/vlm": 0.75, "eval/scored/vlm": 0.5}
+    print_both(["a", "b"], [Evaluated(metrics, nothing) for metrics in (whole, part)])
+    cells = [line.replace("│", "").split() for line in console.file.getvalue().splitlines()]
+    assert ["judge/vlm", "0.500", "0.750", "+0.250"] in cells
+    assert ["scored/vlm", "1.000", "0.500", "-0.500"] in cells

@@ -55,6 +55,7 @@ def test_a_reward_of_ones_own_from_the_first_command_to_a_run(inside, tmp_path, 
         (("--model", "sana-1.6b", "--reward", "geneval_mask2former"), "sana-1.6b-24gb", None),
         (("--model", "sana-1.6b", "--reward", "easyocr"), "sana-1.6b-24gb", None),
         (("--model", "sana-1.6b", "--reward", "naturalness"), "sana-1.6b-24gb", None),
+        (("--model", "builtin", "--reward", "diversity"), "builtin", None),
     ],
 )
 def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
@@ -69,6 +70,7 @@ def test_recipes(inside, tmp_path, monkeypatch, options, base, path):
     )
     recipe.check_own(trains=True, evaluates=True)
     assert recipe.eval_rewards and not recipe.eval_rewards.keys() & recipe.rewards.keys()
+    assert recipe.evaluate.samples_per_prompt == 1 + ("diversity" in recipe.rewards)  # it compares them
     if "easyocr" in recipe.rewards:  # as `ocr`: whole pictures of prompts that ask for a word
         assert recipe.rewards["easyocr"]["mode"] == "scene" and recipe.rollout.prompts == "ocr-words"
     assert ("hf auth login" in out) == (path is not None and path.startswith(("stabilityai", "black-forest")))

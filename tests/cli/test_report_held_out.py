@@ -216,6 +216,21 @@ def test_evaluations_that_were_made_otherwise_are_left_out(tmp_path):
     assert table.title.endswith("iterations 60 and 120")
 
 
+def test_what_a_reward_reports_is_not_the_result(tmp_path, no_charts):
+    """A `report` of one's own may name anything; what the run is trained for is its reward."""
+    rows = metrics(120)
+    for row in rows:
+        reward = row.get("eval/reward_mean")
+        for name in [name for name in row if name.startswith("eval/") and name != "eval/images"]:
+            del row[name]
+        if reward is not None:
+            row |= {"eval/dark_pixels": 0.1 + row["iteration"] / 1000, "eval/reward_mean": reward}
+    page = Page(write_report(fake_run(tmp_path, rows)))
+    assert "Held-out reward mean went from 0.73 to 0.82 in" in page.text
+    assert page.row("Reward mean")[:2] == ["0.731", "0.823"]
+    assert page.row("Dark pixels")[:2] == ["0.100", "0.220"]
+
+
 def test_evaluations_of_other_prompts_are_not_paired(tmp_path, no_charts):
     folder = fake_run(tmp_path, metrics(120))
     first = scores_of(metrics(120)[0])

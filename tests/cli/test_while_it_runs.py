@@ -97,6 +97,17 @@ def test_nothing_of_the_last_table_is_cut_at_80_columns(tmp_path, name, value):
     assert all(len(line) <= 80 and "…" not in line for line in lines)
 
 
+def test_shares_that_were_scored_are_in_the_last_table_where_one_is_not_all(tmp_path):
+    first = {"iteration": 0, "eval/scored/vlm": 0.875, "eval/judge/vlm": 0.5}
+    last = {"iteration": 9, "eval/scored/face": 0.25, "eval/judge/vlm": 0.5, "eval/judge/face": 0.125}
+    console = Console(width=80, file=io.StringIO())
+    console.print(before_and_after(tmp_path, [first, last]))
+    rows = {row[0]: row[1:] for line in console.file.getvalue().splitlines() if (row := line.split())}
+    assert rows["scored/vlm"] == ["0.875", "1.000", "+0.125"]
+    assert rows["scored/face"] == ["1.000", "0.250", "-0.750"]
+    assert rows["judge/face"] == ["0.125"]  # of the last one alone
+
+
 def test_a_reward_that_reports_overall_alone():
     """The built-in worlds have clean beside it; a reward of one's own need not."""
     console = Console(file=io.StringIO(), width=80)

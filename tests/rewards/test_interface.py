@@ -165,6 +165,35 @@ def test_a_report_of_no_number_is_refused(value):
         Rewards({Detailed: {"value": value}}).report(pictures(0, 255), entries(2), {name: np.zeros(2)})
 
 
+class Graded:
+    """What it computes with a network of its own would keep a graph."""
+
+    def score(self, images, prompts, metadata):
+        return [torch.is_grad_enabled()] * len(images)
+
+    def report(self, images, prompts, metadata):
+        each = (torch.is_grad_enabled() for _ in images)
+        return {"graded": torch.is_grad_enabled(), "per_image": {"each": list(each)}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"workers": 1}])
+def test_nothing_is_asked_of_a_reward_with_gradients(settings):
+    rewards = Rewards({Graded: settings})
+    values = rewards.score(pictures(0, 255), entries(2))
+    found, per_image = rewards.report(pictures(0, 255), entries(2), values)
+    rewards.close()
+    assert found["reward_mean"] == found["graded"] == 0 and per_image["each"].tolist() == [0, 0]
+
+
+def test_a_report_that_fails_late_is_one_line():
+    class Late(Constant):
+        def report(self, images, prompts, metadata):
+            return {"per_image": {"each": (image / 0 for image in prompts)}}
+
+    with pytest.raises(UserError, match="reward Late: TypeError: unsupported operand"):
+        Rewards({Late(1.0): 1.0}).report(pictures(0, 255), entries(2), {"Late": np.zeros(2)})
+
+
 class Constant:
     def __init__(self, value):
         self.value = value
@@ -232,6 +261,7 @@ def test_an_address_is_the_reward_that_is_served_there():
     "name, settings, words",
     [
         ("genevil", {}, "unknown reward 'genevil', did you mean 'geneval'?"),
+        ("my_reward.py", {}, "or file.py:name, module:name)"),
         ("ocr_dens", {}, "did you mean 'ocr_dense'?"),
         ("mine:nothing", {}, "'mine:nothing' cannot be imported"),
         ("nothing:here", {}, "'nothing:here' cannot be imported"),

@@ -239,9 +239,6 @@ def test_a_prompt_that_is_once_not_scored_ends_no_run(inside, parts, caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_is_asked_for_its_own_pictures(parts, workers):
     settings = {"skip_others": True} | ({"workers": 1} if workers else {})
-    if workers:  # what another process raises is a failure, unless it is a refusal that says so
-        text = (parts / "parts.py").read_text().replace("ValueError", "UserError")
-        (parts / "parts.py").write_text("from crd_fast.errors import UserError\n" + text)
     rewards = Rewards({"parts:Refusing": settings, "parts:plain": 1.0, "parts:nothing": 1.0}, device="cpu")
     judged = PromptSource("builtin").entries()[0]
     entries = [{"prompt": "a"}, judged, judged, {"prompt": "b"}]

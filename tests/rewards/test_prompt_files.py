@@ -55,6 +55,12 @@ def test_what_is_read(tmp_path, name, content, expected):
         ("object.json", b'{"prompt": "a"}', "expected a list of prompts, got dict"),
         ("number.json", b"[3]", "entry 1: expected an object with a `prompt`, got 3"),
         ("deep.json", b"[" * 100_000, "not JSON"),
+        (
+            "same.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n',
+            "line 2: expected keys that differ",
+        ),
+        ("same.json", b'[{"prompt": "a", "of": {"n": 1, "n": 2}}]', "got 'n' twice"),
         ("long.jsonl", b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
     ],
 )

@@ -59,7 +59,7 @@ def test_colorfulness_by_hand():
 def test_diversity_is_the_mean_distance_to_the_others_of_the_prompt():
     black, grey, white = plain(0, 0, 0), plain(51, 51, 51), plain(255, 255, 255)
     found = score(Diversity(), [black, grey, white, white, white], ["a", "a", "a", "b", "c"])
-    assert found == pytest.approx([(0.2 + 1) / 2, (0.2 + 0.8) / 2, (1 + 0.8) / 2, 0, 0])
+    assert found == pytest.approx([(0.2 + 1) / 2, (0.2 + 0.8) / 2, (1 + 0.8) / 2, None, None])
     assert score(Diversity(), [white, white, white]) == [0, 0, 0]
 
 

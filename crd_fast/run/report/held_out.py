@@ -69,15 +69,15 @@ def ends(run: Run) -> tuple[dict, dict]:
 
 
 def changes(run: Run) -> list[Change]:
-    """Overall, clean, then every category: those that the first and the last evaluation both have."""
+    """Overall and clean, the reward where there is neither, then every category and what else rewards report:
+    those that the first and the last evaluation both have."""
     if not run.evaluated:
         return []
     first, last = ends(run)
     names = [key.removeprefix("eval/") for key in last if key.startswith("eval/") and key in first]
-    names = [name for name in ("overall", "clean") if name in names] + [
-        name for name in names if name not in NOT_CATEGORIES and "/" not in name
-    ]
-    return [change for name in names or [REWARD] if (change := change_of(run, name)) is not None]
+    main = [name for name in ("overall", "clean") if name in names] or [REWARD]
+    others = [name for name in names if name not in NOT_CATEGORIES and "/" not in name]
+    return [change for name in main + others if (change := change_of(run, name)) is not None]
 
 
 def change_of(run: Run, name: str) -> Change | None:
