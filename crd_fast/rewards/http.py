@@ -28,7 +28,7 @@ from crd_fast.rewards.failures import RewardFailed
 from crd_fast.rewards.scoring import checked, with_none
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a retry, doubled each time
-TRY_AGAIN = (502, 503, 504)  # busy, being loaded, or a proxy's word that it is not there
+TRY_AGAIN = (429, 502, 503, 504)  # busy, being loaded, or a proxy's word that it is either or not there
 OF_ONE = (400, 403, 413, 422, 451)  # what is refused may be this request alone, by a filter of content
 REFUSED = 422  # what the server's reward does not score; the other statuses are a server's own trouble
 MAX_ANSWER = 2**20  # bytes
@@ -109,7 +109,10 @@ class JsonClient:
         late = isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError))
         if late and not isinstance(error, urllib3.exceptions.NewConnectionError):
             return f"expected an answer within {self.timeout:g} s, got none"
-        return f"cannot be reached ({_cause(error)})"
+        reached = isinstance(error, urllib3.exceptions.HTTPError) and not isinstance(
+            error, urllib3.exceptions.NewConnectionError
+        )
+        return f"{'gave no whole answer' if reached else 'cannot be reached'} ({_cause(error)})"
 
     def _answered(self, status: int, answer: bytes) -> Any:
         if status != 200:
@@ -162,8 +165,9 @@ class JsonClient:
 class HttpReward:
     """Scores on a server.
 
-    url, token_env, timeout, retries: see `JsonClient`; statuses 502 to 504 are tried again. batch: images a
-    request; at least `rollout.samples_per_prompt` where the server's reward compares a prompt's pictures.
+    url, token_env, timeout, retries: see `JsonClient`; statuses 429 and 502 to 504 are tried again. batch:
+    images a request; at least `rollout.samples_per_prompt` where the server's reward compares a prompt's
+    pictures.
     """
 
     def __init__(

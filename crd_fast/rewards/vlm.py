@@ -68,7 +68,7 @@ class VLM:
             )
         if at_once < 1:
             raise UserError(f"reward vlm: at_once: expected at least 1, got {at_once}")
-        self.client = JsonClient("vlm", url, token_env, timeout, retries, (429, 500, *TRY_AGAIN))
+        self.client = JsonClient("vlm", url, token_env, timeout, retries, (500, *TRY_AGAIN))
         self.model, self.question, self.answer = model, question, answer
         self.lowest, self.highest, self.at_once = lowest, highest, at_once
         self.max_tokens = max_tokens or (1 if answer == "probability" else 32)
