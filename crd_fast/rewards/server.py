@@ -36,7 +36,7 @@ from crd_fast.errors import UserError
 from crd_fast.rewards.bodies import LIMITS, PNG_START, Limits, Refused, dicts_of, fields_of, parse_score
 from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind
 from crd_fast.rewards.engine_settings import OPTIONAL, SKIP
-from crd_fast.rewards.failures import RewardFailed, failure, is_remote
+from crd_fast.rewards.failures import RewardFailed, failure
 from crd_fast.rewards.foreign import host_of, is_loopback
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import RETRIES, TIMEOUT, checked, repeated, with_none
@@ -125,7 +125,7 @@ class Worker:
         images, prompts, metadata = parse_score(body, limits)
         reward = self.loaded.result()
         self._check(reward, metadata)
-        with self._refusing(500), torch.no_grad():
+        with self._refusing(), torch.no_grad():
             return {"scores": with_none(self._values(reward, images, prompts, metadata))}
 
     def _values(self, reward, *arguments) -> np.ndarray:
@@ -150,12 +150,15 @@ class Worker:
 
     def _check(self, reward, metadata: list[dict]) -> None:
         if hasattr(reward, "check"):
-            with self._refusing(422):  # a check that falls over metadata has refused it
-                reward.check(metadata)
+            with self._refusing():
+                try:
+                    reward.check(metadata)
+                except ValueError as error:  # a refusal, as without a server
+                    raise UserError(failure(self.name, error, where=False)) from None
 
     @contextmanager
-    def _refusing(self, status: int) -> Iterator[None]:
-        """Raises Refused, whatever the reward's code raises. status: of what is no error of ours.
+    def _refusing(self) -> Iterator[None]:
+        """Raises Refused, whatever the reward's code raises: 422 for our own errors, 500 for others.
 
         Without the place in the reward's file, which is nothing that a client should know.
         """
@@ -167,11 +170,8 @@ class Worker:
         except UserError as error:
             raise Refused(422, str(error)) from None
         except (Exception, SystemExit) as error:
-            if isinstance(error, (SystemExit, torch.OutOfMemoryError)) or is_remote(error):
-                status = 500
-            if status == 500:
-                log.exception("reward %s failed", self.name)
-            raise Refused(status, failure(self.name, error, where=False)) from None
+            log.exception("reward %s failed", self.name)
+            raise Refused(500, failure(self.name, error, where=False)) from None
 
 
 def make_app(worker: Worker, token: str | None = None, limits: Limits = LIMITS) -> FastAPI:

@@ -55,6 +55,10 @@ class Unreached(Brightness):
     def check(self, metadata):
         raise ConnectionError("no one there")
 
+class Stumbles(Brightness):
+    def check(self, metadata):
+        return [entry["tag"] for entry in metadata]
+
 def wrong(images, prompts, metadata):
     return {"nan": [float("nan")] * len(images), "short": [0.0], "words": ["a"] * len(images)}[prompts[0]]
 

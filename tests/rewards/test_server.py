@@ -252,11 +252,16 @@ def test_a_reward_that_fails_is_the_servers_fault(reward, prompt, words):
         assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_check_that_fails_has_refused_nothing():
-    with serving("Unreached") as address:
+@pytest.mark.parametrize("settings", [{}, {"workers": 1}])
+@pytest.mark.parametrize(
+    "name, words", [("Unreached", "ConnectionError: no one there"), ("Stumbles", "KeyError: 'tag'")]
+)
+def test_a_check_that_fails_has_refused_nothing(name, words, settings):
+    """As without a server: a client that skips what others score would leave out these prompts for good."""
+    with serving(name, settings) as address:
         wait_until_ready(address)
         status, answer, _ = ask(address, "POST", "/check", b'{"metadata": [{"prompt": "a"}]}')
-    assert status == 500 and "ConnectionError: no one there" in json.loads(answer)["detail"]
+    assert status == 500 and words in json.loads(answer)["detail"]
 
 
 def test_others_need_a_token():
