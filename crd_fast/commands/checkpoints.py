@@ -10,7 +10,7 @@ import typer
 
 from crd_fast.commands.terminal import console, parse_settings, plain, say
 from crd_fast.errors import UserError
-from crd_fast.run.new_files import check_new, write_new
+from crd_fast.run.new_files import at_home, check_new, write_new
 from crd_fast.sizes import Resolution, size_of_text
 
 SOURCES = (
@@ -102,10 +102,12 @@ def sample(
     - `crd-fast sample sd3.5-medium --guidance-scale 4.5 --lora my.safetensors --prompts prompts.txt`
     - with `--reward NAME` each picture's score is printed, and written by `--json FILE`
     """
-    out = out.expanduser()
+    out = at_home(out)
     check_new(out, "--out")
     if json_ is not None:
         check_new(json_, "--json")
+        if at_home(json_).resolve() == out.resolve():
+            raise UserError(f"--json {json_}: expected another file than --out")
     rewards, pixels = typed_rewards(reward, parse_settings(set_ or [])), typed_size(size)
     if set_ and rewards is None:
         raise UserError("--set: is for the --reward")

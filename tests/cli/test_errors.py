@@ -267,6 +267,13 @@ def test_files_that_commands_write_are_new(run, tmp_path, option, kind):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_scores_and_pictures_are_not_one_file(run, tmp_path):
+    both = ("--out", tmp_path / "grid.png", "--json", tmp_path / "." / "grid.png")
+    assert_refused(
+        run("sample", "builtin", "--prompt", "a photo of a circle", *both), "another file than --out"
+    )
+
+
 def test_sources_that_are_no_run(run, tmp_path):
     assert_refused(run("eval", tmp_path), "no checkpoint")
     assert_refused(
