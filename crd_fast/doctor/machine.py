@@ -41,15 +41,18 @@ def processor() -> Check:
 
 
 def memory() -> Check:
-    """Of the machine, or of the container where that has less."""
+    """Of the machine, or of the container where that has less. What it keeps of files can be had back."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return Check("memory", "warning", "unknown")
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    total = min(total, int(limit)) if limit.isdigit() else total
     available = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    free = min(total, int(available.group(1)) * 1024) if available else total
+    free = int(available.group(1)) * 1024 if available else total
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit():
+        files = re.search(r"^inactive_file (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+        held = int(used or 0) - (int(files.group(1)) if files else 0)
+        total, free = min(total, int(limit)), min(free, int(limit) - held)
     short = free < 4 * GIB
     note = "little is free: set train.micro_batch=1 and rollout.micro_batch=1" if short else ""
     return Check("memory", "warning" if short else "ok", f"{gib(total)}, {gib(free)} free", note)

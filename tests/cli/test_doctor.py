@@ -4,9 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-import types
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -171,56 +169,6 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
     check = packages.compiler()
     assert check.status == "warning" and check.note.endswith("sudo dnf install gcc-c++")
-
-
-def refuse(*arguments, **options):
-    raise PermissionError(13, "Permission denied")
-
-
-def test_folder_that_cannot_be_written_to(monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    check = machine.write_access()
-    assert check.status == "missing" and "Permission denied" in check.found and "--output" in check.note
-
-
-@pytest.mark.parametrize(("free", "status"), [(0.1, "missing"), (2.0, "warning"), (50.0, "ok")])
-def test_disk(monkeypatch, free, status):
-    usage = namedtuple("Usage", "free")(free * 2**30)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert machine.disk().status == status
-
-
-def fake_torch(hip=None, **properties):
-    values = {
-        "name": "Example GPU",
-        "total_memory": 24 * 2**30,
-        "major": 8,
-        "minor": 9,
-        "gcnArchName": "gfx942",
-    }
-    cuda = types.SimpleNamespace(
-        is_available=lambda: True,
-        device_count=lambda: 2,
-        get_device_properties=lambda index: types.SimpleNamespace(**values | properties),
-    )
-    return types.SimpleNamespace(
-        cuda=cuda, version=types.SimpleNamespace(hip=hip, cuda=None if hip else "13.0")
-    )
-
-
-def test_gpus(monkeypatch):
-    monkeypatch.setattr(machine, "attempt", lambda module: (fake_torch(), ""))
-    found = [check.found for check in machine.gpus()]
-    assert found == ["Example GPU, 24.0 GiB, CUDA 13.0, compute capability 8.9"] * 2
-    monkeypatch.setattr(machine, "attempt", lambda module: (fake_torch(hip="7.1"), ""))
-    assert machine.gpus()[1] == Check("GPU 1", "ok", "Example GPU, 24.0 GiB, ROCm 7.1, gfx942")
-
-
-def test_gpu_that_torch_cannot_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
-    (check,) = machine.gpus()
-    assert check.status == "warning" and check.note == pip_install("--force-reinstall", "torch")
 
 
 # --- what can be trained
