@@ -325,7 +325,7 @@ class TrainConfig(Section):
     """No policy term where rewards of a group are equal: a fifth less of a short run, worse in a long one."""
     kept_graphs: Literal["none", "device", "host"] = "none"
     """A group larger than the micro-batch is run forward twice, unless the graphs are kept, on the device or
-    in pinned host memory. Same numbers."""
+    in pinned host memory; only with a `backward_fraction` of 1. Same numbers."""
     micro_batch: Literal["auto"] | int = "auto"
     """Samples that are trained at once. Any gives the same gradient, to rounding. `auto` begins with 96
     and halves where memory runs out."""
