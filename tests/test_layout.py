@@ -73,7 +73,7 @@ FOREIGN = {
     *("_fields", "_replace", "_foreach_lerp_", "_inductor", "_dynamo", "_cdata", "_overloadpacket"),
     *("_sleep", "_current_graph_task_id", "_scoped_library", "_dispatch_has_kernel_for_dispatch_key"),
     *("_parameters", "_buffers", "_local_scalar_dense", "_scaled_dot_product_flash_attention_for_cpu"),
-    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    *("_scaled_dot_product_flash_attention_for_cpu_backward", "_is_param"),
 }
 WATCHERS = sorted(
     path
