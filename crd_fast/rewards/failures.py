@@ -33,6 +33,15 @@ def refuses(error: UserError) -> bool:
     return not isinstance(error, RewardFailed) and isinstance(error.__cause__, (ValueError, NoneType))
 
 
+@contextmanager
+def refusals_of(name: str, where: bool = True) -> Iterator[None]:
+    """A ValueError of a reward's check as the UserError that says what it refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(failure(name, error, where)) from None
+
+
 def is_remote(error: BaseException) -> bool:
     """Whether something was not to be reached, or not in time: by Python's own errors, and by those of the
     libraries that rewards ask servers with, which are none of Python's."""

@@ -36,7 +36,7 @@ from crd_fast.errors import UserError
 from crd_fast.rewards.bodies import LIMITS, PNG_START, Limits, Refused, dicts_of, fields_of, parse_score
 from crd_fast.rewards.connections import MAX_CONNECTIONS, Connection, bind
 from crd_fast.rewards.engine_settings import OPTIONAL, SKIP
-from crd_fast.rewards.failures import RewardFailed, failure
+from crd_fast.rewards.failures import RewardFailed, failure, refusals_of
 from crd_fast.rewards.foreign import host_of, is_loopback
 from crd_fast.rewards.registry import default_device, load
 from crd_fast.rewards.scoring import RETRIES, TIMEOUT, checked, repeated, with_none
@@ -150,11 +150,8 @@ class Worker:
 
     def _check(self, reward, metadata: list[dict]) -> None:
         if hasattr(reward, "check"):
-            with self._refusing():
-                try:
-                    reward.check(metadata)
-                except ValueError as error:  # a refusal, as without a server
-                    raise UserError(failure(self.name, error, where=False)) from None
+            with self._refusing(), refusals_of(self.name, where=False):
+                reward.check(metadata)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

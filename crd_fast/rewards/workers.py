@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import MissingPackage, UserError, reason_of
-from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote
+from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote, refusals_of
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
 
@@ -313,10 +313,8 @@ def _call(name: str, reward: Any, method: str, arguments: tuple) -> Any:
     if method == "offers":
         return [method for method in METHODS if hasattr(reward, method)]
     if method == "check":
-        try:
+        with refusals_of(name):
             reward.check(*arguments)
-        except ValueError as error:  # a refusal, as without workers
-            raise UserError(failure(name, error)) from None
         return None  # whatever it returns means nothing
     with torch.no_grad():
         if method == "report":
