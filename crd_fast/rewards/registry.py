@@ -229,7 +229,8 @@ class Rewards:
         """
         total = self.combined(values, metadata)
         if np.isnan(total).all():
-            raise unscored(metadata[0]["prompt"])
+            asked = ", ".join(call.name for call in self._calls)
+            raise UserError(f"evaluation: expected a reward of some pictures, got None of all by {asked}")
         metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}
         metrics |= means({call.name: values[call.name] for call in self._calls}, "reward")
         every = {"reward", *metrics}

@@ -33,7 +33,9 @@ def read_metrics(run: Path, left_out: list[int] | None = None) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-            records[int(record["iteration"])] = record
+            if not isinstance(record["iteration"], int):
+                raise TypeError
+            records[record["iteration"]] = record
         except (ValueError, TypeError, KeyError):
             bad.append(number)
     if left_out is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.lists import splits
+from crd_fast.reward_weights import weight_of
 
 # where things are, how much goes through the network at once or is kept of it, how long and how often
 HONOURED = (
@@ -55,8 +56,8 @@ def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Keys whose values differ, dotted, each with what stood there and what stands there now."""
-    if key.startswith(("rewards.", "eval_rewards.")) and isinstance(old, dict) != isinstance(new, dict):
-        old, new = (value if isinstance(value, dict) else {"weight": value} for value in (old, new))
+    if key.startswith(("rewards.", "eval_rewards.")) and (isinstance(old, dict) or isinstance(new, dict)):
+        old, new = ({"weight": weight_of(of)} | (of if isinstance(of, dict) else {}) for of in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys((*old, *new)):
             if name not in old or name not in new:

@@ -29,7 +29,7 @@ def test_of_two_with_one_iteration_the_later_counts(tmp_path):
     assert [record["kl"] for record in read_metrics(run)] == [0.5, 0.125]
 
 
-@pytest.mark.parametrize("line", [SECOND[:14], "[1, 2]", '{"kl": 1}', '{"iteration": "x"}'])
+@pytest.mark.parametrize("line", [SECOND[:14], "[1, 2]", '{"kl": 1}', '{"iteration": "3"}'])
 def test_a_damaged_line_before_others_is_an_error_unless_they_are_asked_for(tmp_path, line):
     run = written(tmp_path, FIRST, line, SECOND)
     with pytest.raises(UserError, match="line 2"):

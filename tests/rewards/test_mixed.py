@@ -202,6 +202,10 @@ def test_a_run_of_two_kinds_of_prompts(inside, parts):
     [
         (("rewards={'parts:nothing': 1}",), "expected at least one that scores pictures of 'a red circle'"),
         (
+            ("rewards={'parts:nothing': 1}", "evaluate.every=1"),
+            "evaluation: expected a reward of some pictures, got None of all by parts:nothing",
+        ),
+        (
             ("rewards={geneval: {skip_others: true}}",),
             "reward geneval: expected prompts that it scores, got none",
         ),

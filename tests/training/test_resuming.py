@@ -1,6 +1,7 @@
 """What a run goes on from, and what it refuses to: through the trainer and in processes that are killed."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -239,6 +240,13 @@ def test_changes_that_would_make_another_run_are_refused(copied, change, words):
     with pytest.raises(UserError, match=f"made with another recipe: {words}"):
         Trainer(recipe("train.iterations=4", change), copied, resume=True)
     assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_weight_that_is_written_otherwise_is_no_change(tmp_path):
+    for before, after in itertools.permutations(("geneval: 1.0", "geneval: {}", "geneval: {weight: 1}"), 2):
+        check_changes(recipe(f"rewards={{{before}}}").model_dump(), recipe(f"rewards={{{after}}}"), tmp_path)
+    with pytest.raises(UserError, match=r"recipe: rewards.geneval.weight 1.0 -> 2.0; go on"):
+        check_changes(recipe().model_dump(), recipe("rewards={geneval: {weight: 2.0}}"), tmp_path)
 
 
 def test_prompts_that_are_held_out_stay_so(tmp_path):
