@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -22,6 +22,7 @@ from crd_fast.config import Recipe
 from crd_fast.errors import UserError
 from crd_fast.models import FAMILIES, check_builtin, checks, family, family_of, prepare_builtin
 from crd_fast.models.base import FlowModel
+from crd_fast.weights.full import FullWeights
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def fakes(mode: FakeTensorMode) -> Iterator[None]:
         mode,
     ):
         yield
+
+
+def unswitched() -> AbstractContextManager:
+    """Within this context sets of weights do not change places: of fakes one is like another."""
+    return mock.patch.object(FullWeights, "_put", _unchanged)
 
 
 def _unchanged(it: Any, *args: object, **kwargs: object) -> Any:

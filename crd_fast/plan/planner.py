@@ -24,7 +24,7 @@ from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.streaming import SLAB, pinned_bytes
 from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.cuda_autocast import cuda_autocast
-from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes
+from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes, unswitched
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.plan.other_sizes import OtherSizes
@@ -190,7 +190,7 @@ class Planner:
             kept_graphs=kept_graphs or recipe.train.kept_graphs,
         )
         self.live.peaks.clear()
-        with cuda_autocast(), Unknown(), self.flops, self.live, self.live.in_part("latents"):
+        with unswitched(), cuda_autocast(), Unknown(), self.flops, self.live, self.live.in_part("latents"):
             self._rollout(result, samples)
             self._update(result, samples)
             self._step()
