@@ -36,6 +36,9 @@ BESIDE = "read"  # name of the adapter that a file is read into
 OTHERS = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
 }
 PART = re.compile(r"\.(lora|alpha).*$")  # of an adapter's tensor, behind the layer's name
 # layers of FLUX.1 whose alpha diffusers leaves out where it reads kohya's names, and these names
@@ -251,7 +254,7 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     alpha beside tensors of its own names counts, and layers count that are named without `transformer.`.
     """
     file = lora_file(file)
-    _names_in(file)
+    names = _names_in(file)
     said = logs.get_verbosity()
     logs.set_verbosity(logging.CRITICAL)  # what it says of a file, our errors say in one line
     with warnings.catch_warnings():
@@ -270,7 +273,8 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
     if not layers:
-        raise UserError(f"LoRA {file}: found no adapter of this transformer in it")
+        first = f", but {names[0]}" if names else ""
+        raise UserError(f"LoRA {file}: found no adapter of this transformer in it{first}")
     if biased is not None:
         raise UserError(f"LoRA {file}: expected adapters without a bias, got one of {biased}")
     if others := [name for name in layers if name not in linear]:

@@ -130,6 +130,8 @@ QUERY = "transformer_blocks.0.attn.to_q"
     [
         (f"transformer.{QUERY}.lora_magnitude_vector", "expected a LoRA, got a DoRA"),
         (f"transformer.{QUERY}.dora_scale", "expected a LoRA, got a DoRA"),
+        (f"transformer.{QUERY}.lokr_w1", "expected a LoRA, got a LoKr"),
+        (f"transformer.{QUERY}.hada_w1_a", "expected a LoRA, got a LoHa"),
         (f"transformer.{QUERY}.lora_B.bias", f"expected adapters without a bias, got one of {QUERY}$"),
     ],
 )
