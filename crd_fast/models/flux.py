@@ -27,6 +27,11 @@ class FluxModel(PipelineModel):
         "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
     }
 
+    def _steps(self, steps: int) -> dict:
+        if self.scheduler.config.get("use_flow_sigmas"):  # another solver left it there
+            return {"num_inference_steps": steps}
+        return super()._steps(steps)
+
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, pooled, _ = pipe.encode_prompt(
             [prompt], device=self.device, max_sequence_length=self.text_length
