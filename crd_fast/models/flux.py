@@ -22,6 +22,7 @@ class FluxModel(PipelineModel):
     pipeline = FluxPipeline
     lora_targets = JOINT_ATTENTION
     text_length = 512
+    max_text_length = 512  # beyond which the pipeline refuses
     configs: ClassVar = {  # of one shape
         "black-forest-labs/FLUX.1-dev": "flux.1-dev",
         "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
