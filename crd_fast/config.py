@@ -355,6 +355,7 @@ def _first_mistake(error: ValidationError) -> str:
         return f"{where}: {message}" if where and where not in message.split(":")[0] else message
     expected = [m["msg"] for m in error.errors() if m["loc"][: len(path)] == mistake["loc"][: len(path)]]
     expected = [m.removeprefix("Input should be ").partition(", unable to")[0] for m in expected]
+    expected = ["a smaller number" if "exceeded maximum size" in m else m for m in expected]
     wanted = " or ".join(dict.fromkeys(expected))
     return f"{where}: expected {wanted}, got {_short(mistake['input'])}"
 

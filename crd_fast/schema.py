@@ -106,7 +106,7 @@ class RolloutConfig(Section):
     """Groups of one iteration. More make steadier steps; fewer make more of them."""
     samples_per_prompt: int = Field(24, ge=2)
     """Pictures of each prompt, the group that is centered. With less than 8 the baseline is noisy."""
-    steps: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1, le=1000)
     """Of the solver that makes the training pictures. Few suffice: they need not be pretty, only ranked
     rightly."""
     solver: Literal["euler", "ab2"] = "euler"
@@ -364,7 +364,7 @@ class EvaluateConfig(Section):
     resolution: int | tuple[int, int] | None = None
     """Side of the evaluation's pictures in pixels, or `[height, width]`; null: as in training, of several the
     first."""
-    steps: int = Field(40, ge=1)
+    steps: int = Field(40, ge=1, le=1000)
     """Of Euler's solver for the evaluation's pictures."""
     guidance_scale: float = Field(1.0, ge=0)
     """Of the evaluation's pictures. 1: as the trained model is meant to be used."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for one's home, or a name
+
+
+LARGEST = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127}  # that torch computes with: of int64 and float32
 
 
 class Section(BaseModel):
@@ -25,6 +30,14 @@ class Section(BaseModel):
             raise ValueError(f"expected a number, got {str(value).lower()}")
         if isinstance(value, str) and re.fullmatch(r"[-+]?0[\d_]+", value):
             raise ValueError(f"expected a number without zeros before it, got {value}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_computed_with(cls, value: Any) -> Any:
+        largest = LARGEST.get(type(value))
+        if largest is not None and largest < value < math.inf:
+            raise PydanticCustomError("largest", f"Input should be at most {largest:.3g}")
         return value
 
 

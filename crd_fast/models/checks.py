@@ -95,7 +95,12 @@ def check_components(path: str, index: dict, family: type[PipelineModel]) -> Non
                 continue
             raise UserError(f"{where}: expected a {name} for {family.name}, got {json.dumps(part)}")
         library = {"diffusers": diffusers, "transformers": transformers}.get(part[0])
-        if library is not None and part[1] not in _names(library):
+        if library is None:
+            raise UserError(
+                f"{where}: {name}: expected a class of diffusers or transformers, got {json.dumps(part)}, "
+                "whose code would have to come with it"
+            )
+        if part[1] not in _names(library):
             raise UserError(
                 f"{where}: {name}: expected a class of {part[0]} {library.__version__}, got {part[1]!r}, "
                 "which a later version may have"

@@ -42,6 +42,11 @@ class Flux2KleinModel(PipelineModel):
     def _shift(self, steps: int, resolution: Resolution) -> float:
         return compute_empirical_mu(self._tokens(resolution), steps)
 
+    def _steps(self, steps: int) -> dict:
+        if self.scheduler.config.get("use_flow_sigmas"):  # another solver left it there
+            return {"num_inference_steps": steps}
+        return super()._steps(steps)
+
     def _reading(self, tokenizer, tokens: int) -> Reading:
         before = before_prompt(tokenizer, enable_thinking=False)
         return Reading(tokenizer, lambda prompt: before + prompt, tokens)

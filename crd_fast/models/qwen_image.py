@@ -23,6 +23,7 @@ class QwenImageModel(PipelineModel):
     pipeline = QwenImagePipeline
     lora_targets = JOINT_ATTENTION
     text_length = 512
+    max_text_length = 1024  # beyond which the pipeline refuses
     configs: ClassVar = {"Qwen/Qwen-Image": "qwen-image"}
     unquantized = ("transformer_blocks.0.img_mod",)  # as published 4-bit checkpoints have it
 

@@ -18,6 +18,7 @@ class SD3Model(PipelineModel):
     pipeline = StableDiffusion3Pipeline
     lora_targets = JOINT_ATTENTION
     text_length = 256
+    max_text_length = 512  # beyond which the pipeline refuses
     optional = ("text_encoder_3", "tokenizer_3")
     configs: ClassVar = {
         "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",

@@ -32,9 +32,20 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 BESIDE = "read"  # name of the adapter that a file is read into
-# in names of tensors: what scales the weights' columns beside the product of A and B, in DoRA
-MAGNITUDES = ("lora_magnitude_vector", "dora_scale")
-PART = re.compile(r"\.(lora|alpha|bias|diff|scale).*$")  # of an adapter's tensor, behind the layer's name
+# in names of tensors: what is no product of A and B, or more than that
+OTHERS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+}
+PART = re.compile(r"\.(lora|alpha).*$")  # of an adapter's tensor, behind the layer's name
+# layers of FLUX.1 whose alpha diffusers leaves out where it reads kohya's names, and these names
+WITHOUT_ALPHA = {
+    "proj_out": "lora_unet_final_layer_linear",
+    "norm_out.linear": "lora_unet_final_layer_adaLN_modulation_1",
+}
 
 OF_PEFT = "base_model.model."
 
@@ -239,10 +250,11 @@ def _choose_rows(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
 def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it.
 
-    A and B are the file's own: in the network they are rounded to its dtype.
+    A and B are the file's own: in the network they are rounded to its dtype. Beyond what diffusers does, an
+    alpha beside tensors of its own names counts, and layers count that are named without `transformer.`.
     """
     file = lora_file(file)
-    _refuse_others(file)
+    names = _names_in(file)
     said = logs.get_verbosity()
     logs.set_verbosity(logging.CRITICAL)  # what it says of a file, our errors say in one line
     with warnings.catch_warnings():
@@ -261,7 +273,8 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
             if BESIDE in getattr(network, "peft_config", {}):
                 network.delete_adapters(BESIDE)
     if not layers:
-        raise UserError(f"LoRA {file}: found no adapter of this transformer in it")
+        first = f", but {names[0]}" if names else ""
+        raise UserError(f"LoRA {file}: found no adapter of this transformer in it{first}")
     if biased is not None:
         raise UserError(f"LoRA {file}: expected adapters without a bias, got one of {biased}")
     if others := [name for name in layers if name not in linear]:
@@ -274,7 +287,8 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
             raise UserError(f"LoRA {file}: expected A and B of each layer, got no {lacks} of {name}")
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             raise UserError(f"LoRA {file}: expected finite numbers, got NaN or infinity in {name}")
-        found[name] = down, up, scaling[name]
+        alpha = state.get(f"transformer.{name}.alpha")
+        found[name] = down, up, scaling[name] if alpha is None else float(alpha) / len(down)
     known = {f"transformer.{name}" for name in found}
     if left := list(dict.fromkeys(PART.sub("", name) for name in state if PART.sub("", name) not in known)):
         logger.warning(
@@ -286,21 +300,25 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     return found
 
 
-def _refuse_others(file: Path) -> None:
-    """Raises UserError for a file that has more than A and B, which some of diffusers' readers pass over, and
-    for one with peft's names."""
+def _names_in(file: Path) -> list[str]:
+    """Of a file's tensors; none where it cannot be read, which is said by what reads it.
+
+    Raises UserError for a file that has other than A and B, which some of diffusers' readers pass over, and
+    for one with peft's names.
+    """
     try:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
     except (OSError, SafetensorError):
-        return  # of another kind, or none at all: that is said by what reads it
-    if found := next((name for name in names if any(part in name for part in MAGNITUDES)), None):
-        raise UserError(f"LoRA {file}: expected a LoRA, got a DoRA ({found})")
+        return []
+    if found := next(((kind, name) for name in names for part, kind in OTHERS.items() if part in name), None):
+        raise UserError(f"LoRA {file}: expected a LoRA, got a {found[0]} ({found[1]})")
     if names and all(name.startswith(OF_PEFT) for name in names):
         raise UserError(
             f"LoRA {file}: expected the names of diffusers, got those of peft ({names[0]}); a checkpoint has "
             "both, in its folders diffusers and peft"
         )
+    return names
 
 
 def _load_beside(network: Any, file: Path, loader: Any) -> dict[str, torch.Tensor]:
@@ -315,11 +333,27 @@ def _load_beside(network: Any, file: Path, loader: Any) -> dict[str, torch.Tenso
         state, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
     if not any(".lora_A." in name for name in state):
         state = convert_unet_state_dict_to_peft(state)
-    found = dict(state)  # what is loaded is taken from the other
-    network.load_lora_adapter(
-        state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
-    )
+    modules = dict(network.named_modules())
+    state = {
+        f"transformer.{name}" if PART.sub("", name) in modules else name: value
+        for name, value in state.items()
+    }
+    found = dict(state) | _alphas_left_out(file)  # what is loaded is taken from the other
+    if any(".lora_A." in name for name in state):
+        network.load_lora_adapter(
+            state, network_alphas=alphas or None, metadata=None if alphas else metadata, adapter_name=BESIDE
+        )
     return found
+
+
+def _alphas_left_out(file: Path) -> dict[str, torch.Tensor]:
+    with safe_open(file, "pt") as opened:
+        names = set(opened.keys())
+        return {
+            f"transformer.{layer}.alpha": opened.get_tensor(f"{name}.alpha")
+            for layer, name in WITHOUT_ALPHA.items()
+            if f"{name}.alpha" in names
+        }
 
 
 def _layers_of(network: torch.nn.Module) -> dict[str, Any]:

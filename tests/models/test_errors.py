@@ -71,6 +71,7 @@ def test_a_path_that_is_nothing(recipe, monkeypatch):
         ("sd3", {"text_encoder_3": None}, "expected a text_encoder_3 for Stable Diffusion 3, got null"),
         ("sd3", {"vae": ["diffusers", "AutoencoderXX"]}, "vae: expected a class of diffusers "),
         ("sd3", {"text_encoder": ["transformers", "CLIPXX"]}, "text_encoder: expected a class of transf"),
+        ("sd3", {"transformer": ["own", "SD3Own"]}, 'of diffusers or transformers, got ["own", "SD3Own"]'),
         ("sd3", {"_class_name": "FluxPipeline"}, "_3 for FLUX.1, got ["),
     ],
 )

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.loaders import FluxLoraLoaderMixin
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
@@ -67,6 +68,60 @@ def test_kohya_names_and_alpha(tiny, recipe, tmp_path):
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_kohya_names_of_the_first_and_last_layers(tiny, recipe, tmp_path):
+    """diffusers gives them names that its pipeline passes over, the last ones without their alpha."""
+    network = load_model(recipe(tiny("flux")), PROMPTS).transformer
+    generator, state, expected = torch.Generator().manual_seed(1), {}, {}
+    for name, layer in {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+        "final_layer_linear": "proj_out",
+        "final_layer_adaLN_modulation_1": "norm_out.linear",
+    }.items():
+        height, width = network.get_submodule(layer).weight.shape
+        down, up = torch.randn(2, width, generator=generator), torch.randn(height, 2, generator=generator)
+        tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+        state |= {f"lora_unet_{name}.{part}": tensor for part, tensor in tensors.items()}
+        if layer == "norm_out.linear":  # there diffusers has shift and scale in the other order
+            up = torch.cat(up.chunk(2)[::-1])
+        expected[layer] = 0.5 * up @ down
+    file = tmp_path / "kohya.safetensors"
+    save_file(state, file)
+    found = changes(LoraWeights.of_file(network, file, FluxLoraLoaderMixin))
+    for layer, change in expected.items():
+        torch.testing.assert_close(found.pop(layer), change)
+    assert not any(change.any() for change in found.values())  # of layers whose names end alike
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_alpha_beside_names_of_diffusers(tiny, recipe, tmp_path, prefix):
+    """Which the pipeline of this family refuses; it reads none without a prefix."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    state = load_file(file)
+    key = QUERY.replace("to_q", "to_k")
+    more = {f"{prefix}{QUERY}.alpha": torch.tensor(1.0), f"{prefix}{key}.alpha": torch.tensor(6.0)}
+    named = {name.replace("transformer.", prefix, 1): value for name, value in state.items()}
+    save_file(named | more, tmp_path / "alpha.safetensors")
+    model = load_model(recipe(tiny("sd3")), PROMPTS)
+    found = changes(LoraWeights.of_file(model.transformer, tmp_path / "alpha.safetensors", model.lora_loader))
+    for layer, change in found.items():
+        down, up = (state[f"transformer.{layer}.lora_{part}.weight"] for part in "AB")
+        strength = {QUERY: 0.5, key: 3.0}.get(layer, 1.0)
+        torch.testing.assert_close(change, strength * up @ down)
+
+
+def changes(weights):
+    """What each adapter adds to its layer's weight."""
+    state = weights.state()
+    return {
+        name.removeprefix("policy/").removesuffix(".lora_A.weight"): state[name.replace("lora_A", "lora_B")]
+        @ down
+        for name, down in state.items()
+        if name.startswith("policy/") and "lora_A" in name
+    }
+
+
 QUERY = "transformer_blocks.0.attn.to_q"
 
 
@@ -75,6 +130,8 @@ QUERY = "transformer_blocks.0.attn.to_q"
     [
         (f"transformer.{QUERY}.lora_magnitude_vector", "expected a LoRA, got a DoRA"),
         (f"transformer.{QUERY}.dora_scale", "expected a LoRA, got a DoRA"),
+        (f"transformer.{QUERY}.lokr_w1", "expected a LoRA, got a LoKr"),
+        (f"transformer.{QUERY}.hada_w1_a", "expected a LoRA, got a LoHa"),
         (f"transformer.{QUERY}.lora_B.bias", f"expected adapters without a bias, got one of {QUERY}$"),
     ],
 )
@@ -163,6 +220,15 @@ def test_what_is_left_out_is_said(tiny, recipe, tmp_path, caplog):
     drawn_from(tmp_path / "more" / "file.safetensors", tiny("sd3"), recipe)
     (warned,) = (text for text in caplog.messages if "left out" in text)
     assert warned.endswith(f"{others[0]} and 1 more") or warned.endswith(f"{others[1]} and 1 more")
+
+
+def test_what_a_layer_has_beside_its_adapter_is_said(tiny, recipe, tmp_path, caplog):
+    """As files that LoRAs were taken out of models into have it: the whole difference of a bias."""
+    file = written(tiny("sd3"), recipe, tmp_path)
+    save_file(load_file(file) | {f"transformer.{QUERY}.diff_b": torch.ones(32)}, tmp_path / "d.safetensors")
+    drawn_from(tmp_path / "d.safetensors", tiny("sd3"), recipe)
+    (warned,) = (text for text in caplog.messages if "left out" in text)
+    assert warned.endswith(f"left out: transformer.{QUERY}.diff_b")
 
 
 def test_a_resumed_run_does_not_start_over(tiny, recipe, tmp_path):

@@ -11,7 +11,7 @@ from crd_fast.errors import UserError
 from crd_fast.models import load_model
 from crd_fast.train.inference import sample_grid
 from crd_fast.train.trainer import Trainer
-from tests.models.conftest import ALL
+from tests.models.conftest import ALL, load_pipeline
 
 LENGTH = 160  # more than CLIP reads, which would else read on, and than Qwen-Image's template over characters
 TOKENIZERS = [
@@ -128,6 +128,18 @@ def test_no_room_for_any_prompt_is_refused(tiny, recipe, tmp_path):
     settings = recipe(tiny("z-image"), "model.text_length=6", f"model.prompt_cache={tmp_path / 'cache'}")
     with pytest.raises(UserError, match=r"model\.text_length: expected room for a prompt, got none"):
         Trainer(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("family", "most"), [("sd3", 512), ("flux", 512), ("qwen-image", 1024)])
+def test_more_text_than_the_pipeline_takes_is_refused(tiny, recipe, family, most):
+    """What is trained with it could be used with no pipeline."""
+    pipe = load_pipeline(tiny(family))
+    with pytest.raises(ValueError, match=f"cannot be greater than {most}"):
+        pipe(prompt="a", height=64, width=64, max_sequence_length=most + 1)
+    with pytest.raises(
+        UserError, match=rf"model\.text_length: expected at most {most} for .*, got {most + 1}"
+    ):
+        load_model(recipe(tiny(family), f"model.text_length={most + 1}"))
 
 
 def test_more_text_than_the_network_has_positions_for_is_refused(tiny, recipe):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from crd_fast.errors import UserError
-from crd_fast.models import checks, load_model
-from tests.models.conftest import PROMPTS, by_pipeline, by_rollout
+from crd_fast.models import checks, find_pipeline, load_model
+from tests.models.conftest import PROMPTS, RESOLUTION, STEPS, by_pipeline, by_rollout, load_pipeline
 
 
 @pytest.fixture
@@ -75,6 +75,20 @@ def test_stable_diffusion_3_without_t5_is_the_pipeline_without(recipe, copy):
     _, expected = by_pipeline(pipe, "sd3")
     _, latents = by_rollout(load_model(recipe(copy)))
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
+@pytest.mark.parametrize("change", [{"use_flow_sigmas": True}, {"use_karras_sigmas": True}])
+def test_noise_levels_are_those_of_the_pipeline_with_its_scheduler(tiny, recipe, tmp_path, family, change):
+    """Also where the config has a key that another solver left in it, by which these pipelines go."""
+    copy = shutil.copytree(tiny(family), tmp_path / "copy")
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    pipe = load_pipeline(copy)
+    by_pipeline(pipe, family)
+    _, model = find_pipeline(str(copy))
+    found = model(copy, recipe(copy)).sigmas(STEPS, RESOLUTION)
+    torch.testing.assert_close(found, pipe.scheduler.sigmas)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

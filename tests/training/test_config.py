@@ -94,6 +94,12 @@ def test_a_range_of_timesteps_ends_where_it_says():
         (["loss.temperature=-.inf"], "loss.temperature: expected greater than 0, got -inf"),
         (["loss.beta=.inf"], "loss.beta: expected a finite number, got inf"),
         (["checkpoint.minutes=.inf"], "checkpoint.minutes: expected a finite number, got inf"),
+        (["evaluate.guidance_scale=1e39"], "evaluate.guidance_scale: expected at most 3.4e+38, got 1e+39"),
+        (["loss.beta=1e300"], "loss.beta: expected at most 3.4e+38, got 1e+300"),
+        ([f"model.lora_rank={10**400}"], "model.lora_rank: expected at most 9.22e+18, got 1000"),
+        (["train.timesteps=9223372036854775808"], "expected at most 9.22e+18, got 9223372036854775808"),
+        (["model.lora_rank=1e300"], "model.lora_rank: expected a smaller number, got 1e+300"),
+        (["rollout.steps=100000000000"], "rollout.steps: expected less than or equal to 1000, got 100000"),
         (
             ["train.iterations=017"],
             "--set train.iterations=017: 017 means 15 in YAML: write",
