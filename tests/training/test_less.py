@@ -1,6 +1,7 @@
 """What computes less: drawn without bias, or the same numbers by fewer forwards."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -294,6 +295,16 @@ def test_equal_groups_are_found_and_skipped():
     pairs = drawn_pairs("train.skip_equal_groups=true", advantage=advantage)
     assert torch.equal(pairs.policy == 0, pairs.prompt == 2)
     assert (drawn_pairs(advantage=advantage).policy == 1).all()
+
+
+@pytest.mark.parametrize("loss", [{}, {"type": "bce"}, {"method": "dpo"}, *METHODS.values()])
+def test_loss_is_of_the_pairs_with_a_term_whether_the_others_are_anchored_or_not(setting, loss):
+    term = (setting[2].group > 0).float()
+    losses = []
+    for anchor in (torch.ones_like(term), term):
+        pairs = replace(setting[2], policy=term, anchor=anchor)
+        losses.append(gradients(setting, SAMPLES, pairs, **loss)[0]["policy_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
