@@ -311,6 +311,18 @@ def test_loss_is_of_the_pairs_with_a_term_whether_the_others_are_anchored_or_not
     "override, message",
     [
         (["train.backward_fraction=0.1"], "train.backward_fraction: expected at least one of"),
+        (
+            ["train.backward_fraction=0.5", "train.kept_graphs=host"],
+            "train.kept_graphs: expected none with train.backward_fraction 0.5, got host",
+        ),
+        (
+            ["train.timestep_sampling=by-signal", "train.timesteps=all"],
+            "train.timestep_sampling: expected uniform or high-noise where",
+        ),
+        (
+            ["train.timestep_sampling=by-signal", "rollout.steps=2", "train.timesteps=2"],
+            r"timesteps \(2\) leaves",
+        ),
         (["train.skip_equal_groups=true", "model.sharding=fsdp"], "expected 1.0 and false"),
         (["train.skip_equal_groups=true", "loss.centering=batch"], "1.0 and false with loss.centering batch"),
     ],
