@@ -103,6 +103,11 @@ class Recipe(Section):
                 f"train.backward_fraction: expected at least one of rollout.samples_per_prompt "
                 f"({self.rollout.samples_per_prompt}), got {self.train.backward_fraction:g} of them"
             )
+        if self.train.backward_fraction < 1 and self.train.kept_graphs != "none":
+            raise ValueError(
+                f"train.kept_graphs: expected none with train.backward_fraction "
+                f"{self.train.backward_fraction:g}, got {self.train.kept_graphs}"
+            )
         if self.train.backward_fraction < 1 and self.loss.norm_penalty:
             raise ValueError(
                 f"train.backward_fraction: expected 1.0 with loss.norm_penalty, got "
@@ -130,6 +135,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.timesteps: expected all or 1 to {len(self.training_steps())} (the rollout's steps in "
                 f"the training range), got {count}"
+            )
+        if self.train.timestep_sampling == "by-signal" and count in ("all", len(self.training_steps())):
+            raise ValueError(
+                "train.timestep_sampling: expected uniform or high-noise where train.timesteps "
+                f"({count}) leaves none out, got by-signal"
             )
         if self.train.steps_per_iteration > self.rollout.prompts_per_iteration:
             raise ValueError(

@@ -200,7 +200,8 @@ class LossConfig(Section):
     type: Literal["mse", "bce"] = "mse"
     """`mse`, or `bce`: cross-entropy of the centered log-ratio and the reward."""
     temperature: float = Field(math.inf, gt=0, allow_inf_nan=True)
-    """How much the best and worst of a group weigh in its baseline; infinite: all alike."""
+    """How much the best and worst of a group weigh in its baseline; infinite: all alike, and the one without
+    `centering`."""
     centering: Literal["prompt", "batch", "none"] = "prompt"
     """`prompt` is the method. For comparison: `batch` mixes prompts, `none` takes log-ratios and rewards as
     they are."""
@@ -220,14 +221,12 @@ class LossConfig(Section):
     def _ordered(self):
         if self.method == "crd" and self.reward_adaptive_kl and self.kl_min > self.kl_beta:
             raise ValueError(f"kl_min: expected at most kl_beta ({self.kl_beta:g}), got {self.kl_min:g}")
-        if self.norm_penalty and not self.anchored:
-            raise ValueError(
-                f"norm_penalty: expected 0 without an anchor (kl_beta 0), got {self.norm_penalty:g}"
-            )
-        if self.anchor_uncertain < 1 and not self.anchored:
-            raise ValueError(
-                f"anchor_uncertain: expected 1.0 without an anchor (kl_beta 0), got {self.anchor_uncertain:g}"
-            )
+        for name, unset in {"norm_penalty": 0, "anchor_uncertain": 1.0}.items():
+            given = getattr(self, name)
+            if given != unset and not self.anchored:
+                raise ValueError(f"{name}: expected {unset} without an anchor (kl_beta 0), got {given:g}")
+        if self.centering == "none" and self.temperature < math.inf:
+            raise ValueError(f"temperature: expected inf with centering none, got {self.temperature:g}")
         if self.centering_batch is not None and self.centering != "batch":
             raise ValueError(
                 f"centering_batch: expected null with centering {self.centering}, got {self.centering_batch}"
@@ -317,7 +316,7 @@ class TrainConfig(Section):
     """Share of the denoising that is trained, from the noise on."""
     timestep_sampling: Literal["uniform", "high-noise", "by-signal"] = "uniform"
     """Where they are drawn: everywhere alike, in the noisier half, or where gradients were large. High noise
-    alone suits rewards of layout and hurts fine detail."""
+    alone suits rewards of layout and hurts fine detail. `by-signal` needs fewer `timesteps` than all."""
     backward_fraction: float = Field(1.0, gt=0, le=1)
     """Share of each group that goes backward, drawn without bias. Below 1 it saves little and learns more
     slowly with groups of 8."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import crd_kernels
 import numpy as np
@@ -43,6 +44,22 @@ class Objective(ABC):
         self, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
     ) -> crd_kernels.Coefficients:
         """c1, c2 and where needed c3, (B,), and the losses: sums over these pairs, through `denominator`."""
+
+    def weighted(
+        self, found: crd_kernels.Coefficients, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
+    ) -> crd_kernels.Coefficients:
+        """Those that were found, with the pairs' own weights of the policy's term. Its loss is of the pairs
+        with such a term alone, without their weights."""
+        weight = pairs.policy.to(found.c1.dtype)
+        c3 = None if found.c3 is None else found.c3 * weight
+        found = replace(found, c1=found.c1 * weight, c3=c3)
+        rows = weight.nonzero().flatten()
+        if len(rows) == len(pairs):
+            return found
+        loss = torch.zeros_like(found.policy_loss)
+        if len(rows):
+            loss = self.coefficients(stats[rows], pairs[rows], denominator).policy_loss
+        return replace(found, loss=loss + found.kl_loss, policy_loss=loss)
 
     def anchor_strength(self, advantage: np.ndarray) -> np.ndarray:
         """What multiplies the distance to the reference for each advantage A_i, in float64."""

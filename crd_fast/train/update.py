@@ -362,11 +362,7 @@ class Updater:
         found = self.objective.coefficients(stats, pairs, denominator)
         if self.signal is not None:
             self._sizes.append(found.c1.abs() * stats.policy_error.sqrt())
-        if self._weighted:
-            weight = pairs.policy.to(found.c1.dtype)
-            c3 = None if found.c3 is None else found.c3 * weight
-            found = replace(found, c1=found.c1 * weight, c3=c3)
-        return found
+        return self.objective.weighted(found, stats, pairs, denominator) if self._weighted else found
 
     @observed("backward")
     def _backward(self, chunk: Chunk, policy: torch.Tensor, coefficients: crd_kernels.Coefficients) -> None:

@@ -69,6 +69,10 @@ def test_a_range_of_timesteps_ends_where_it_says():
         (["loss.clip_range=0.1"], "clip_range: expected null with method crd, got 0.1"),
         (["loss.centering_batch=2"], "centering_batch: expected null with centering prompt, got 2"),
         (
+            ["loss.centering=none", "loss.temperature=0.5"],
+            "temperature: expected inf with centering none, got 0.5",
+        ),
+        (
             ["loss.norm_penalty=1", "loss.kl_beta=0", "loss.kl_min=0"],
             "norm_penalty: expected 0 without an anchor (kl_beta 0), got 1",
         ),

@@ -1,6 +1,7 @@
 """What computes less: drawn without bias, or the same numbers by fewer forwards."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -296,10 +297,32 @@ def test_equal_groups_are_found_and_skipped():
     assert (drawn_pairs(advantage=advantage).policy == 1).all()
 
 
+@pytest.mark.parametrize("loss", [{}, {"type": "bce"}, {"method": "dpo"}, *METHODS.values()])
+def test_loss_is_of_the_pairs_with_a_term_whether_the_others_are_anchored_or_not(setting, loss):
+    term = (setting[2].group > 0).float()
+    losses = []
+    for anchor in (torch.ones_like(term), term):
+        pairs = replace(setting[2], policy=term, anchor=anchor)
+        losses.append(gradients(setting, SAMPLES, pairs, **loss)[0]["policy_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
         (["train.backward_fraction=0.1"], "train.backward_fraction: expected at least one of"),
+        (
+            ["train.backward_fraction=0.5", "train.kept_graphs=host"],
+            "train.kept_graphs: expected none with train.backward_fraction 0.5, got host",
+        ),
+        (
+            ["train.timestep_sampling=by-signal", "train.timesteps=all"],
+            "train.timestep_sampling: expected uniform or high-noise where",
+        ),
+        (
+            ["train.timestep_sampling=by-signal", "rollout.steps=2", "train.timesteps=2"],
+            r"timesteps \(2\) leaves",
+        ),
         (["train.skip_equal_groups=true", "model.sharding=fsdp"], "expected 1.0 and false"),
         (["train.skip_equal_groups=true", "loss.centering=batch"], "1.0 and false with loss.centering batch"),
     ],

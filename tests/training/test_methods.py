@@ -154,3 +154,23 @@ def test_the_penalty_has_its_metrics_in_steps_without_an_anchored_pair(setting):
     pairs = Pairs(**vars(setting[2]) | {"anchor": torch.zeros(len(setting[2]))})
     metrics, _ = gradients(setting, 4, pairs, norm_penalty=0.7)
     assert metrics["norm_loss"] == metrics["norm_ratio"] == 0
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 100])
+def test_the_penalty_does_nothing_where_rounding_alone_makes_the_policy_longer(
+    setting, monkeypatch, micro_batch
+):
+    model, velocity = setting[0], setting[0].velocity
+    with torch.no_grad(), setting[1].use("reference"):
+        of_base = [parameter.clone() for parameter in model.transformer.parameters()]
+    for parameter, value in zip(setting[1].trained(), of_base):
+        parameter.data.copy_(value)
+    _, without = gradients(setting, micro_batch)
+
+    def rounded(x, sigma, embeddings):  # as by the shape of a batch
+        return velocity(x, sigma, embeddings) * (1 + 1e-5 * torch.is_grad_enabled())
+
+    monkeypatch.setattr(model, "velocity", rounded)
+    metrics, gradient = gradients(setting, micro_batch, norm_penalty=0.7)
+    assert metrics["norm_loss"] == 0 and metrics["norm_ratio"] == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(gradient, without, rtol=1e-2, atol=1e-5)
