@@ -261,6 +261,8 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     """Loads the reward and answers until the other end is closed."""
     os.setpgid(0, 0)
     _end_with_parent()
+    # or a process that the reward has forked would keep half an answer waiting for its other half
+    os.register_at_fork(after_in_child=parent.close)
     kind, reward = _outcome(name, _load, name, pickled, device)
     memory = _Memory()
     try:

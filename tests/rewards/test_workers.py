@@ -129,7 +129,7 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     assert scored(found, pictures(1), ["fine"])  # there are new ones
 
 
-@pytest.mark.parametrize("how", ["alone", "forked"])
+@pytest.mark.parametrize("how", ["alone", "forked", "answering"])
 def test_a_worker_that_ends_by_itself_leaves_nothing_behind(rewards, folder, how):
     """And is known to have ended, though a process that it has forked holds its pipes."""
     found = rewards("leaves", workers=1, timeout=PATIENCE)
