@@ -1,3 +1,3 @@
-from crd_fast.cli import main
+from crd_fast.cli import run
 
-main()
+run()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +28,8 @@ from crd_fast.commands.terminal import console, say_error, say_warning
 from crd_fast.commands.train import train
 from crd_fast.errors import UserError
 from crd_fast.once import warnings_once
+
+LEAVING = 5.0  # seconds in which threads may end by themselves once a command is done
 
 app = typer.Typer(
     help="Fine-tune a flow model with a black-box reward (Centered Reward Distillation) on one GPU, or none.",
@@ -80,8 +85,33 @@ for name, command in COMMANDS.items():
     app.command(name=name)(bounded(command))
 
 
+def run() -> None:
+    """Entry point: `main` in a process that then ends, whatever hangs in threads that rewards have started.
+
+    Python waits for those of a pool without end: for a reward's own, and for what a server is asked.
+    """
+    try:
+        main()
+    except SystemExit as ended:
+        _leave_within(LEAVING, ended.code if isinstance(ended.code, int) else 1)
+        raise
+
+
+def _leave_within(seconds: float, code: int) -> None:
+    left = threading.Event()
+    atexit.register(left.set)  # what was registered last is called first, once no thread is waited for
+
+    def leave() -> None:
+        if not left.wait(seconds):
+            with suppress(OSError, ValueError):  # a pipe that is read no further, a stream that is closed
+                sys.stdout.flush()
+            os._exit(code)
+
+    threading.Thread(target=leave, name="leave", daemon=True).start()
+
+
 def main() -> None:
-    """Entry point: whatever is raised is one line and exit code 2, never a traceback."""
+    """Whatever a command raises is one line and exit code 2, never a traceback."""
     # bitsandbytes reports at import that an optional download for 4-bit layers on the CPU is not there
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers of image processors, that torchvision is not there
@@ -116,4 +146,4 @@ def _say_usage(error: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -219,13 +219,18 @@ def make_app(worker: Worker, token: str | None = None, limits: Limits = LIMITS) 
             run = asyncio.get_running_loop().run_in_executor
             future = run(worker.thread, worker.answer, work, body, limits)
             del body
-            while not (await asyncio.wait({future}, timeout=POLL))[0]:
-                if await request.is_disconnected():
-                    future.cancel()  # nobody waits for it; if it is being scored already, it goes on
-                    raise HTTPException(400, "the client has gone")
-                if worker.stuck:
-                    future.cancel()
-                    raise hangs()
+            try:
+                while not (await asyncio.wait({future}, timeout=POLL))[0]:
+                    if await request.is_disconnected():
+                        future.cancel()  # nobody waits for it; if it is being scored already, it goes on
+                        raise HTTPException(400, "the client has gone")
+                    if worker.stuck:
+                        future.cancel()
+                        raise hangs()
+            except asyncio.CancelledError:  # by uvicorn, which has waited for it
+                raise HTTPException(
+                    503, "the server is being stopped", headers={"Retry-After": "2"}
+                ) from None
             status, content = future.result()
             return JSONResponse(content, status)
 

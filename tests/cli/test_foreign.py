@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 from crd_fast.weights import durable
 from tests.cli.conftest import SMALL, metrics
@@ -252,3 +253,27 @@ def test_what_a_run_says_comes_next_can_be_typed(inside, foreign, tmp_path):
     assert command[:2] == ["crd-fast", "eval"]
     code, _, err = inside(*command[1:])
     assert code == 0, err
+
+
+POOLED = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+pool = ThreadPoolExecutor(1)
+
+
+def pooled(images, prompts, metadata):
+    return list(pool.map(lambda image: threading.Event().wait(), images))
+"""
+
+
+def test_a_reward_that_hangs_in_a_pool_of_its_own_does_not_keep_the_command(process, tmp_path, monkeypatch):
+    """Python waits for such threads when a process ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pooled.py").write_text(POOLED)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    command = ["score", "--images", "pictures", "--prompts", "prompts.txt", "--set", "timeout=0.2"]
+    result = process(*command, "--reward", "pooled.py:pooled")
+    assert_refused(result, "error: reward pooled.py:pooled: expected values within 0.2 s, got none")

@@ -4,10 +4,13 @@ import base64
 import concurrent.futures
 import gc
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from crd_fast.rewards import http as client
+from tests.cli.conftest import command
 from tests.rewards.serving import (
     TOKEN,
     ask,
@@ -107,6 +111,42 @@ def test_a_reward_that_hangs_is_not_ready(served_rewards):
         served_rewards.gate.set()
         wait_until_ready(address)
         assert ask(address, "POST", "/score", request(pictures(1)))[0] == 200
+
+
+HANGS = """
+import threading
+from pathlib import Path
+
+
+def hangs(images, prompts, metadata):
+    Path("asked").touch()
+    threading.Event().wait()
+"""
+
+
+def test_ctrl_c_ends_a_server_whose_reward_hangs(tmp_path):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    started = subprocess.Popen(
+        command("serve-reward", "hangs.py:hangs", "--port", 0),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with started, concurrent.futures.ThreadPoolExecutor() as threads:
+        try:
+            address = started.stdout.readline().split()[3]
+            wait_until_ready(address)
+            answer = threads.submit(ask, address, "POST", "/score", request(pictures(1)))
+            while not (tmp_path / "asked").exists():
+                time.sleep(0.02)
+            started.send_signal(signal.SIGINT)
+            _, said = started.communicate(timeout=120)
+            assert "Traceback" not in said
+        finally:
+            started.kill()
+        answer.exception()  # whatever a server that ends says
 
 
 @pytest.mark.parametrize(
