@@ -16,8 +16,8 @@ class Observer:
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """A part of the run, inside others: encoding; iteration; rollout (prompts, decode); rewards; update
-        (old, reference, forwards in one batch, measure, center, backward, optimizer); snapshots; evaluation;
-        drift; guided base; checkpoint.
+        (old, reference, forwards in one batch, measure, center, backward, optimizer); snapshots; evaluation
+        and guided base (scoring); drift; checkpoint.
 
         total: how many samples, pairs of sample and timestep, or prompts, it goes through, where it counts
         them by `advance`.

@@ -156,6 +156,12 @@ class Evaluation:
         kept = None if self.recipe.evaluate.drift is None else latents
         if not self.ranks.main:
             return Evaluated({}, images, latents=kept)
+        with observer.phase("scoring"):
+            metrics, each = self._scored(images)
+        return Evaluated(metrics, images, self._scores(each), kept)
+
+    def _scored(self, images: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics of all pictures, and what each got, by rewards and judges."""
         values = self.rewards.score(images, self.metadata)
         metrics, per_image = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
@@ -166,7 +172,7 @@ class Evaluation:
             judged = self.judges.score(images, self.metadata)
             metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
             each |= {f"judge/{name}": of for name, of in judged.items()}
-        return Evaluated(metrics, images, self._scores(each), kept)
+        return metrics, each
 
     def own_rows(self) -> torch.Tensor:
         """Which pictures this rank makes, int64 (n,), n the same on each.

@@ -13,6 +13,7 @@ from crd_fast.run.observer import Observer
 
 logger = logging.getLogger("crd_fast")
 AT_ONCE = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+SCORING = ("rewards", "scoring")  # phases that wait for rewards
 
 
 class StopNow(Exception):
@@ -67,7 +68,7 @@ class Stopping(Observer):
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         if name == "optimizer":
             self.whole = False
-        outer, self._waiting = self._waiting, name == "rewards"
+        outer, self._waiting = self._waiting, name in SCORING
         try:
             if self._waiting:
                 self._stop()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -100,6 +101,20 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
     for mine, other in zip(again.weights.trained(), weights, strict=True):
         assert torch.equal(mine, other)
     assert records(run) == expected
+
+
+def hangs_in_the_evaluation(images, prompts, metadata):
+    if len(set(prompts)) > 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+    return [float(image.mean()) / 255 for image in images]
+
+
+def test_an_evaluation_that_waits_for_a_reward_is_stopped_at_once(tmp_path):
+    settings = [*SETTINGS, "train.iterations=1"]
+    rewards = {hangs_in_the_evaluation: {"timeout": 60}}
+    assert Trainer(load_recipe("builtin", settings), tmp_path, rewards=rewards).run() is False
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "iteration-000000"
 
 
 def fails_in_the_third_iteration(images, prompts, metadata):
