@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from crd_fast.config import Recipe
+from crd_fast.errors import UserError
 from crd_fast.models.negative import KEY
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.clip import Clip, preprocess
@@ -37,10 +38,16 @@ class FeatureDistance:
 
     The guided base's pictures have the same prompts and seeds and are made once; of them the features are
     kept in the run's folder, and made anew where they are not there or of another evaluation.
-    Raises UserError, before anything is loaded, where the recipe names no network.
+    pictures: how many an evaluation has. Raises UserError, before anything is loaded, where the recipe names
+    no network, and for a single picture, which has no variance.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, ranks: Ranks, observer: Observer):
+    def __init__(self, recipe: Recipe, output: Path, pictures: int, ranks: Ranks, observer: Observer):
+        if pictures < 2:
+            raise UserError(
+                f"evaluate.features: expected an evaluation of at least 2 pictures, got {pictures}; see "
+                "evaluate.max_prompts and evaluate.samples_per_prompt"
+            )
         self.config, self.ranks, self.observer = recipe.evaluate, ranks, observer
         self.path = guided_base_path(output).with_suffix(".npz")
         self._base: np.ndarray | None = None

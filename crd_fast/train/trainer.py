@@ -100,8 +100,9 @@ class Trainer:
         begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
         self.features = None
-        if evaluates and recipe.evaluate.features is not None:
-            self.features = FeatureDistance(recipe, output, self.ranks, self.observer)
+        if held_out and recipe.evaluate.features is not None:
+            pictures = len(held_out.entries) * recipe.evaluate.samples_per_prompt
+            self.features = FeatureDistance(recipe, output, pictures, self.ranks, self.observer)
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
         if recipe.model.init_lora is not None and not newest:
             lora_file(Path(recipe.model.init_lora))

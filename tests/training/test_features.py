@@ -130,3 +130,6 @@ def test_mistakes_are_said_before_anything_is_loaded(tmp_path):
     nowhere = recipe(f"evaluate.drift={SCALE}", "evaluate.features=/nowhere/clip")
     with pytest.raises(UserError, match=r"evaluate\.features: /nowhere/clip: no such folder"):
         Trainer(nowhere, tmp_path / "run")
+    single = recipe(*ASKED, "evaluate.max_prompts=1", "evaluate.samples_per_prompt=1")
+    with pytest.raises(UserError, match="features: expected an evaluation of at least 2 pictures, got 1"):
+        Trainer(single, tmp_path / "run")
