@@ -46,6 +46,7 @@ def study(
     _check("arm", arm, loaded.arms)
     _check("seed", seed, loaded.seeds)
     output = output or Path("studies") / (name if (STUDIES / f"{name}.yaml").exists() else Path(name).stem)
+    place = output.absolute()  # a reward may change the working directory
     with console.status("loading torch"):
         from crd_fast.study.results import write_results
         from crd_fast.study.run import run_study
@@ -57,10 +58,10 @@ def study(
             and (not seed or cell.seed in seed)
         )
 
-    finished = results or run_study(loaded, output, wanted, say)
-    written = write_results(loaded, output, say)
+    finished = results or run_study(loaded, place, wanted, say)
+    written = write_results(loaded, place, say)
     for file in written:
-        say(f"written: {file}")
+        say(f"written: {output / file.relative_to(place)}")
     if results and not written:
         say(f"no run in {output} is whole: nothing is written")
     if not finished:

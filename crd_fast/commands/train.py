@@ -119,7 +119,7 @@ def train(
 
         with with_consent():
             check_consent(loaded, str(resume / "config.yaml"))
-    with leaving_traceback(output):
+    with leaving_traceback(output.absolute()):
         _run_training(loaded, output, resume is not None, gpu)
 
 
@@ -191,7 +191,7 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             recipe,
             output,
             resume,
-            observer=Observers(bars, Refresh(output, recipe.train.iterations)) if main else NOBODY,
+            observer=Observers(bars, Refresh(output.absolute(), recipe.train.iterations)) if main else NOBODY,
             row_flops=takes.plan.row_flops if takes else None,
         )
         bars.begin(trainer.iteration)
@@ -202,15 +202,15 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
             say(f"resuming after iteration {trainer.iteration}")
         finished = trainer.run()
     if main:
-        records = read_metrics(output)
-        if (table := before_and_after(output, records)) is not None:
+        records = read_metrics(trainer.output)
+        if (table := before_and_after(trainer.output, records)) is not None:
             console.print(table)
         memory = gpu_memory(records)
         if memory is not None:
             say(memory)
-        say(f"report: {write_report(output)}")
+        say(f"report: {output / write_report(trainer.output).name}")
     if main and finished:
-        say(f"weights: {checkpoint.find(output)}")
+        say(f"weights: {output / checkpoint.find(trainer.output).relative_to(trainer.output)}")
         run = shlex.quote(str(output))
         say(f'next: crd-fast sample {run} --prompt "..." --out grid.png, {trainer.command("eval")}')
     if not finished:

@@ -29,7 +29,7 @@ from crd_fast.seeds import seed_table
 from crd_fast.sizes import Resolution
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation, HeldOut, pictures_of, tile
 from crd_fast.train.micro_batch import release_memory, resolve_micro_batch
-from crd_fast.train.places import check_base, recipe_of
+from crd_fast.train.places import absolute, check_base, recipe_of
 from crd_fast.train.prompt_lengths import check_lengths, check_prompts
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.seen_prompts import SeenPrompts
@@ -186,7 +186,9 @@ def asked(
             raise UserError(f"{' and '.join(missing)}: expected for {recipe.model.path}, which has no recipe")
     if not allow_code and rewards is None and found.folder is not None:
         check_consent(recipe, str(found.folder))
-    return replace(found, recipe=recipe)
+    # a reward may change the working directory
+    folder, file = (path and path.absolute() for path in (found.folder, found.lora))
+    return replace(found, recipe=absolute(recipe), folder=folder, lora=file)
 
 
 def of_size(values: dict[str, Any], size: Resolution) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Trainer:
         recipe = absolute(recipe)
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)
-        self.recipe, self.output = recipe, output
+        # a reward may change the working directory
+        self.recipe, self.output, self._named = recipe, output.absolute(), output
         self.throughput, self.memory = Throughput(row_flops), GpuMemory()
         profiler = profiling.start(recipe.train.profile)
         self.observer = Observers(profiler, self.throughput, self.memory, observer)
@@ -86,7 +87,7 @@ class Trainer:
         self.stopping = Stopping(alone=self.ranks.count == 1)
         self.observer.add(self.stopping)
         check_ranks(recipe, self.ranks.count)
-        self.checkpoints = Checkpoints(output, recipe, self.ranks, resume)
+        self.checkpoints = Checkpoints(self.output, recipe, self.ranks, resume)
         newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         if recipe.loss.anchor_uncertain < 1 and all(self.rewards.weights.values()):
@@ -102,7 +103,7 @@ class Trainer:
         self.features = None
         if held_out and recipe.evaluate.features is not None:
             pictures = len(held_out.entries) * recipe.evaluate.samples_per_prompt
-            self.features = FeatureDistance(recipe, output, pictures, self.ranks, self.observer)
+            self.features = FeatureDistance(recipe, self.output, pictures, self.ranks, self.observer)
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
         if recipe.model.init_lora is not None and not newest:
             lora_file(Path(recipe.model.init_lora))
@@ -148,7 +149,7 @@ class Trainer:
         of_rollout, of_evaluation = (
             resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step) for _ in range(2)
         )
-        partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
+        partial = PartialRollout(self.output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self.rollout = IterationRollout(
             recipe, self.model, self.weights, self.prompts, of_rollout, partial, self.ranks, self.observer
         )
@@ -173,7 +174,7 @@ class Trainer:
             self.checkpoints.hold()
             # a run that was stopped before its first checkpoint starts over, in the same folder
             after = (self.iteration - self._unlogged if newest else -1) if resume else None
-            self.log = RunLog(output, recipe, after)
+            self.log = RunLog(self.output, recipe, after)
 
     def run(self) -> bool:
         """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.
@@ -219,7 +220,7 @@ class Trainer:
     def command(self, *words: str) -> str:
         """One that loads this run, whose folder ends it, and its rewards, as it can be typed."""
         consent = [OPTION] if needs_consent(self.recipe) else []
-        return shlex.join(["crd-fast", *words, str(self.output), *consent])
+        return shlex.join(["crd-fast", *words, str(self._named), *consent])
 
     def _run(self) -> None:
         if self._unlogged:
@@ -394,5 +395,5 @@ class Trainer:
         except UserError as error:
             raise UserError(
                 f"iteration {self.iteration + 1}: {error}; checkpoints up to the last one are intact in "
-                f"{self.output / 'checkpoints'}"
+                f"{self._named / 'checkpoints'}"
             ) from error

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_charts")  # nobody looks at the charts 
 
 OFF = SMALL.replace("every: 2,", "every: 0,")  # no evaluations
 MODULE = '''
+import os
 import sys
 from pathlib import Path
 from subprocess import Popen
@@ -37,6 +38,11 @@ def leaves(images, prompts, metadata):
 
 def breaks(images, prompts, metadata):
     raise OSError(28, "No space left on device", "/some/where")
+
+
+def moves(images, prompts, metadata):
+    os.chdir(Path(__file__).with_name("elsewhere"))
+    return [0.5] * len(images)
 
 
 class NoMethod:
@@ -70,6 +76,16 @@ class Leaves:
 
 constant = 3
 '''
+
+
+PICTURES = ["--images", "pictures", "--prompts", "prompts.txt"]
+
+
+def a_picture(folder):
+    """What PICTURES names."""
+    (folder / "prompts.txt").write_text("a\n")
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
 
 
 @pytest.fixture
@@ -255,6 +271,24 @@ def test_what_a_run_says_comes_next_can_be_typed(inside, foreign, tmp_path):
     assert code == 0, err
 
 
+def test_a_reward_that_changes_the_working_directory_moves_no_file(inside, foreign, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moves.yaml").write_text(SMALL + "rewards: {'foreign:moves': 1.0}\n")
+    code, out, err = inside("train", "moves.yaml", "--output", "run", "--max-iterations", 1)
+    assert code == 0, err
+    assert "weights: run/checkpoints/iteration-000001" in out and "crd-fast sample run " in out
+    assert (tmp_path / "run" / "report.html").exists()
+    assert [record["iteration"] for record in metrics(tmp_path / "run")] == [0, 1]
+    a_picture(tmp_path)
+    given = {"eval": ["run", "--allow-code"], "score": ["--reward", "foreign:moves", *PICTURES]}
+    for command, arguments in given.items():
+        monkeypatch.chdir(tmp_path)
+        code, _, err = inside(command, *arguments, "--json", f"{command}.json")
+        assert code == 0, err
+        assert (tmp_path / f"{command}.json").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 POOLED = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -271,9 +305,6 @@ def test_a_reward_that_hangs_in_a_pool_of_its_own_does_not_keep_the_command(proc
     """Python waits for such threads when a process ends."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pooled.py").write_text(POOLED)
-    (tmp_path / "prompts.txt").write_text("a\n")
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
-    command = ["score", "--images", "pictures", "--prompts", "prompts.txt", "--set", "timeout=0.2"]
-    result = process(*command, "--reward", "pooled.py:pooled")
+    a_picture(tmp_path)
+    result = process("score", *PICTURES, "--set", "timeout=0.2", "--reward", "pooled.py:pooled")
     assert_refused(result, "error: reward pooled.py:pooled: expected values within 0.2 s, got none")
