@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crd_fast.errors import UserError
-from crd_fast.rewards.foreign import host_of, is_loopback
+from crd_fast.rewards.foreign import host_of, is_address, is_loopback
 from crd_fast.rewards.registry import REWARDS
 
 OPTION = "--allow-code"
@@ -46,7 +46,7 @@ def check_consent(recipe: Any, source: str) -> None:
 
 def _is_ours(name: str, settings: Mapping) -> bool:
     """Whether a reward runs nobody's code and asks no other machine."""
-    address = settings.get("url", name if name.startswith(("http://", "https://")) else None)
+    address = settings.get("url", name if is_address(name) else None)
     if name == "http" or address is not None:
         return is_loopback(host_of(str(address)))
     return name in REWARDS

@@ -17,6 +17,11 @@ from crd_fast.errors import MissingPackage, UserError, did_you_mean
 from crd_fast.rewards.failures import failure
 
 
+def is_address(name: str) -> bool:
+    """Whether a reward's name is the address of the server that it asks."""
+    return name.startswith(("http://", "https://"))
+
+
 def host_of(address: str) -> str:
     """The name or number of `SCHEME://HOST:PORT/...`, or of `//HOST:PORT`; "" where there is none."""
     try:

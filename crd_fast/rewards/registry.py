@@ -21,7 +21,7 @@ from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.advantage import combine_pictures
 from crd_fast.rewards.engine_settings import OPTIONAL, SKIP, SUGGESTED, TAKEN, engine_setting
 from crd_fast.rewards.failures import answers_for, refuses
-from crd_fast.rewards.foreign import check_arguments, imported
+from crd_fast.rewards.foreign import check_arguments, imported, is_address
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.reports import add_reported, means, unscored
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
@@ -307,7 +307,7 @@ def load(name: str | object, settings: Mapping | None = None) -> tuple[Any, dict
             raise UserError(
                 f"rewards: expected a name, a function, a class or an object with score, got {name}"
             )
-    elif name.startswith(("http://", "https://")):
+    elif is_address(name):
         settings = {"url": name, **settings}
         reward = imported(name, REWARDS["http"])
     else:

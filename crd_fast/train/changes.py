@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError
 from crd_fast.prompts.lists import splits
 from crd_fast.reward_weights import weight_of
+from crd_fast.rewards.foreign import is_address
 
 # where things are, how much goes through the network at once or is kept of it, how long and how often
 HONOURED = (
@@ -39,7 +40,9 @@ def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
     Raises UserError for one that would make it another run: what was trained so far was trained without it.
     """
     old = build_recipe(before, source=str(source))
-    found = list(differences(old.model_dump(), recipe.model_dump()))
+    values, moved = old.model_dump(), moved_addresses(old.rewards, recipe.rewards)
+    values["rewards"] = {moved.get(name, name): value for name, value in old.rewards.items()}
+    found = list(differences(values, recipe.model_dump()))
     refused = [text for key, text in found if not _honoured(key)]
     if splits(old) != splits(recipe):
         changed = "; ".join(text for key, text in found if key.startswith(OF_SPLIT))
@@ -50,8 +53,18 @@ def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
             f"{source}: made with another recipe: {'; '.join(refused)}; "
             "go on with the run's own, or train anew"
         )
-    for _, text in found:
+    for text in [f"rewards.{name} -> {now}" for name, now in moved.items()] + [text for _, text in found]:
         logger.warning("changed: %s", text)
+
+
+def moved_addresses(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Servers by whose addresses rewards are named, and those that stand in their places now.
+
+    {} where there are more or fewer.
+    """
+    gone = [name for name in old if is_address(name) and name not in new]
+    come = [name for name in new if is_address(name) and name not in old]
+    return dict(zip(gone, come)) if len(gone) == len(come) else {}
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards
 from crd_fast.rewards import http as client
+from crd_fast.train.changes import check_changes
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +171,17 @@ def test_a_server_that_is_down():
 def test_addresses_are_checked(url):
     with pytest.raises(UserError, match="url: expected http://HOST:PORT"):
         client.HttpReward(url)
+
+
+def test_a_run_goes_on_with_a_server_that_has_moved(tmp_path, caplog):
+    def recipe(**rewards):
+        return build_recipe({"rewards": {"geneval": 1.0, **rewards}})
+
+    first, moved, third = "http://127.0.0.1:8701", "http://127.0.0.1:8702", "https://other.example"
+    check_changes(recipe(**{first: 0.5}).model_dump(), recipe(**{moved: {"weight": 0.5}}), tmp_path)
+    assert f"changed: rewards.{first} -> {moved}" in caplog.text
+    two = {first: 0.5, third: {"weight": 1.0, "timeout": 5}}
+    check_changes(recipe(**two).model_dump(), recipe(**{first: 0.5, moved: 1.0}), tmp_path)
+    for others in ({moved: 0.6}, {moved: 0.5, third: 0.5}, {}):
+        with pytest.raises(UserError, match="made with another recipe"):
+            check_changes(recipe(**{first: 0.5}).model_dump(), recipe(**others), tmp_path)
