@@ -166,7 +166,7 @@ class Worker:
             raise Refused(500, str(error)) from None
         except UserError as error:
             raise Refused(422, str(error)) from None
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # signals come elsewhere
             log.exception("reward %s failed", self.name)
             raise Refused(500, failure(self.name, error, where=False)) from None
 

@@ -18,6 +18,7 @@ server = pytest.importorskip("crd_fast.rewards.server", reason="needs fastapi an
 
 TOKEN = "correct-horse"
 REWARDS = '''
+import asyncio
 import os
 import threading
 import time
@@ -64,6 +65,9 @@ def wrong(images, prompts, metadata):
 
 def fails(images, prompts, metadata):
     raise KeyError("somewhere")
+
+def interrupted(images, prompts, metadata):
+    raise {"ctrl-c": KeyboardInterrupt, "cancelled": asyncio.CancelledError}[prompts[0]]
 
 def some(images, prompts, metadata):
     return [None if prompt == "skip" else 1.0 for prompt in prompts]

@@ -240,6 +240,8 @@ def test_not_ready_until_the_reward_is_loaded(served_rewards):
         ("wrong", "short", "expected 2 values, got 1"),
         ("wrong", "words", "expected finite numbers, got 'a'"),
         ("fails", "", "KeyError: 'somewhere'"),
+        ("interrupted", "ctrl-c", "KeyboardInterrupt"),
+        ("interrupted", "cancelled", "CancelledError"),
     ],
 )
 def test_a_reward_that_fails_is_the_servers_fault(reward, prompt, words):
