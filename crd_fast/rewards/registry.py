@@ -54,6 +54,7 @@ REWARDS = {
 CALL_IMAGES = 64
 TRIED, LARGEST_TRIED = 4, 1024  # pictures of noise, and their side
 PER_IMAGE = "per_image"  # in what `report` returns: name to a value for each image
+OWN_METRICS = ("reward/", "scored/", "judge/", "drift/")  # of evaluations, whatever rewards report
 
 logger = logging.getLogger("crd_fast")
 
@@ -246,8 +247,11 @@ class Rewards:
                     reported = dict(reward.report(lent_images(images, rows), prompts, entries))
                     each = dict(reported.pop(PER_IMAGE, {}))
                     each = {key: checked(f"{name}: {key}", of, len(rows)) for key, of in each.items()}
-                if own := (reported | each).keys() & every:
-                    raise UserError(f"reward {name}: its report names {min(own)}, which every evaluation has")
+                own = {key for key in reported | each if key in every or key.startswith(OWN_METRICS)}
+                if own:
+                    raise UserError(
+                        f"reward {name}: its report names {min(own)}, which evaluations have themselves"
+                    )
                 add_reported(name, checked_metrics(name, reported), metrics, by)
                 placed = {key: np.full(len(images), np.nan) for key in each}
                 for key, of in each.items():

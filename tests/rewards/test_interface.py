@@ -111,8 +111,13 @@ def test_what_is_reported_of_single_pictures():
         ({"count": 3}, f"reward {name}: reds: expected 2 values, got 3"),
         ({"per_image": {"reds": [1.0, float("nan")]}}, "reds: expected finite numbers, got nan for image 1"),
         ({"per_image": 7}, "'int' object is not iterable"),
-        ({"of_all": "reward_mean"}, "its report names reward_mean, which every evaluation has"),
-        ({"per_image": {"reward": [1.0, 1.0]}}, "its report names reward, which every evaluation has"),
+        ({"of_all": "reward_mean"}, "its report names reward_mean, which evaluations have themselves"),
+        ({"per_image": {"reward": [1.0, 1.0]}}, "its report names reward, which evaluations have themselves"),
+        ({"of_all": "drift/guided"}, "its report names drift/guided, which evaluations have themselves"),
+        (
+            {"per_image": {"judge/a": [1.0, 1.0]}},
+            "its report names judge/a, which evaluations have themselves",
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             Rewards({Detailed: wrong}).report(images, metadata, values)
@@ -135,11 +140,14 @@ def test_rewards_that_report_the_same_name_do_not_overwrite_each_other():
     for settings, words in [
         ({"value": 0.25}, f"reward {second}: its report names redness, to which {first} gives another value"),
         ({"per_image": {"reds": [1.0, 0.0]}}, f"names reds, to which {first} gives another value"),
-        ({"of_all": f"reward/{first}"}, f"reward {second}: its report names reward/{first}, which every"),
+        (
+            {"of_all": f"reward/{first}"},
+            f"reward {second}: its report names reward/{first}, which evaluations",
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             report(**settings)
-    with pytest.raises(UserError, match=f"reward {first}: its report names reward/{second}, which every"):
+    with pytest.raises(UserError, match=f"reward {first}: its report names reward/{second}, which evaluations"):
         rewards = Rewards({Detailed: {"of_all": f"reward/{second}"}, Another: 1.0})
         rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
 
