@@ -30,8 +30,8 @@ OURS = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 def leaving_traceback(folder: Path | None = None) -> Iterator[None]:
     """Whatever is raised inside, SystemExit too, as UserError; its traceback goes into the folder.
 
-    Without a folder, or where it cannot be written, into a file among the temporary ones. A UserError
-    with nothing behind it passes as it is.
+    Without a folder, or where it cannot be written, into a file among the temporary ones. Of several
+    processes each has a file of its own. A UserError with nothing behind it passes as it is.
     """
     try:
         yield
@@ -87,9 +87,11 @@ def _where(error: BaseException) -> str:
 def _write(error: BaseException, folder: Path | None) -> Path | None:
     text = "".join(traceback.format_exception(error))
     if folder is not None and folder.is_dir():
+        rank = os.environ.get("RANK", "0")  # the others fail too, as one of them is gone
+        path = folder / (FILE if rank == "0" else f"error-rank-{rank}.txt")
         try:
-            (folder / FILE).write_text(text, encoding="utf-8", errors="replace")
-            return folder / FILE
+            path.write_text(text, encoding="utf-8", errors="replace")
+            return path
         except OSError:
             pass
     try:

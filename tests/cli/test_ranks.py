@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from crd_fast import ranks
+from crd_fast.commands.boundary import leaving_traceback
 from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import check_ranks, own_prompts
@@ -73,6 +74,25 @@ def test_the_others_wait_while_the_first_encodes(tmp_path):
         first, second = two_ranks(tmp_path / str(patience), late, patience)
         assert (second.returncode == 0) == patient, second.stderr[-2000:]
         assert first.returncode == 0 or not patient, first.stderr[-2000:]
+
+
+def fails_on_the_second(folder):
+    own = ranks.Ranks()
+    with leaving_traceback(folder):
+        if not own.main:
+            raise ZeroDivisionError("a reward's own")
+        own.wait()  # for one that is gone
+
+
+@pytest.mark.slow
+def test_each_process_leaves_its_own_traceback(tmp_path):
+    """What the first says is that the other is gone; what ended both is in that of the second."""
+    runs = two_ranks(tmp_path / "ranks", fails_on_the_second, tmp_path)
+    for run, name in zip(runs, ("error.txt", "error-rank-1.txt")):
+        assert run.returncode != 0
+        assert f"traceback in {tmp_path / name}" in run.stderr
+    found = [path.name for path in tmp_path.glob("error*") if "a reward's own" in path.read_text()]
+    assert found == ["error-rank-1.txt"]
 
 
 def test_every_prompt_has_one_owner():
