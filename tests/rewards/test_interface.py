@@ -147,7 +147,9 @@ def test_rewards_that_report_the_same_name_do_not_overwrite_each_other():
     ]:
         with pytest.raises(UserError, match=words):
             report(**settings)
-    with pytest.raises(UserError, match=f"reward {first}: its report names reward/{second}, which evaluations"):
+    with pytest.raises(
+        UserError, match=f"reward {first}: its report names reward/{second}, which evaluations"
+    ):
         rewards = Rewards({Detailed: {"of_all": f"reward/{second}"}, Another: 1.0})
         rewards.report(images, metadata, {first: np.zeros(2), second: np.ones(2)})
 
