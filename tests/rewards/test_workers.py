@@ -143,6 +143,7 @@ def test_a_worker_that_ends_by_itself_leaves_nothing_behind(rewards, folder, how
 def test_nor_does_one_that_ends_while_nobody_waits_for_it(rewards, folder):
     found = rewards("leaves", workers=1)
     (worker,) = scored(found, pictures(1), ["idle"])
+    (folder / "answered").touch()
     wait_until(lambda: gone(int(worker)))
     found.close()
     (child,) = [int(file.name[4:]) for file in folder.glob("pid-*")]
