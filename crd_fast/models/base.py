@@ -141,3 +141,8 @@ def states_and_pooled(
     if "pooled_projection_dim" in config:
         shapes["pooled"] = (prompts, config["pooled_projection_dim"])
     return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+
+
+def padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    """(L, D) with zeros up to (length, D)."""
+    return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

@@ -21,17 +21,13 @@ class FluxModel(PipelineModel):
     name = "FLUX.1"
     pipeline = FluxPipeline
     lora_targets = JOINT_ATTENTION
+    heeds_flow_sigmas = True
     text_length = 512
     max_text_length = 512  # beyond which the pipeline refuses
     configs: ClassVar = {  # of one shape
         "black-forest-labs/FLUX.1-dev": "flux.1-dev",
         "black-forest-labs/FLUX.1-schnell": "flux.1-dev",
     }
-
-    def _steps(self, steps: int) -> dict:
-        if self.scheduler.config.get("use_flow_sigmas"):  # another solver left it there
-            return {"num_inference_steps": steps}
-        return super()._steps(steps)
 
     def _encode(self, pipe, prompt: str) -> dict[str, torch.Tensor]:
         states, pooled, _ = pipe.encode_prompt(

@@ -22,6 +22,7 @@ class Flux2KleinModel(PipelineModel):
 
     name = "FLUX.2-klein"
     pipeline = Flux2KleinPipeline
+    heeds_flow_sigmas = True
     text_length = 512
     configs: ClassVar = {
         "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
@@ -41,11 +42,6 @@ class Flux2KleinModel(PipelineModel):
 
     def _shift(self, steps: int, resolution: Resolution) -> float:
         return compute_empirical_mu(self._tokens(resolution), steps)
-
-    def _steps(self, steps: int) -> dict:
-        if self.scheduler.config.get("use_flow_sigmas"):  # another solver left it there
-            return {"num_inference_steps": steps}
-        return super()._steps(steps)
 
     def _reading(self, tokenizer, tokens: int) -> Reading:
         before = before_prompt(tokenizer, enable_thinking=False)

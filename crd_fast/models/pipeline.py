@@ -45,7 +45,8 @@ class PipelineModel(FlowModel):
 
     Attributes of a family: name; pipeline: its class; lora_targets: the attention projections; text_length:
     tokens of a prompt unless the recipe says otherwise; unquantized: layers inside blocks that stay;
-    optional: components it does without; joins_rows: outside its blocks a batch is one sequence.
+    optional: components it does without; joins_rows: outside its blocks a batch is one sequence;
+    heeds_flow_sigmas: leaves the noise levels to a scheduler whose config has `use_flow_sigmas`.
     device: by default the GPU, if there is one.
     """
 
@@ -54,6 +55,7 @@ class PipelineModel(FlowModel):
     unquantized: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     joins_rows = False
+    heeds_flow_sigmas = False
 
     def __init__(self, folder: Path, recipe: Recipe, device: torch.device | None = None):
         self.folder, self.config = folder, recipe.model
@@ -125,6 +127,8 @@ class PipelineModel(FlowModel):
 
     def _steps(self, steps: int) -> dict:
         """What the pipeline gives to `set_timesteps` for its own schedule."""
+        if self.heeds_flow_sigmas and self.scheduler.config.get("use_flow_sigmas"):
+            return {"num_inference_steps": steps}
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
     def _time(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -393,8 +397,3 @@ class PipelineModel(FlowModel):
 def encodes_on_gpu(weights: int, free: int) -> bool:
     """Whether text encoders of so many bytes work there, with a fifth more for what they compute."""
     return weights + weights // 5 <= free
-
-
-def padded(states: torch.Tensor, length: int) -> torch.Tensor:
-    """(L, D) with zeros up to (length, D)."""
-    return torch.nn.functional.pad(states[:length], (0, 0, 0, max(length - len(states), 0)))

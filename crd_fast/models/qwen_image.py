@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from diffusers import QwenImagePipeline
 
-from crd_fast.models.base import JOINT_ATTENTION
-from crd_fast.models.pipeline import PipelineModel, padded
+from crd_fast.models.base import JOINT_ATTENTION, padded
+from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.prompt_reader import Reading
 
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
-from crd_fast.models.pipeline import PipelineModel, padded
+from crd_fast.models.base import padded
+from crd_fast.models.pipeline import PipelineModel
 from crd_fast.models.prompt_reader import Reading, before_prompt
 
 
