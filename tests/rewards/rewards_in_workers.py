@@ -161,9 +161,9 @@ class Judge:
 
     def report(self, images, prompts, metadata):
         return {
-            "judge/meta": self.device == "meta",
-            "judge/images": len(images),
-            "judge/process": os.getpid(),
+            "found/meta": self.device == "meta",
+            "found/images": len(images),
+            "found/process": os.getpid(),
         }
 
 

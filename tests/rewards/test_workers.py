@@ -194,8 +194,8 @@ def test_check_and_report_are_the_workers(rewards, folder):
         found.check([*metadata, {"prompt": "refuse this"}])
     values = found.score(pictures(4), metadata)
     report, _ = found.report(pictures(4), metadata, values)
-    assert report["judge/meta"] and report["judge/images"] == 4
-    assert report["judge/process"] != os.getpid()
+    assert report["found/meta"] and report["found/images"] == 4
+    assert report["found/process"] != os.getpid()
     assert not hasattr(load("workers_mine:mean", {"workers": 1})[0], "check")
 
 
