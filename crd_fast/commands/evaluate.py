@@ -21,7 +21,7 @@ from crd_fast.commands.checkpoints import (
 )
 from crd_fast.commands.terminal import AllowCode, console, parse_settings, plain, say, with_consent
 from crd_fast.errors import UserError
-from crd_fast.run.new_files import at_home, check_new
+from crd_fast.run.new_files import check_new
 
 if TYPE_CHECKING:
     from crd_fast.run.scores import Scores
@@ -89,8 +89,7 @@ def evaluate(
     if len(scales) not in (0, 1, len(sources)):
         raise UserError(f"--guidance-scale: expected one, or one for each SOURCE, got {len(scales)}")
     if json_ is not None:
-        check_new(json_, "--json")
-        json_ = at_home(json_).absolute()  # a reward may change the working directory
+        json_ = check_new(json_, "--json")
     from crd_fast.train.inference import asked, evaluated
 
     with console.status("evaluating"), with_consent():

@@ -9,7 +9,7 @@ import typer
 
 from crd_fast.commands.terminal import console, parse_settings, plain, say
 from crd_fast.errors import UserError
-from crd_fast.run.new_files import at_home, check_new, write_new
+from crd_fast.run.new_files import check_new, write_new
 
 
 def score(
@@ -63,8 +63,7 @@ def score(
     from crd_fast.rewards.pictures import score_pictures
 
     if json_ is not None:
-        check_new(json_, "--json")
-        json_ = at_home(json_).absolute()  # a reward may change the working directory
+        json_ = check_new(json_, "--json")
     settings = parse_settings(set_ or [])
     with console.status("scoring"):
         rows = score_pictures(reward, settings, images, prompts)

@@ -24,8 +24,11 @@ def at_home(path: Path) -> Path:
         return path
 
 
-def check_new(path: Path, option: str) -> None:
-    """Raises UserError where something is there, or nothing can be written. To be called before the work."""
+def check_new(path: Path, option: str) -> Path:
+    """The same place, wherever a reward moves the working directory. To be called before the work.
+
+    Raises UserError where something is there, or nothing can be written.
+    """
     path = at_home(path)
     try:
         os.lstat(path)
@@ -40,6 +43,7 @@ def check_new(path: Path, option: str) -> None:
         raise UserError(f"{option} {path}: {above} is no folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: {above} cannot be written to")
+    return path.absolute()
 
 
 def write_new(path: Path, option: str, content: bytes) -> None:
