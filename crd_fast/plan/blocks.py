@@ -9,7 +9,7 @@ hooks run, and the first one's peak and FLOPs are noted above what lives at the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from crd_fast.config import Recipe
-from crd_fast.models.checkpointing import recomputed_blocks
-from crd_fast.models.streaming import repeated_blocks
 from crd_fast.plan.live_bytes import LiveBytes, Peak
 
 LEAST = 4  # equal blocks: with gradient the first, the second and the last are run
@@ -37,7 +34,7 @@ class Span:
 @dataclass
 class Forward:
     """A block's forward. outputs: of what `tree_flatten` gives, the index of the input that it is, or shape
-    and dtype, or something else; kept: bytes that autograd keeps."""
+    and dtype, or something else; kept: bytes that stay, for autograd or in a cache that it was given."""
 
     span: Span
     outputs: list[Any]
@@ -48,23 +45,31 @@ class Forward:
 class Blocks:
     """The repeated blocks of a network, whose `forward` is replaced while a plan is made.
 
-    layers: tells sets of weights apart whose layers differ, adapted or not. flops: where they are counted.
+    recomputed: those that are checkpointed. layers: tells sets of weights apart whose layers differ, adapted
+    or not. flops: where they are counted.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, mode: FakeTensorMode, live: LiveBytes, flops: Any):
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        mode: FakeTensorMode,
+        live: LiveBytes,
+        flops: Any,
+        recomputed: Collection[nn.Module] = (),
+        streamed: bool = False,
+    ):
         self.mode, self.live, self.flops = mode, live, flops
         self.layers: Callable[[], object] = lambda: None
         self.forwards: dict[tuple, Forward] = {}
         self.backwards: dict[tuple, Span] = {}
         self._open: tuple[str, Peak] | None = None  # the phase's peak before a span of the backward pass
+        self.left: list[torch.Tensor] = []  # by blocks that are not run: keys and values of a text encoder
         self._last: dict[int, tuple[tuple, bool]] = {}  # by block: its recomputation is as its forward was
-        blocks = repeated_blocks(network)
-        recomputed = recomputed_blocks(network, recipe.train.checkpointing)
         signatures = [(block in recomputed, *_signature(block)) for block in blocks]
         counts = Counter(signatures)
         # the backward pass begins at the last, whose weights, where they are streamed, are not there yet; the
         # one before it is what the others are like
-        ends = 2 if recipe.model.streaming else 1
+        ends = 2 if streamed else 1
         left = Counter(counts)
         for index, (block, signature) in enumerate(zip(blocks, signatures)):
             left[signature] -= 1
@@ -111,7 +116,7 @@ class Blocks:
             if isinstance(how, tuple)
         }
         stays = live.total - total - sum(new.values())
-        self.forwards[key] = Forward(span, described, of_outputs, max(stays, 0) if key[2] else 0)
+        self.forwards[key] = Forward(span, described, of_outputs, max(stays, 0))
         return result
 
     def _marked(self, forward: Callable, leaves: list, structure: Any, key: tuple) -> Any:
@@ -163,6 +168,9 @@ class Blocks:
             new = list(_Replay.apply(self, key, done, len(tensors), *tensors, *weights))
         else:
             new = self.new_outputs(done)
+            if done.kept:
+                with self.mode:
+                    self.left.append(torch.empty(done.kept, dtype=torch.uint8))
         outputs = [
             new.pop(0) if isinstance(how, tuple) else leaves[how] if isinstance(how, int) else None
             for how in done.outputs

@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
-from crd_fast.models.base import FlowModel
+from crd_fast.models.checkpointing import recomputed_blocks
 from crd_fast.models.components import count_parameters
 from crd_fast.models.pipeline import PipelineModel
-from crd_fast.models.streaming import SLAB, pinned_bytes
+from crd_fast.models.streaming import SLAB, pinned_bytes, repeated_blocks
 from crd_fast.plan.blocks import Blocks
 from crd_fast.plan.cuda_autocast import cuda_autocast
-from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_encoders, fake_model, fakes, unswitched
+from crd_fast.plan.encoding import encoding
+from crd_fast.plan.fake_models import Unknown, fake_embeddings, fake_model, fakes, unswitched
 from crd_fast.plan.forwards import Flops, ForwardAccount, accounted
 from crd_fast.plan.live_bytes import LiveBytes, Peak, tensors_of
 from crd_fast.plan.other_sizes import OtherSizes
@@ -160,7 +161,14 @@ class Planner:
             self.live.ignore(host)
             self.optimizer = optimizer_state(recipe.train.optimizer, self.trained)
             self.live.move(self.optimizer, "optimizer")
-        self.blocks = Blocks(self.network, recipe, self.mode, self.live, self.flops)
+        self.blocks = Blocks(
+            repeated_blocks(self.network),
+            self.mode,
+            self.live,
+            self.flops,
+            recomputed_blocks(self.network, recipe.train.checkpointing),
+            recipe.model.streaming,
+        )
         self.embeddings = fake_embeddings(self.model, 2, self.mode)
         self.empty = {key: value[:1] for key, value in self.embeddings.items()}
         self.live.move(self.embeddings, "latents")
@@ -351,33 +359,6 @@ class Planner:
                 del wide
         for parameter in self.trained:
             parameter.grad = None
-
-
-def encoding(model: FlowModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
-    """All text encoders at once, and one prompt through each, before anything else is loaded: their peak, and
-    how many numbers they have. Remembered, as few settings of a recipe change it."""
-    if not isinstance(model, PipelineModel):
-        return None, 0
-    key = model.folder, model.dtype, tuple(sorted(model.text_encoders().items()))
-    if key not in _ENCODINGS:
-        _ENCODINGS[key] = _encoding(model, mode)
-    return _ENCODINGS[key]
-
-
-_ENCODINGS: dict[tuple, tuple[Peak | None, int]] = {}
-
-
-def _encoding(model: PipelineModel, mode: FakeTensorMode) -> tuple[Peak | None, int]:
-    encoders = fake_encoders(model, mode)
-    if not encoders:
-        return None, 0
-    numbers = sum(count_parameters(encoder) for encoder, _ in encoders.values())
-    live = LiveBytes()
-    live.move([tensors_of(encoder) for encoder, _ in encoders.values()], "text encoders")
-    with Unknown(), live, live.in_phase("encode"), torch.no_grad():
-        for encoder, tokens in encoders.values():
-            encoder(input_ids=torch.ones(1, tokens, dtype=torch.int64), output_hidden_states=True)
-    return live.peaks["encode"], numbers
 
 
 def optimizer_state(name: str, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

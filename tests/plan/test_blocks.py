@@ -4,9 +4,11 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd_fast.config import build_recipe
-from crd_fast.plan import blocks
+from crd_fast.plan import blocks, encoding
+from crd_fast.plan.fake_models import fake_model
 from crd_fast.plan.fit import SAVINGS, Fit, fit
 from crd_fast.plan.planner import Planner
 from tools.card_recipes import PAPER, published
@@ -39,6 +41,18 @@ def test_plans_are_the_same_to_the_byte(monkeypatch, overrides):
     values = {"model": DEEP, "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 6, "steps": 3}}
     once, each = both(build_recipe(values, overrides), (4, 6), monkeypatch)
     assert once == each
+
+
+@pytest.mark.parametrize("model", ["sana-1.6b", "sd3.5-medium"])
+def test_text_encoders_too(monkeypatch, model):
+    """A decoder, whose layers leave keys and values in a cache, and three encoders."""
+    settings, mode = build_recipe({"model": {"path": model}}), FakeTensorMode(allow_non_fake_inputs=True)
+    fake, found = fake_model(settings, mode), []
+    for least in (blocks.LEAST, 1 << 30):
+        monkeypatch.setattr(blocks, "LEAST", least)
+        monkeypatch.setattr(encoding, "_ENCODINGS", {})
+        found.append(encoding.encoding(fake, mode))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
