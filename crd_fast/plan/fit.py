@@ -90,8 +90,8 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
         if found.missing and found.phase == "decode":  # tiles change pictures: no later saving keeps them
             tiled = overridden(recipe, [*overrides, TILES])
             if tiled is not None and tiled != saved:
-                planner, settings = Planner(tiled), [*overrides, TILES]
-                found = _largest(planner, memory)
+                planner.decode_in_tiles(tiled)
+                found, settings = _largest(planner, memory), [*overrides, TILES]
         found = _faster(planner, found, memory)
         anew = {o.partition("=")[0] for o in found.overrides}
         found.overrides = [o for o in settings if o.partition("=")[0] not in anew] + found.overrides

@@ -210,6 +210,11 @@ class Planner:
         self._other_sizes.add_to(result, self)
         return result
 
+    def decode_in_tiles(self, recipe: Recipe) -> None:
+        """From now on the plans are of this recipe, which is the same but that pictures are decoded in tiles."""
+        self.recipe, self._other_sizes = recipe, OtherSizes()
+        self.model.pipe.vae.enable_tiling()
+
     @property
     def network(self) -> torch.nn.Module:
         return self.model.transformer
