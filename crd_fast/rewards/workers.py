@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import MissingPackage, UserError, reason_of
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote, refusals_of
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
@@ -116,7 +117,7 @@ class _Worker:
         self._changing = threading.Lock()  # between a thread that starts it and the one that ends all
 
     def start(self, reward: tuple[str, bytes, str], timeout: float) -> None:
-        """If it does not run. Raises UserError where the reward cannot be loaded."""
+        """If it does not run. Raises UserError or OutOfMemoryError where the reward cannot be loaded."""
         if self._process is not None:
             return
         with self._changing:
@@ -137,7 +138,7 @@ class _Worker:
             theirs.close()
         try:
             self._answer(timeout)
-        except UserError:
+        except BaseException:  # no memory too, which is tried again with a new one
             self.kill()
             raise
 
@@ -279,7 +280,8 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
 def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     """`value` and what it returns, or what the other process is to raise."""
     try:
-        return "value", function(*arguments)
+        with as_out_of_memory():
+            return "value", function(*arguments)
     except UserError as error:
         return next(kind for kind in SENT if isinstance(error, kind)), str(error)
     except BaseException as error:
@@ -306,8 +308,13 @@ def _load(name: str, pickled: bytes, device: str) -> Any:
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        with answers_for(name):
-            found.setup(device)
+        try:
+            with answers_for(name), as_out_of_memory():
+                found.setup(device)
+        except UserError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise error.__cause__ from None
+            raise
     return found
 
 

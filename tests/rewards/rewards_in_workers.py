@@ -167,6 +167,21 @@ class Judge:
         }
 
 
+class LargeAgain:
+    """Ends its worker once, and finds no memory the first time that it is loaded again."""
+
+    def setup(self, device):
+        import torch
+
+        if (HERE / "ended").exists() and first_time("loaded-again"):
+            raise torch.OutOfMemoryError("no memory")
+
+    def score(self, images, prompts, metadata):
+        if first_time("ended"):
+            os._exit(7)
+        return mean(images, prompts, metadata)
+
+
 class Broken:
     def setup(self, device):
         os._exit(9)

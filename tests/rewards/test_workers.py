@@ -177,6 +177,8 @@ def test_a_worker_without_memory_is_asked_again(rewards, monkeypatch, folder):
     monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
     assert scored(rewards("large", workers=1), pictures(1), ["a"])
     assert (folder / "large").exists()
+    assert scored(rewards("LargeAgain", workers=1), pictures(1), ["a"])
+    assert (folder / "loaded-again").exists()
 
 
 @pytest.mark.parametrize("workers", [{}, {"workers": 1}])
