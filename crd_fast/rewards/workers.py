@@ -10,6 +10,7 @@ however it ends, and do not get its Ctrl-C.
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import math
 import multiprocessing
@@ -34,7 +35,7 @@ from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_rem
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
 
-LOADING = 600.0  # seconds, at least, for a worker to load its reward
+LOADING = 600.0  # seconds, at least, for a worker to load its reward, check all prompts or report
 LOOK = 1.0  # seconds between looks at whether a worker that does not answer is still there
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
@@ -57,9 +58,9 @@ class Workers:
     """The reward `name` in `count` processes, called as the reward itself, from as many threads at once.
 
     reward: a name, or a function, class or object that another process can unpickle. timeout: seconds for
-    one call of `score`, or infinity. `setup` loads it in the first worker; the others start when they are
-    needed. Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are
-    lost.
+    one call of `score`, or infinity; loading, `check` and `report` have ten minutes at least. `setup` loads
+    it in the first worker; the others start when they are needed. Raises UserError as the reward does,
+    RewardFailed where it raises anything else or its workers are lost.
     """
 
     def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
@@ -81,10 +82,14 @@ class Workers:
     def setup(self, device: str) -> None:
         self._device = device
         for method in self._ask("offers"):
-            setattr(self, method, lambda *arguments, method=method: self._ask(method, *arguments))
+            setattr(self, method, functools.partial(self._ask_patiently, method))
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         return self._ask("score", images, prompts, metadata, timeout=self.timeout)
+
+    def _ask_patiently(self, method: str, *arguments: Any) -> Any:
+        """For what is asked of all prompts or pictures at once."""
+        return self._ask(method, *arguments, timeout=max(LOADING, self.timeout))
 
     def _ask(self, method: str, *arguments: Any, timeout: float = math.inf) -> Any:
         worker = self._idle.get()

@@ -182,6 +182,21 @@ class LargeAgain:
         return mean(images, prompts, metadata)
 
 
+class HangsIn:
+    def __init__(self, method):
+        self.method = method
+
+    def check(self, metadata):
+        if self.method == "check":
+            time.sleep(3600)
+
+    def report(self, images, prompts, metadata):
+        time.sleep(3600)
+
+    def score(self, images, prompts, metadata):
+        return [0.0] * len(images)
+
+
 class Broken:
     def setup(self, device):
         os._exit(9)
