@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import os
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.launched import launched_rank
 
 # How long the others wait for one while it encodes prompts, loads a large base or has an evaluation scored. A
 # process that ends takes the others with it, so that none waits this long for nothing.
@@ -34,7 +34,7 @@ class Ranks:
     """
 
     def __init__(self):
-        if "RANK" in os.environ:
+        if launched_rank() is not None:
             for name in HOLDERS:
                 importlib.import_module(name)
         # also picks backend and device

@@ -9,7 +9,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "crd_fast"
 # A room may import those in earlier rows, whether at the top, in a function or for types alone.
 ROWS = (
-    ("errors", "file_modes", "hints", "once", "out_of_memory", "quick_imports", "sections", "sizes"),
+    (
+        "errors",
+        "file_modes",
+        "hints",
+        "launched",
+        "once",
+        "out_of_memory",
+        "quick_imports",
+        "sections",
+        "sizes",
+    ),
     ("reward_weights", "schema", "seeds", "worlds", "yaml_files"),
     ("config",),
     ("ranks", "prompts"),

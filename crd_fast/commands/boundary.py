@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 
 from crd_fast.errors import UserError
+from crd_fast.launched import launched_rank
 
 FILE = "error.txt"
 LONGEST = 600  # characters of a message that a library wrote
@@ -87,8 +88,8 @@ def _where(error: BaseException) -> str:
 def _write(error: BaseException, folder: Path | None) -> Path | None:
     text = "".join(traceback.format_exception(error))
     if folder is not None and folder.is_dir():
-        rank = os.environ.get("RANK", "0")  # the others fail too, as one of them is gone
-        path = folder / (FILE if rank == "0" else f"error-rank-{rank}.txt")
+        rank = launched_rank()  # the others fail too, as one of them is gone
+        path = folder / (f"error-rank-{rank}.txt" if rank else FILE)
         try:
             path.write_text(text, encoding="utf-8", errors="replace")
             return path

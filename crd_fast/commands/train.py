@@ -14,6 +14,7 @@ import typer
 from crd_fast.commands.boundary import leaving_traceback
 from crd_fast.commands.terminal import AllowCode, Overrides, console, say, with_consent
 from crd_fast.errors import UserError
+from crd_fast.launched import launched_rank
 from crd_fast.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def train(
         named = loaded.model_dump()
         with console.status("planning"):
             loaded = for_training(loaded, parse_memory(gpu_memory))
-        if not print_config and int(os.environ.get("RANK", 0)) == 0:
+        if not print_config and not launched_rank():
             for _, change in differences(named, loaded.model_dump()):
                 say(f"by the plan: {change}")
     if print_config:
@@ -166,7 +167,7 @@ def bytes_of_checkpoints(output: Path) -> int:
 def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -> None:
     from crd_fast.run.log import refuse_existing, refuse_full
 
-    main = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started, or the only one
+    main = not launched_rank()  # of the processes that torchrun started, or the only one
     console.quiet = not main
     if main and not resume:
         refuse_existing(output)

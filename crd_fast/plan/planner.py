@@ -211,7 +211,7 @@ class Planner:
         return result
 
     def decode_in_tiles(self, recipe: Recipe) -> None:
-        """From now on the plans are of this recipe, which is the same but that pictures are decoded in tiles."""
+        """From now on plans are of this recipe, which is the same but that it decodes in tiles."""
         self.recipe, self._other_sizes = recipe, OtherSizes()
         self.model.pipe.vae.enable_tiling()
 

@@ -25,6 +25,7 @@ from crd_fast.rewards.foreign import check_arguments, imported, is_address
 from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.reports import add_reported, means, unscored
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
+from crd_fast.rewards.torch_state import torch_state_kept
 from crd_fast.rewards.workers import Workers
 from crd_fast.sizes import Resolution, height_width
 
@@ -92,6 +93,7 @@ class Rewards:
                 logger.warning("judge %s is left out: %s", name, error)
                 del self.weights[name]
 
+    @torch_state_kept()
     def _add(self, given: Any, settings: Mapping, judges: bool) -> None:
         """Makes a reward ready. Raises MissingPackage where a package that it needs is not there."""
         name = name_of(given)
@@ -146,6 +148,7 @@ class Rewards:
             if call.fits is None or call.fits(entry):
                 self._check(call.name, [{**entry, "prompt": prompt}])
 
+    @torch_state_kept()
     def _check(self, name: str, metadata: list[dict]) -> None:
         if hasattr(self._rewards[name], "check"):
             with answers_for(name):
@@ -218,6 +221,7 @@ class Rewards:
         """The sum by weight as in training, of values as `score` returns them, float64 (N,)."""
         return combine_pictures(values, self.weights, [entry["prompt"] for entry in metadata])
 
+    @torch_state_kept()
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:

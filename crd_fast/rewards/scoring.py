@@ -28,6 +28,7 @@ from crd_fast.errors import UserError
 from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.failures import RewardFailed, failure, is_remote, what
 from crd_fast.rewards.lent import lent_images, lent_metadata
+from crd_fast.rewards.torch_state import TorchState
 
 MAX_WAITING = 16  # calls of one reward that may wait before the rollout has to
 TIMEOUT = 600.0  # seconds for one call, where the recipe does not say
@@ -146,6 +147,7 @@ class _Lane:
         self.values: list[np.ndarray] = []
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._ended = self._warned = False
+        self._state = TorchState()  # here: once several rewards are at work, it may be another one's
         # which GPU is current is a thread's own matter, and the first one's where nothing is said
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._threads = max(reward.workers, 1)
@@ -238,6 +240,8 @@ class _Lane:
                 if tries == WITHOUT_MEMORY or self._ended:
                     raise
                 call.deadline = math.inf
+            finally:
+                self._state.put_back()
             # here, where the error no longer holds what the failed call computed
             gc.collect()
             if torch.cuda.is_available():

@@ -10,6 +10,7 @@ however it ends, and do not get its Ctrl-C.
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import math
 import multiprocessing
@@ -29,11 +30,12 @@ import numpy as np
 import torch
 
 from crd_fast.errors import MissingPackage, UserError, reason_of
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote, refusals_of
 from crd_fast.rewards.lent import read_only
 from crd_fast.rewards.scoring import checked, with_none
 
-LOADING = 600.0  # seconds, at least, for a worker to load its reward
+LOADING = 600.0  # seconds, at least, for a worker to load its reward, check all prompts or report
 LOOK = 1.0  # seconds between looks at whether a worker that does not answer is still there
 METHODS = ("check", "report")  # that a reward may have
 SHARED = Path("/dev/shm")
@@ -56,9 +58,9 @@ class Workers:
     """The reward `name` in `count` processes, called as the reward itself, from as many threads at once.
 
     reward: a name, or a function, class or object that another process can unpickle. timeout: seconds for
-    one call of `score`, or infinity. `setup` loads it in the first worker; the others start when they are
-    needed. Raises UserError as the reward does, RewardFailed where it raises anything else or its workers are
-    lost.
+    one call of `score`, or infinity; loading, `check` and `report` have ten minutes at least. `setup` loads
+    it in the first worker; the others start when they are needed. Raises UserError as the reward does,
+    RewardFailed where it raises anything else or its workers are lost.
     """
 
     def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
@@ -80,10 +82,14 @@ class Workers:
     def setup(self, device: str) -> None:
         self._device = device
         for method in self._ask("offers"):
-            setattr(self, method, lambda *arguments, method=method: self._ask(method, *arguments))
+            setattr(self, method, functools.partial(self._ask_patiently, method))
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[float | None]:
         return self._ask("score", images, prompts, metadata, timeout=self.timeout)
+
+    def _ask_patiently(self, method: str, *arguments: Any) -> Any:
+        """For what is asked of all prompts or pictures at once."""
+        return self._ask(method, *arguments, timeout=max(LOADING, self.timeout))
 
     def _ask(self, method: str, *arguments: Any, timeout: float = math.inf) -> Any:
         worker = self._idle.get()
@@ -116,7 +122,7 @@ class _Worker:
         self._changing = threading.Lock()  # between a thread that starts it and the one that ends all
 
     def start(self, reward: tuple[str, bytes, str], timeout: float) -> None:
-        """If it does not run. Raises UserError where the reward cannot be loaded."""
+        """If it does not run. Raises UserError or OutOfMemoryError where the reward cannot be loaded."""
         if self._process is not None:
             return
         with self._changing:
@@ -137,7 +143,7 @@ class _Worker:
             theirs.close()
         try:
             self._answer(timeout)
-        except UserError:
+        except BaseException:  # no memory too, which is tried again with a new one
             self.kill()
             raise
 
@@ -279,7 +285,8 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
 def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:
     """`value` and what it returns, or what the other process is to raise."""
     try:
-        return "value", function(*arguments)
+        with as_out_of_memory():
+            return "value", function(*arguments)
     except UserError as error:
         return next(kind for kind in SENT if isinstance(error, kind)), str(error)
     except BaseException as error:
@@ -306,8 +313,13 @@ def _load(name: str, pickled: bytes, device: str) -> Any:
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        with answers_for(name):
-            found.setup(device)
+        try:
+            with answers_for(name), as_out_of_memory():
+                found.setup(device)
+        except UserError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise error.__cause__ from None
+            raise
     return found
 
 

@@ -4,8 +4,10 @@ import json
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from crd_fast.weights import durable
@@ -20,6 +22,8 @@ import os
 import sys
 from pathlib import Path
 from subprocess import Popen
+
+import torch
 
 Path(__file__).with_name("imported").touch()
 
@@ -71,7 +75,24 @@ class Leaves:
         return {}
 
     def score(self, images, prompts, metadata):
-        return [0.0] * len(images)
+        self.leave("score")
+        return [float(image.mean()) for image in images]
+
+
+class Changes(Leaves):
+    """Changes what torch keeps for the whole process in each of its methods."""
+
+    def __init__(self, changes):
+        self.changes = changes
+        self.leave("init")
+
+    def leave(self, method):
+        if self.changes:
+            torch.set_grad_enabled(False)
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            torch.set_num_threads(3)
+            torch.use_deterministic_algorithms(True)
 
 
 constant = 3
@@ -287,6 +308,39 @@ def test_a_reward_that_changes_the_working_directory_moves_no_file(inside, forei
         assert code == 0, err
         assert (tmp_path / f"{command}.json").exists()
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.fixture
+def torch_state():
+    """Of this process, as it is now; and put back."""
+
+    def now():
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    grad, dtype, device, threads, deterministic = now()
+    yield now
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def test_what_a_reward_changes_of_torch_is_put_back(inside, foreign, small, torch_state):
+    before, found = torch_state(), []
+    for changes in (False, True):
+        small.write_text(SMALL + f"rewards: {{'foreign:Changes': {{changes: {str(changes).lower()}}}}}\n")
+        code, _, err = inside("train", small, "--output", f"{changes}", "--max-iterations", 1)
+        assert code == 0, err
+        found.append(metrics(Path(f"{changes}")))
+    assert found[0] == found[1]
+    assert torch_state() == before
 
 
 POOLED = """

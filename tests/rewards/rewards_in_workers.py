@@ -167,6 +167,36 @@ class Judge:
         }
 
 
+class LargeAgain:
+    """Ends its worker once, and finds no memory the first time that it is loaded again."""
+
+    def setup(self, device):
+        import torch
+
+        if (HERE / "ended").exists() and first_time("loaded-again"):
+            raise torch.OutOfMemoryError("no memory")
+
+    def score(self, images, prompts, metadata):
+        if first_time("ended"):
+            os._exit(7)
+        return mean(images, prompts, metadata)
+
+
+class HangsIn:
+    def __init__(self, method):
+        self.method = method
+
+    def check(self, metadata):
+        if self.method == "check":
+            time.sleep(3600)
+
+    def report(self, images, prompts, metadata):
+        time.sleep(3600)
+
+    def score(self, images, prompts, metadata):
+        return [0.0] * len(images)
+
+
 class Broken:
     def setup(self, device):
         os._exit(9)

@@ -129,6 +129,16 @@ def test_one_that_is_lost_twice_ends_the_scoring_in_one_line(rewards, how, words
     assert scored(found, pictures(1), ["fine"])  # there are new ones
 
 
+@pytest.mark.parametrize("method", ["check", "report"])
+def test_one_that_hangs_while_it_checks_or_reports_is_lost_as_well(rewards, monkeypatch, method):
+    found, metadata = rewards("HangsIn", workers=1, method=method, timeout=1), [{"prompt": "a"}]
+    monkeypatch.setattr("crd_fast.rewards.workers.LOADING", 1.0)
+    with pytest.raises(RewardFailed, match="its worker gave no answer within 1 s, twice"):
+        if method == "check":
+            found.check(metadata)
+        found.report(pictures(1), metadata, {"workers_mine:HangsIn": np.zeros(1)})
+
+
 @pytest.mark.parametrize("how", ["alone", "forked", "answering"])
 def test_a_worker_that_ends_by_itself_leaves_nothing_behind(rewards, folder, how):
     """And is known to have ended, though a process that it has forked holds its pipes."""
@@ -177,6 +187,8 @@ def test_a_worker_without_memory_is_asked_again(rewards, monkeypatch, folder):
     monkeypatch.setattr("crd_fast.rewards.scoring.FIRST_PAUSE", 0.001)
     assert scored(rewards("large", workers=1), pictures(1), ["a"])
     assert (folder / "large").exists()
+    assert scored(rewards("LargeAgain", workers=1), pictures(1), ["a"])
+    assert (folder / "loaded-again").exists()
 
 
 @pytest.mark.parametrize("workers", [{}, {"workers": 1}])

@@ -1,0 +1,11 @@
+"""What torchrun and `accelerate launch` tell the processes that they start, read without torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def launched_rank() -> int | None:
+    """This process's rank; None where nothing of the kind started it."""
+    rank = os.environ.get("RANK")
+    return None if rank is None else int(rank)
