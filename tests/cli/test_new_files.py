@@ -67,3 +67,20 @@ def test_a_run_s_file_that_a_full_disk_does_not_take_is_named(tmp_path):
             write()
     assert page.read_text() == "before"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="has no file that is always full")
+def test_a_traceback_goes_elsewhere_whole_where_the_disk_is_full(tmp_path, monkeypatch):
+    """The one of before stays in its place."""
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    run.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    (run / "error.txt").write_text("before")
+    (run / "error.txt.partial").symlink_to(FULL)
+    with pytest.raises(UserError) as raised, leaving_traceback(run):
+        raise ZeroDivisionError("a reward's own")
+    (written,) = elsewhere.iterdir()
+    assert str(written) in str(raised.value) and "a reward's own" in written.read_text()
+    assert [path.name for path in run.iterdir()] == ["error.txt"]
+    assert (run / "error.txt").read_text() == "before"
