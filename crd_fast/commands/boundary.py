@@ -86,12 +86,14 @@ def _where(error: BaseException) -> str:
 
 
 def _write(error: BaseException, folder: Path | None) -> Path | None:
+    from crd_fast.run.new_files import write_atomically
+
     text = "".join(traceback.format_exception(error))
     if folder is not None and folder.is_dir():
         rank = launched_rank()  # the others fail too, as one of them is gone
         path = folder / (f"error-rank-{rank}.txt" if rank else FILE)
         try:
-            path.write_text(text, encoding="utf-8", errors="replace")
+            write_atomically(path, text.encode("utf-8", "replace"))
             return path
         except OSError:
             pass

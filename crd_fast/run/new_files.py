@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -98,5 +98,22 @@ def _unwritable(path: Path, option: str, error: Exception) -> UserError:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file by one that is whole, whenever the process ends. Text is in UTF-8."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    try:
+        with named(path):
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    except OSError:
+        with suppress(OSError):  # of a disk that is read-only too
+            partial.unlink()
+        raise
     partial.replace(path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError inside is one of this file: of a write, as to a full disk, the system's names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

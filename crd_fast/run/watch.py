@@ -20,6 +20,7 @@ from crd_fast.rewards.advantage import combine
 from crd_fast.rewards.registry import means
 from crd_fast.run.hacking import falls, said_of
 from crd_fast.run.metrics import SCORED, TRAINED_ALIKE
+from crd_fast.run.new_files import write_atomically
 from crd_fast.run.scores import mean_and_error, scores_of, units_of
 
 WARNINGS = "warnings.txt"
@@ -134,7 +135,7 @@ class Watch:
         return list(new.values())
 
     def _write(self) -> None:
-        self.path.write_text("".join(f"{text}\n" for text in self.given.values()), encoding="utf-8")
+        write_atomically(self.path, "".join(f"{text}\n" for text in self.given.values()))
 
     def _constant_rewards(self, record: dict) -> dict[str, str]:
         """A reward that gives all pictures one value, unless that is the best it gave when they differed.

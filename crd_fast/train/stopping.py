@@ -54,7 +54,8 @@ class Stopping(Observer):
         if self._now and interrupted:
             raise KeyboardInterrupt
         if interrupted and not self.requested:
-            logger.warning("finishing this iteration; Ctrl-C again to stop after the present micro-batch")
+            again = "; Ctrl-C again to stop after the present micro-batch" if self.alone else ""
+            logger.warning("finishing this iteration%s", again)
         self._now = self.requested or not interrupted
         self.requested = True
         if self._waiting:

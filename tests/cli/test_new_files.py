@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from crd_fast.commands.boundary import leaving_traceback
+from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
-from crd_fast.run.new_files import check_new, made_beside, write_new
+from crd_fast.run.log import RunLog
+from crd_fast.run.new_files import check_new, made_beside, write_atomically, write_new
 
 
 def test_a_file_that_comes_to_be_there_meanwhile_is_left_alone(tmp_path):
@@ -45,3 +48,39 @@ def test_a_full_disk_is_said_of_what_was_to_be_written(tmp_path, by):
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError), made_beside(out, "--out"):  # of what is read it says nothing
         (tmp_path / "none").read_bytes()
+
+
+FULL = Path("/dev/full")  # takes no byte, as a full disk does
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="has no file that is always full")
+def test_a_run_s_file_that_a_full_disk_does_not_take_is_named(tmp_path):
+    """The system's error of a write has no name. What was there stays, and nothing in part."""
+    page, metrics = tmp_path / "report.html", tmp_path / "run" / "metrics.jsonl"
+    page.write_text("before")
+    page.with_name("report.html.partial").symlink_to(FULL)
+    log = RunLog(metrics.parent, load_recipe("builtin", ["train.trackers=[]"]))
+    metrics.symlink_to(FULL)
+    for path, write in ((page, lambda: write_atomically(page, "after")), (metrics, lambda: log.write({}))):
+        said = rf"^{path}: No space left on device"
+        with pytest.raises(UserError, match=said), leaving_traceback(tmp_path):
+            write()
+    assert page.read_text() == "before"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="has no file that is always full")
+def test_a_traceback_goes_elsewhere_whole_where_the_disk_is_full(tmp_path, monkeypatch):
+    """The one of before stays in its place."""
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    run.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    (run / "error.txt").write_text("before")
+    (run / "error.txt.partial").symlink_to(FULL)
+    with pytest.raises(UserError) as raised, leaving_traceback(run):
+        raise ZeroDivisionError("a reward's own")
+    (written,) = elsewhere.iterdir()
+    assert str(written) in str(raised.value) and "a reward's own" in written.read_text()
+    assert [path.name for path in run.iterdir()] == ["error.txt"]
+    assert (run / "error.txt").read_text() == "before"

@@ -12,6 +12,7 @@ from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
+from crd_fast.train.stopping import Stopping
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 
@@ -149,3 +150,13 @@ def test_a_run_is_not_finished_before_its_last_evaluation_is(tmp_path):
     assert "eval/reward_mean" not in read_metrics(tmp_path)[-1]
     assert Trainer(load_recipe("builtin", settings), tmp_path, resume=True).run()
     assert "eval/reward_mean" in read_metrics(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_second_ctrl_c_is_offered_where_it_does_something(alone, caplog):
+    stopping = Stopping(alone)
+    with stopping.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.requested
+    assert "finishing this iteration" in caplog.text
+    assert ("Ctrl-C again" in caplog.text) == alone
