@@ -91,7 +91,9 @@ def fit(recipe: Recipe, memory: int, savings: tuple[str, ...] = SAVINGS) -> Iter
             tiled = overridden(recipe, [*overrides, TILES])
             if tiled is not None and tiled != saved:
                 planner.decode_in_tiles(tiled)
-                found, settings = _largest(planner, memory), [*overrides, TILES]
+                in_tiles = _largest(planner, memory)
+                if in_tiles.needed < found.needed:  # small pictures are one tile
+                    found, settings = in_tiles, [*overrides, TILES]
         found = _faster(planner, found, memory)
         anew = {o.partition("=")[0] for o in found.overrides}
         found.overrides = [o for o in settings if o.partition("=")[0] not in anew] + found.overrides

@@ -7,7 +7,7 @@ import pytest
 
 from crd_fast.config import build_recipe
 from crd_fast.errors import UserError
-from crd_fast.plan.fit import RESERVED, Fit, fit, for_training
+from crd_fast.plan.fit import RESERVED, TILES, Fit, fit, for_training, overridden
 from crd_fast.plan.gpus import GIB, parse_memory
 from crd_fast.plan.planner import Planner
 from tools.card_recipes import PAPER, published
@@ -80,21 +80,41 @@ def test_the_cheapest_setting_comes_first(recipe):
         for_training(settings, memory)
 
 
-def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch):
+@pytest.mark.slow
+def test_in_tiles_a_model_is_planned_as_one_made_so():
+    values = {"model": {"path": "sd3.5-medium"}, "rollout": {"resolution": 1536}, "evaluate": {"every": 0}}
+    whole = build_recipe(values)
+    tiled = overridden(whole, [TILES])
+    planner = Planner(whole)
+    before = planner.plan(1, 1)
+    planner.decode_in_tiles(tiled)
+    after = planner.plan(1, 1)
+    assert after == Planner(tiled).plan(1, 1)
+    assert after.phases["decode"].bytes < before.phases["decode"].bytes
+
+
+@pytest.mark.parametrize("in_tiles", [4, 6], ids=["less in tiles", "of one tile"])
+def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch, in_tiles):
     """Peaks as of a large model: unquantised nothing fits, in 4 bits all does."""
 
     def largest(planner, memory):
         settings = planner.recipe
         small, tiled = settings.model.quantization == "nf4", settings.model.vae_tiling == "always"
-        peaks = {"decode": 2 if small else 4 if tiled else 6, "update": 3 if small else 5}
+        peaks = {"decode": 2 if small else in_tiles if tiled else 6, "update": 3 if small else 5}
         phases = {name: SimpleNamespace(bytes=peak) for name, peak in peaks.items()}
         return Fit([], SimpleNamespace(phases=phases), memory)
 
+    class Unplanned:
+        def __init__(self, recipe):
+            self.recipe = recipe
+
+        decode_in_tiles = __init__
+
     monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
     monkeypatch.setattr("crd_fast.plan.fit._faster", lambda planner, found, memory: found)
-    monkeypatch.setattr("crd_fast.plan.fit.Planner", lambda recipe: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr("crd_fast.plan.fit.Planner", Unplanned)
     first, second = fit(published("flux.1-dev", PAPER), 3 + RESERVED, ("model.quantization=nf4",))
-    assert first.missing and first.overrides == ["model.vae_tiling=always"]
+    assert first.missing and first.overrides == ["model.vae_tiling=always"] * (in_tiles < 6)
     assert not second.missing and second.overrides == ["model.quantization=nf4"]
 
 
@@ -107,9 +127,15 @@ def test_a_lora_in_place_of_all_weights_is_quantised_before_it_is_streamed(monke
         peak = 1 if model.streaming or (model.method, model.quantization) == ("lora", "nf4") else 9
         return Fit([], SimpleNamespace(phases={"update": SimpleNamespace(bytes=peak)}), memory)
 
+    class Unplanned:
+        def __init__(self, recipe):
+            self.recipe = recipe
+
+        decode_in_tiles = __init__
+
     monkeypatch.setattr("crd_fast.plan.fit._largest", largest)
     monkeypatch.setattr("crd_fast.plan.fit._faster", lambda planner, found, memory: found)
-    monkeypatch.setattr("crd_fast.plan.fit.Planner", lambda recipe: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr("crd_fast.plan.fit.Planner", Unplanned)
     full = build_recipe(published("flux.1-dev", PAPER).model_dump(), ["model.method=full", *own])
     *_, last = fit(full, 1 + RESERVED)
     model = build_recipe(full.model_dump(), last.overrides).model
