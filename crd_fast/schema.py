@@ -39,8 +39,8 @@ class ModelConfig(Section):
     """Names of layers that get adapters, as in peft. By default the attention projections; `all-linear`:
     every linear layer of the blocks that repeat."""
     init_lora: Place | None = None
-    """A LoRA that training starts from, in the style of diffusers, kohya or ai-toolkit; null: from the base.
-    The reference stays the base."""
+    """A LoRA that training starts from, in the style of diffusers, peft, kohya or ai-toolkit; null: from the
+    base. The reference stays the base."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Of the frozen layers under the adapters: `nf4` takes a quarter of bfloat16's memory and `int8` half,
     for slower forwards and a slightly other reference."""

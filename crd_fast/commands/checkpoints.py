@@ -27,7 +27,7 @@ Lora = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A LoRA to use the model with, of diffusers, kohya or ai-toolkit; or the folder of one.",
+        help="A LoRA to use the model with, of diffusers, peft, kohya or ai-toolkit; or the folder of one.",
     ),
 ]
 Reward = Annotated[

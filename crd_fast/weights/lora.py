@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
 from crd_fast.models.targets import check_targets
@@ -47,7 +47,7 @@ WITHOUT_ALPHA = {
     "norm_out.linear": "lora_unet_final_layer_adaLN_modulation_1",
 }
 
-OF_PEFT = "base_model.model."
+OF_PEFT = "base_model.model."  # before the names of tensors that `PeftModel.save_pretrained` writes
 
 Adapters = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A, B and scaling by layer
 
@@ -231,7 +231,7 @@ class LoraWeights(Weights):
         }
         config = dataclasses.replace(self.config, lora_alpha=self.config.r)
         config.save_pretrained(str(folder / "peft"))
-        prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
+        prefixed = {f"{OF_PEFT}{key}": value for key, value in state.items()}
         save_file(prefixed, folder / "peft" / "adapter_model.safetensors")
         self.loader.save_lora_weights(
             folder / "diffusers",
@@ -251,16 +251,22 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     """A, B and scaling of each layer that a file adapts, by the layer's name, as diffusers reads it.
 
     A and B are the file's own: in the network they are rounded to its dtype. Beyond what diffusers does, an
-    alpha beside tensors of its own names counts, and layers count that are named without `transformer.`.
+    alpha beside tensors of its own names counts, layers count that are named without `transformer.`, and
+    peft's own files are read, with the adapter_config.json beside them.
     """
     file = lora_file(file)
     names = _names_in(file)
+    of_peft = bool(names) and all(name.startswith(OF_PEFT) for name in names)
+    if of_peft and not file.with_name("adapter_config.json").is_file():
+        raise UserError(
+            f"LoRA {file}: expected peft's adapter_config.json beside it, which says how strong it is"
+        )
     said = logs.get_verbosity()
     logs.set_verbosity(logging.CRITICAL)  # what it says of a file, our errors say in one line
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            state = _load_beside(network, file, loader)
+            state = _load_beside(network, file, None if of_peft else loader)
             layers = {name: layer for name, layer in _layers_of(network).items() if BESIDE in layer.scaling}
             biased = next((name for name, layer in layers.items() if layer.lora_bias[BESIDE]), None)
             scaling = {name: layer.scaling[BESIDE] for name, layer in layers.items()}
@@ -303,8 +309,7 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
 def _names_in(file: Path) -> list[str]:
     """Of a file's tensors; none where it cannot be read, which is said by what reads it.
 
-    Raises UserError for a file that has other than A and B, which some of diffusers' readers pass over, and
-    for one with peft's names.
+    Raises UserError for a file that has other than A and B, which some of diffusers' readers pass over.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -313,19 +318,17 @@ def _names_in(file: Path) -> list[str]:
         return []
     if found := next(((kind, name) for name in names for part, kind in OTHERS.items() if part in name), None):
         raise UserError(f"LoRA {file}: expected a LoRA, got a {found[0]} ({found[1]})")
-    if names and all(name.startswith(OF_PEFT) for name in names):
-        raise UserError(
-            f"LoRA {file}: expected the names of diffusers, got those of peft ({names[0]}); a checkpoint has "
-            "both, in its folders diffusers and peft"
-        )
     return names
 
 
 def _load_beside(network: Any, file: Path, loader: Any) -> dict[str, torch.Tensor]:
-    """Returns the tensors of the file under the names of diffusers and peft."""
-    reads_alphas = "return_alphas" in inspect.signature(loader.lora_state_dict).parameters
+    """Returns the tensors of the file by diffusers' names for layers. loader: None for a file of peft's."""
     alphas: Any = None
-    if reads_alphas:
+    if loader is None:
+        state = {name.removeprefix(OF_PEFT): value for name, value in load_file(file).items()}
+        config = LoraConfig.from_pretrained(str(file.parent)).to_dict()
+        metadata = {f"transformer.{name}": value for name, value in config.items()}
+    elif "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
         state, alphas, metadata = loader.lora_state_dict(
             str(file), return_alphas=True, return_lora_metadata=True
         )

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers.loaders import FluxLoraLoaderMixin
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from crd_fast.errors import UserError
@@ -178,18 +179,43 @@ def test_a_file_is_taken_as_it_is_onto_a_base_in_bfloat16(tiny, recipe, tmp_path
 
 
 def test_folders_of_a_checkpoint(tiny, recipe, tmp_path):
-    """The checkpoint's own means the LoRA in it, the one for peft is named as what it is."""
+    """The checkpoint's own means the LoRA in it, which the one for peft is too."""
     settings = recipe(tiny("sd3"), "train.iterations=1")
     assert Trainer(settings, tmp_path / "run").run()
     folder = checkpoint.find(tmp_path / "run")
     model = load_model(settings, PROMPTS)
-    found, expected = (
+    found, of_peft, expected = (
         LoraWeights.of_file(load_model(settings, PROMPTS).transformer, path, model.lora_loader).state()
-        for path in (folder, folder / "diffusers")
+        for path in (folder, folder / "peft", folder / "diffusers")
     )
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    with pytest.raises(UserError, match=r"expected the names of diffusers, got those of peft \(base_model"):
-        LoraWeights.of_file(model.transformer, folder / "peft", model.lora_loader)
+    assert all(torch.equal(value, expected[name]) for name, value in of_peft.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": 5}, {"use_rslora": True, "alpha_pattern": {QUERY: 6}, "rank_pattern": {QUERY: 3}}],
+    ids=["alpha", "patterns"],
+)
+def test_what_peft_writes(tiny, recipe, tmp_path, settings):
+    """Other trainers leave a `PeftModel`: at the strength that peft gives it."""
+    model = load_model(recipe(tiny("sd3"), "model.lora_rank=4"), PROMPTS)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False, **settings)
+    other = get_peft_model(load_pipeline(tiny("sd3")).transformer, config)
+    other.save_pretrained(str(tmp_path / "peft"))
+    other.merge_and_unload()
+    weights = LoraWeights.of_file(model.transformer, tmp_path / "peft", model.lora_loader)
+    layers = dict(model.transformer.named_modules())
+    for name in (QUERY, QUERY.replace("to_q", "to_out.0")):
+        merged = other.base_model.model.get_submodule(name).weight
+        layer = layers[name]
+        change = layer.get_delta_weight("policy")
+        torch.testing.assert_close(layer.base_layer.weight + change, merged, rtol=1e-5, atol=1e-6)
+        assert change.abs().max() > 1e-4
+    assert weights.is_policy("old")
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"expected peft's adapter_config\.json beside it"):
+        LoraWeights.of_file(load_model(recipe(tiny("sd3")), PROMPTS).transformer, tmp_path / "peft")
 
 
 def test_an_adapter_of_a_convolution_is_named(tiny, recipe, tmp_path):
