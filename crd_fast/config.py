@@ -34,6 +34,7 @@ from crd_fast.worlds import WORLDS
 from crd_fast.yaml_files import dump_yaml, is_yaml, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+MOST_PICTURES = 10**6  # of an iteration; more than that no machine holds
 WHOLE = ("rewards", "eval_rewards")  # sections that a recipe which extends another replaces
 # they read pictures of the built-in world alone
 WORLD_REWARDS = ("geneval", "geneval_correct", "geneval_strict", "texture_fooled")
@@ -98,6 +99,12 @@ class Recipe(Section):
         if self.model.streaming and self.train.compile and self.model.quantization == "nf4":
             # the compiled code of some networks keeps the copies of 4-bit weights alive: all blocks at once
             raise ValueError("train.compile: expected false with nf4 weights that are streamed, got true")
+        samples, prompts = self.rollout.samples_per_prompt, self.rollout.prompts_per_iteration
+        if samples * prompts > MOST_PICTURES:
+            raise ValueError(
+                f"rollout.samples_per_prompt: expected at most {MOST_PICTURES} pictures an iteration, got "
+                f"{samples} of each of rollout.prompts_per_iteration ({prompts})"
+            )
         if self.train.backward_fraction * self.rollout.samples_per_prompt < 1:
             raise ValueError(
                 f"train.backward_fraction: expected at least one of rollout.samples_per_prompt "

@@ -31,7 +31,7 @@ class ModelConfig(Section):
     copies them each time they are used."""
     sharding: Literal["none", "fsdp"] = "none"
     """`fsdp` cuts every trained weight over the processes of torchrun; for `full` alone."""
-    lora_rank: int = Field(32, ge=1)
+    lora_rank: int = Field(32, ge=1, le=2**14)
     """Of the adapters. Raise it where a LoRA stays below `full`; memory grows little."""
     lora_alpha: float = Field(64, gt=0)
     """The adapters are scaled by alpha / rank. Twice the rank is usual."""

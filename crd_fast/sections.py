@@ -13,7 +13,8 @@ from pydantic_core import PydanticCustomError
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, with ~ for one's home, or a name
 
 
-LARGEST = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127}  # that torch computes with: of int64 and float32
+LARGEST = {int: 10**6, float: (2 - 2**-23) * 2.0**127}  # of counts; of float32, that torch computes with
+NO_COUNTS, LARGEST_INT64 = ("seed", "begin"), 2**63 - 1  # nothing is held of these
 
 
 class Section(BaseModel):
@@ -34,8 +35,8 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _can_be_computed_with(cls, value: Any) -> Any:
-        largest = LARGEST.get(type(value))
+    def _can_be_computed_with(cls, value: Any, info: ValidationInfo) -> Any:
+        largest = LARGEST_INT64 if info.field_name in NO_COUNTS else LARGEST.get(type(value))
         if largest is not None and largest < value < math.inf:
             raise PydanticCustomError("largest", f"Input should be at most {largest:.3g}")
         return value

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 Resolution = int | tuple[int, int]
-SMALLEST = 8
+SMALLEST, LARGEST = 8, 2**15
 
 
 def height_width(resolution: Resolution) -> tuple[int, int]:
@@ -33,6 +33,8 @@ def parse_size(value: Any) -> Resolution:
         raise ValueError(f"expected a side in pixels or [height, width], got {value}")
     if min(sides) < SMALLEST:
         raise ValueError(f"expected sides of at least {SMALLEST} pixels, got {value}")
+    if max(sides) > LARGEST:
+        raise ValueError(f"expected sides of at most {LARGEST} pixels, got {value}")
     height, width = sides
     return height if height == width else (height, width)
 

@@ -22,6 +22,10 @@ from crd_fast.launched import launched_rank
 
 FILE = "error.txt"
 LONGEST = 600  # characters of a message that a library wrote
+LESS_MEMORY = (
+    "smaller rollout.samples_per_prompt, rollout.prompts_per_iteration, rollout.resolution or micro-batches "
+    "need less, and crd-fast plan says how much"
+)
 PACKAGE = str(Path(__file__).parents[1])
 # what typer itself turns into an answer, and the end of a pipe that is read no further
 OURS = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
@@ -72,6 +76,8 @@ def _line(error: BaseException) -> str:
         return f"{error.strerror}{_where(error)}"
     message = " ".join(str(error).split())
     message = message if len(message) <= LONGEST else message[:LONGEST] + "..."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:
+        return f"out of memory on the host: {message}{_where(error)}; {LESS_MEMORY}"
     return f"{type(error).__name__}{': ' * bool(message)}{message}{_where(error)}"
 
 

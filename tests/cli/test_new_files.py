@@ -4,7 +4,9 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from crd_fast.commands.boundary import leaving_traceback
@@ -84,3 +86,15 @@ def test_a_traceback_goes_elsewhere_whole_where_the_disk_is_full(tmp_path, monke
     assert str(written) in str(raised.value) and "a reward's own" in written.read_text()
     assert [path.name for path in run.iterdir()] == ["error.txt"]
     assert (run / "error.txt").read_text() == "before"
+
+
+@pytest.mark.parametrize("make", [torch.empty, np.empty], ids=["torch", "numpy"])
+def test_memory_of_the_host_that_is_not_there_is_a_line_that_names_settings(tmp_path, make):
+    with (
+        pytest.raises(
+            UserError, match=r"^out of memory on the host: .*rollout\.samples_per_prompt"
+        ) as raised,
+        leaving_traceback(tmp_path),
+    ):
+        make(10**16)
+    assert str(tmp_path / "error.txt") in str(raised.value)

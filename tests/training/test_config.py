@@ -100,8 +100,17 @@ def test_a_range_of_timesteps_ends_where_it_says():
         (["checkpoint.minutes=.inf"], "checkpoint.minutes: expected a finite number, got inf"),
         (["evaluate.guidance_scale=1e39"], "evaluate.guidance_scale: expected at most 3.4e+38, got 1e+39"),
         (["loss.beta=1e300"], "loss.beta: expected at most 3.4e+38, got 1e+300"),
-        ([f"model.lora_rank={10**400}"], "model.lora_rank: expected at most 9.22e+18, got 1000"),
-        (["train.timesteps=9223372036854775808"], "expected at most 9.22e+18, got 9223372036854775808"),
+        ([f"model.lora_rank={10**400}"], "model.lora_rank: expected less than or equal to 16384, got 1000"),
+        (["train.timesteps=9223372036854775808"], "expected at most 1e+06, got 9223372036854775808"),
+        (["train.seed=9223372036854775808"], "train.seed: expected at most 9.22e+18, got 92233720"),
+        ([f"rollout.samples_per_prompt={10**15}"], "rollout.samples_per_prompt: expected at most 1e+06, got"),
+        ([f"model.text_length={10**7}"], "model.text_length: expected at most 1e+06, got 10000000"),
+        (
+            ["rollout.samples_per_prompt=100000", "rollout.prompts_per_iteration=11"],
+            "rollout.samples_per_prompt: expected at most 1000000 pictures an iteration, got 100000 of each",
+        ),
+        ([f"rollout.resolution=[512, {10**15}]"], "rollout.resolution: expected sides of at most 32768 pix"),
+        ([f"evaluate.resolution={10**5}"], "evaluate.resolution: expected sides of at most 32768 pixels, go"),
         (["model.lora_rank=1e300"], "model.lora_rank: expected a smaller number, got 1e+300"),
         (["rollout.steps=100000000000"], "rollout.steps: expected less than or equal to 1000, got 100000"),
         (
@@ -123,6 +132,10 @@ def test_mistakes_are_named(overrides, message):
         build_recipe({}, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_seed_may_be_any_that_torch_takes():
+    assert build_recipe({}, [f"train.seed={2**63 - 1}"]).train.seed == 2**63 - 1
 
 
 @pytest.mark.parametrize(
