@@ -168,7 +168,12 @@ class HttpReward:
     url, token_env, timeout, retries: see `JsonClient`; statuses 429 and 502 to 504 are tried again. batch:
     images a request; at least `rollout.samples_per_prompt` where the server's reward compares a prompt's
     pictures.
+
+    served: what the server calls its reward, without a file's folders; None before `setup`, and where it does
+    not say. A run goes on with no other.
     """
+
+    served: str | None = None
 
     def __init__(
         self,
@@ -185,7 +190,7 @@ class HttpReward:
 
     def setup(self, device: str) -> None:
         """Waits until the server is ready, as long as the retries last."""
-        self.client.ask("GET", "/ready")
+        self._heard(self.client.ask("GET", "/ready"))
 
     def check(self, metadata: list[dict]) -> None:
         for start in range(0, len(metadata), CHECKED_AT_ONCE):
@@ -206,7 +211,18 @@ class HttpReward:
             scores += self._scores(answer, len(images[part]))
         return scores
 
+    def _heard(self, answer: Any) -> None:
+        """Raises RewardFailed where another reward has come to answer at the address."""
+        name = answer.get("reward") if isinstance(answer, dict) else None
+        if not isinstance(name, str):
+            return
+        name = name.rpartition("/")[2]
+        if self.served not in (None, name):
+            raise self.client.error(f"expected scores of the server's reward {self.served}, got {name}")
+        self.served = name
+
     def _scores(self, answer: Any, count: int) -> list[float | None]:
+        self._heard(answer)
         if not isinstance(answer, dict) or "scores" not in answer:
             wanted = f'{{"scores": [{count} numbers or null]}}'
             raise self.client.error(f"expected {wanted}, got {shortened(json.dumps(answer))}")

@@ -115,6 +115,12 @@ class Rewards:
         self._calls.append(Reward(name, getattr(reward, "score", reward), **engine))
 
     @property
+    def served(self) -> dict[str, str]:
+        """By name, what the servers of rewards call theirs, of those that say so."""
+        said = {name: getattr(reward, "served", None) for name, reward in self._rewards.items()}
+        return {name: served for name, served in said.items() if isinstance(served, str)}
+
+    @property
     def can_check(self) -> bool:
         """Whether any of them may refuse prompts."""
         return any(hasattr(reward, "check") for reward in self._rewards.values())

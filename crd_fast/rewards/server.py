@@ -1,9 +1,9 @@
 """A reward behind HTTP, so that one with awkward dependencies lives in an environment or machine of its own.
 
     POST /score    {"images": [PNG in base64, ...], "prompts": [...], "metadata": [{...}, ...]}
-                   -> {"scores": [...]}, a number for each image, or null: not scored
+                   -> {"scores": [...], "reward": NAME}, a number for each image, or null: not scored
     POST /check    {"metadata": [{"prompt": ...}, ...]} -> {}, or why one of them cannot be scored
-    GET  /ready    200 once the reward is loaded, 503 while a call takes longer than its `timeout`
+    GET  /ready    {"reward": NAME} once it is loaded, 503 while a call takes longer than its `timeout`
     GET  /health   200 as long as the process is up
 
 With a token every request but /health carries `Authorization: Bearer TOKEN`; without one the Host header must
@@ -126,7 +126,8 @@ class Worker:
         reward = self.loaded.result()
         self._check(reward, metadata)
         with self._refusing(), torch.no_grad():
-            return {"scores": with_none(self._values(reward, images, prompts, metadata))}
+            scores = with_none(self._values(reward, images, prompts, metadata))
+            return {"scores": scores, "reward": self.name}
 
     def _values(self, reward, *arguments) -> np.ndarray:
         """Asked again where what it asks itself cannot be reached; the pauses are no part of a call."""

@@ -67,6 +67,24 @@ def moved_addresses(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
     return dict(zip(gone, come)) if len(gone) == len(come) else {}
 
 
+def check_served(
+    state: Mapping[str, Any], rewards: Mapping[str, Any], served: Mapping[str, str], source: Path
+) -> dict[str, str]:
+    """What servers call the rewards at their addresses, `served`, and called those that do not say so now.
+
+    state: of the checkpoint, of which earlier versions kept no such names. Raises UserError for another one.
+    """
+    moved = moved_addresses(state["recipe"]["rewards"], rewards)
+    before = {moved.get(name, name): called for name, called in state.get("served", {}).items()}
+    for name, called in served.items():
+        if before.get(name, called) != called:
+            raise UserError(
+                f"{source}: trained with another reward: at {name} {before[name]} answered, now {called}; go "
+                "on with the run's own, or train anew"
+            )
+    return before | dict(served)
+
+
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Keys whose values differ, dotted, each with what stood there and what stands there now."""
     if key.startswith(("rewards.", "eval_rewards.")) and (isinstance(old, dict) or isinstance(new, dict)):

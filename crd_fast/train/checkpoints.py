@@ -13,7 +13,7 @@ from crd_fast.prompts.lists import evaluated_lists
 from crd_fast.ranks import Ranks
 from crd_fast.run.lock import RunLock
 from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE, read_metrics
-from crd_fast.train.changes import OF_REWARDS, check_changes
+from crd_fast.train.changes import OF_REWARDS, check_changes, check_served
 from crd_fast.train.places import check_base
 from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.weights import checkpoint
@@ -48,12 +48,19 @@ class Checkpoints:
                 from crd_fast.weights import sharded
 
                 sharded.check_resumes(self.state, ranks.count, self.newest)
+        self._served: dict[str, str] = {}
         self._seen = SeenPrompts.of(recipe)
         self.saved: int = self.state["iteration"] if self.state else -1
         self._saved_at = time.monotonic()
         self._alike_since = self._found_alike_since()
         self._best = max(self._scored(), default=None)
         self._marked = self._found_marked() if self.newest and ranks.main else None
+
+    def check_served(self, served: dict[str, str]) -> None:
+        """served: as of `Rewards`. Raises UserError where a server has another reward than before."""
+        self._served = served
+        if self.newest and self.state:
+            self._served = check_served(self.state, self.recipe.rewards, served, self.newest)
 
     def _found_alike_since(self) -> dict[str, int]:
         """The iterations from which on training prompts, and evaluations, are as the recipe has them."""
@@ -141,7 +148,8 @@ class Checkpoints:
                 weights,
                 optimizer,
                 state
-                | {"recipe": self.recipe.model_dump(), **self._alike_since, "prompts": self._seen.state},
+                | {"recipe": self.recipe.model_dump(), **self._alike_since, "prompts": self._seen.state}
+                | {"served": self._served},
                 self.recipe.checkpoint.keep,
                 best=self._marked,
                 used=self.recipe.evaluate.weights,

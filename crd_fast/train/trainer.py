@@ -90,6 +90,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output, recipe, self.ranks, resume)
         newest, state = self.checkpoints.newest, self.checkpoints.state
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
+        self.checkpoints.check_served(self.rewards.served)
         if recipe.loss.anchor_uncertain < 1 and all(self.rewards.weights.values()):
             raise UserError(
                 "loss.anchor_uncertain: expected 1.0 without a reward of weight 0, got "

@@ -1,6 +1,7 @@
 """The reward that calls a server, and servers that are slow, answer nonsense or are not there."""
 
 import http.server
+import json
 import socket
 import threading
 import time
@@ -9,11 +10,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from crd_fast.config import build_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.rewards import Rewards
 from crd_fast.rewards import http as client
 from crd_fast.train.changes import check_changes
+from crd_fast.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +28,12 @@ def pictures(count, size=16, seed=0):
 
 
 @contextmanager
-def impostor(respond):
-    """A server that answers in its own way: `respond(handler)`."""
+def impostor(respond, ready=b"{}"):
+    """A server that answers in its own way: `respond(handler)`, and `ready` to GET."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            says(b"{}")(self)
+            says(ready)(self)
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -185,3 +187,42 @@ def test_a_run_goes_on_with_a_server_that_has_moved(tmp_path, caplog):
     for others in ({moved: 0.6}, {moved: 0.5, third: 0.5}, {}):
         with pytest.raises(UserError, match="made with another recipe"):
             check_changes(recipe(**{first: 0.5}).model_dump(), recipe(**others), tmp_path)
+
+
+def named(name, count=1):
+    """A server of the reward with this name, which scores `count` pictures."""
+    answer = json.dumps({"scores": [float(i) for i in range(count)], "reward": name}).encode()
+    return impostor(says(answer), ready=json.dumps({"reward": name}).encode())
+
+
+def test_another_reward_at_the_address_is_noticed_where_scores_come():
+    said = [b'{"scores": [4.0], "reward": "/srv/mine.py:b"}', b'{"scores": [5.0]}', b'{"scores": [6.0]}']
+    answers = iter([said[1], said[0], b'{"scores": [1.0], "reward": "mine.py:c"}', said[2]])
+    with impostor(lambda handler: says(next(answers))(handler), b'{"reward": "mine.py:b"}') as address:
+        reward = client.HttpReward(address)
+        reward.setup("cpu")
+        assert [reward.score(pictures(1), [""], [{}]) for _ in range(2)] == [[5.0], [4.0]]
+        with pytest.raises(
+            UserError, match=f"^reward http: {address}: expected .* mine.py:b, got mine.py:c$"
+        ):
+            reward.score(pictures(1), [""], [{}])
+
+
+def test_another_reward_at_the_address_is_noticed_on_resume(tmp_path):
+    """One that has moved is not, nor a server that does not say what its reward is called."""
+    settings = ("rollout.prompts_per_iteration=1", "rollout.samples_per_prompt=2", "rollout.steps=2")
+    settings += ("train.timesteps=1", "train.steps_per_iteration=1", "evaluate.every=0", "train.iterations=1")
+
+    def trainer(address, resume=True):
+        values = load_recipe("builtin", settings).model_dump() | {"rewards": {address: 1.0}}
+        return Trainer(build_recipe(values), tmp_path / "run", resume)
+
+    with named("mine.py:b", 2) as first, impostor(says(b'{"scores": [0, 1]}')) as foreign:
+        assert trainer(first, resume=False).run()
+        with named("/srv/mine.py:b", 2) as moved:
+            trainer(moved)
+        trainer(foreign)
+    with named("mine.py:c", 2) as other:
+        words = f"trained with another reward: at {other} mine.py:b answered, now mine.py:c; go on with"
+        with pytest.raises(UserError, match=words):
+            trainer(other)
