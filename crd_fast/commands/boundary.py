@@ -22,6 +22,11 @@ from crd_fast.launched import launched_rank
 
 FILE = "error.txt"
 LONGEST = 600  # characters of a message that a library wrote
+LOST = ("by peer", "remote process exited")  # of gloo and NCCL, where another process is gone
+OTHER_ENDED = (
+    "another process has ended; its own line says why, its traceback is in error.txt (rank 0) or "
+    "error-rank-N.txt of the run's folder"
+)
 LESS_MEMORY = (
     "smaller rollout.samples_per_prompt, rollout.prompts_per_iteration, rollout.resolution or micro-batches "
     "need less, and crd-fast plan says how much"
@@ -76,6 +81,8 @@ def _line(error: BaseException) -> str:
         return f"{error.strerror}{_where(error)}"
     message = " ".join(str(error).split())
     message = message if len(message) <= LONGEST else message[:LONGEST] + "..."
+    if launched_rank() is not None and isinstance(error, RuntimeError) and any(w in message for w in LOST):
+        return OTHER_ENDED
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:
         return f"out of memory on the host: {message}{_where(error)}; {LESS_MEMORY}"
     return f"{type(error).__name__}{': ' * bool(message)}{message}{_where(error)}"

@@ -91,6 +91,8 @@ def test_each_process_leaves_its_own_traceback(tmp_path):
     for run, name in zip(runs, ("error.txt", "error-rank-1.txt")):
         assert run.returncode != 0
         assert f"traceback in {tmp_path / name}" in run.stderr
+    last = runs[0].stderr.splitlines()[-1]
+    assert "another process has ended; its own line says why" in last and "by peer" not in last
     found = [path.name for path in tmp_path.glob("error*") if "a reward's own" in path.read_text()]
     assert found == ["error-rank-1.txt"]
 
