@@ -213,7 +213,9 @@ class Planner:
     def decode_in_tiles(self, recipe: Recipe) -> None:
         """From now on plans are of this recipe, which is the same but that it decodes in tiles."""
         self.recipe, self._other_sizes = recipe, OtherSizes()
-        self.model.pipe.vae.enable_tiling()
+        if isinstance(self.model, PipelineModel):  # what ships with the package has small pictures alone
+            vae: Any = self.model.pipe.vae
+            vae.enable_tiling()
 
     @property
     def network(self) -> torch.nn.Module:

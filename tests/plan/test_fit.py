@@ -93,6 +93,15 @@ def test_in_tiles_a_model_is_planned_as_one_made_so():
     assert after.phases["decode"].bytes < before.phases["decode"].bytes
 
 
+def test_the_built_in_model_has_no_tiles():
+    planner = Planner(build_recipe({}))
+    before = planner.plan(1, 1)
+    tiled = overridden(planner.recipe, [TILES])
+    assert tiled is not None
+    planner.decode_in_tiles(tiled)
+    assert planner.plan(1, 1) == before
+
+
 @pytest.mark.parametrize("in_tiles", [4, 6], ids=["less in tiles", "of one tile"])
 def test_a_saving_that_makes_room_for_whole_pictures_has_no_tiles(monkeypatch, in_tiles):
     """Peaks as of a large model: unquantised nothing fits, in 4 bits all does."""
