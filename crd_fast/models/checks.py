@@ -100,9 +100,8 @@ def check_components(path: str, index: dict, family: type[PipelineModel]) -> Non
                 f"{where}: {name}: expected a class of diffusers or transformers, got {json.dumps(part)}, "
                 "whose code would have to come with it"
             )
-        if part[1] not in _names(library) and not hasattr(
-            library, part[1]
-        ):  # some names only exist when asked
+        # transformers makes the older names of tokenizers only when they are asked for
+        if part[1] not in _names(library) and not hasattr(library, part[1]):
             raise UserError(
                 f"{where}: {name}: expected a class of {part[0]} {library.__version__}, got {part[1]!r}, "
                 "which a later version may have"

@@ -148,8 +148,8 @@ class Checkpoints:
                 weights,
                 optimizer,
                 state
-                | {"recipe": self.recipe.model_dump(), **self._alike_since, "prompts": self._seen.state}
-                | {"served": self._served},
+                | {"recipe": self.recipe.model_dump(), "prompts": self._seen.state, "served": self._served}
+                | self._alike_since,
                 self.recipe.checkpoint.keep,
                 best=self._marked,
                 used=self.recipe.evaluate.weights,
