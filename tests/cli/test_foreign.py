@@ -93,6 +93,8 @@ class Changes(Leaves):
             torch.set_default_device("meta")
             torch.set_num_threads(3)
             torch.use_deterministic_algorithms(True)
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.cudnn.benchmark = True
 
 
 constant = 3
@@ -321,15 +323,19 @@ def torch_state():
             torch.get_default_device(),
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.benchmark,
         )
 
-    grad, dtype, device, threads, deterministic = now()
+    grad, dtype, device, threads, deterministic, precision, benchmark = now()
     yield now
     torch.set_grad_enabled(grad)
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = benchmark
 
 
 def test_what_a_reward_changes_of_torch_is_put_back(inside, foreign, small, torch_state):
