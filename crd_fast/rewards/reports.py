@@ -10,14 +10,16 @@ from crd_fast.errors import UserError
 
 
 def means(values: Mapping[str, np.ndarray], kind: str) -> dict[str, float]:
-    """`KIND/NAME`, the mean over what was scored, and `scored/NAME`, its share where that is not all."""
+    """`KIND/NAME`, the mean over what was scored, and its share where that is not all: `scored/NAME` of a
+    reward and `scored/judge/NAME` of a judge, for both may have one name."""
     found: dict[str, float] = {}
+    scored = "scored" if kind == "reward" else f"scored/{kind}"
     for name, of in values.items():
         share = float(np.mean(~np.isnan(of)))
         if share:
             found[f"{kind}/{name}"] = float(np.nanmean(of))
         if share < 1:
-            found[f"scored/{name}"] = share
+            found[f"{scored}/{name}"] = share
     return found
 
 

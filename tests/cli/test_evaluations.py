@@ -136,8 +136,11 @@ def test_what_one_of_two_scored_in_part_is_shown_of_both(monkeypatch):
     console = Console(width=120, file=io.StringIO())
     monkeypatch.setattr("crd_fast.commands.evaluate.console", console)
     nothing = np.zeros((0, 2, 2, 3), np.uint8)
-    whole, part = {"eval/images": 4, "eval/judge/vlm": 0.5}, {"eval/judge/vlm": 0.75, "eval/scored/vlm": 0.5}
+    whole, part = (
+        {"eval/images": 4, "eval/judge/vlm": 0.5},
+        {"eval/judge/vlm": 0.75, "eval/scored/judge/vlm": 0.5},
+    )
     print_both(["a", "b"], [Evaluated(metrics, nothing) for metrics in (whole, part)])
     cells = [line.replace("│", "").split() for line in console.file.getvalue().splitlines()]
     assert ["judge/vlm", "0.500", "0.750", "+0.250"] in cells
-    assert ["scored/vlm", "1.000", "0.500", "-0.500"] in cells
+    assert ["scored/judge/vlm", "1.000", "0.500", "-0.500"] in cells

@@ -98,13 +98,13 @@ def test_nothing_of_the_last_table_is_cut_at_80_columns(tmp_path, name, value):
 
 
 def test_shares_that_were_scored_are_in_the_last_table_where_one_is_not_all(tmp_path):
-    first = {"iteration": 0, "eval/scored/vlm": 0.875, "eval/judge/vlm": 0.5}
-    last = {"iteration": 9, "eval/scored/face": 0.25, "eval/judge/vlm": 0.5, "eval/judge/face": 0.125}
+    first = {"iteration": 0, "eval/scored/judge/vlm": 0.875, "eval/judge/vlm": 0.5}
+    last = {"iteration": 9, "eval/scored/judge/face": 0.25, "eval/judge/vlm": 0.5, "eval/judge/face": 0.125}
     console = Console(width=80, file=io.StringIO())
     console.print(before_and_after(tmp_path, [first, last]))
     rows = {row[0]: row[1:] for line in console.file.getvalue().splitlines() if (row := line.split())}
-    assert rows["scored/vlm"] == ["0.875", "1.000", "+0.125"]
-    assert rows["scored/face"] == ["1.000", "0.250", "-0.750"]
+    assert rows["scored/judge/vlm"] == ["0.875", "1.000", "+0.125"]
+    assert rows["scored/judge/face"] == ["1.000", "0.250", "-0.750"]
     assert rows["judge/face"] == ["0.125"]  # of the last one alone
 
 

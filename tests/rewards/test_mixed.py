@@ -10,6 +10,7 @@ from crd_fast.errors import UserError
 from crd_fast.prompts.source import PromptSource
 from crd_fast.rewards import Rewards
 from crd_fast.rewards.advantage import advantages, combine, kinds
+from crd_fast.rewards.reports import means
 from crd_fast.rewards.scoring import Reward, checked, with_none
 from crd_fast.run.scores import compare, gap, mean_of, read_scores, write_scores
 from crd_fast.run.watch import judge_metrics, reward_metrics
@@ -143,7 +144,15 @@ def test_metrics_are_of_what_was_scored():
     assert found["reward/b"] == pytest.approx(0.1) and found["scored/b"] == 0.5
     assert found["reward_mean"] == pytest.approx((1.0 + 0.2 + 0.2) / 3) and found["groups_equal"] == 1.0
     judged = judge_metrics(np.array([1.0, NAN, 3.0]), {"j": np.array([NAN] * 3)}, ["a", "b", "c"])
-    assert judged == {"eval/scored/j": 0.0, "standard_error/reward": pytest.approx(1.0)}
+    assert judged == {"eval/scored/judge/j": 0.0, "standard_error/reward": pytest.approx(1.0)}
+
+
+def test_a_reward_and_a_judge_of_one_name_have_each_its_share():
+    """As one reward has with other settings as a judge."""
+    found = means({"a": np.array([1.0, NAN])}, "reward") | means(
+        {"a": np.array([1.0, NAN, NAN, NAN])}, "judge"
+    )
+    assert found == {"reward/a": 1.0, "scored/a": 0.5, "judge/a": 1.0, "scored/judge/a": 0.25}
 
 
 def test_none_is_not_scored_and_nan_is_refused():

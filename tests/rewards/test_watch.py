@@ -84,9 +84,9 @@ def test_a_reward_that_scores_nothing_any_more_is_named_once(watch):
 
 def test_what_scores_nothing_of_an_evaluation_is_named_once(watch):
     """As `diversity` does where there is one picture of each prompt."""
-    record = evaluation(0, 0.3, {"a": 0.5}) | {"eval/scored/a": 0.4, "eval/scored/diversity": 0.0}
+    record = evaluation(0, 0.3, {"a": 0.5}) | {"eval/scored/a": 0.4, "eval/scored/judge/diversity": 0.0}
     assert watch.see(record) == [
-        "iteration 0: diversity scored none of the pictures of the evaluation, which says nothing of it"
+        "iteration 0: judge/diversity scored none of the pictures of the evaluation, which says nothing of it"
     ]
     assert watch.see(record | {"iteration": 1}) == []
 
