@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crd_fast.commands.boundary import leaving_traceback
-from crd_fast.commands.terminal import AllowCode, Overrides, console, say, with_consent
-from crd_fast.errors import UserError
+from crd_fast.commands.terminal import AllowCode, Overrides, console, say, say_warning, with_consent
+from crd_fast.errors import UserError, reason_of
 from crd_fast.launched import launched_rank
 from crd_fast.worlds import WORLDS
 
@@ -209,7 +209,10 @@ def _run_training(recipe: Recipe, output: Path, resume: bool, gpu: str | None) -
         memory = gpu_memory(records)
         if memory is not None:
             say(memory)
-        say(f"report: {output / write_report(trainer.output).name}")
+        try:
+            say(f"report: {output / write_report(trainer.output).name}")
+        except Exception as error:  # the run is done, and is not to look as if it were not
+            say_warning(f"the report is not written: {reason_of(error)}")
     if main and finished:
         say(f"weights: {output / checkpoint.find(trainer.output).relative_to(trainer.output)}")
         run = shlex.quote(str(output))
