@@ -313,13 +313,8 @@ def _load(name: str, pickled: bytes, device: str) -> Any:
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        try:
-            with answers_for(name), as_out_of_memory():
-                found.setup(device)
-        except UserError as error:
-            if isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise error.__cause__ from None
-            raise
+        with answers_for(name, torch.OutOfMemoryError), as_out_of_memory():  # which is tried again
+            found.setup(device)
     return found
 
 
