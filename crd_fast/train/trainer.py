@@ -138,9 +138,8 @@ class Trainer:
             recipe.loss,
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
-            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.in_step),
+            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.sharded),
             one_pass=recipe.model.streaming,
-            in_step=self.weights.in_step,
             backward_fraction=recipe.train.backward_fraction,
             kept_graphs=recipe.train.kept_graphs,
             signal=self.signal,
@@ -148,7 +147,7 @@ class Trainer:
         )
         # one for each: that an evaluation does not fit says nothing about the rollout
         of_rollout, of_evaluation = (
-            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step) for _ in range(2)
+            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.sharded) for _ in range(2)
         )
         partial = PartialRollout(self.output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self.rollout = IterationRollout(
