@@ -19,8 +19,8 @@ from crd_fast.sizes import Resolution, parse_size, parse_sizes
 
 class ModelConfig(Section):
     path: Place = "builtin"
-    """A folder of a diffusers pipeline, its id on the Hugging Face hub, the short name of a model that
-    recipes ship for, or `builtin` and `builtin-ocr`."""
+    """The folder of a diffusers pipeline, its id on the Hugging Face hub, `builtin` or `builtin-ocr`. `plan`
+    alone also takes the short names of models whose configs ship, like `flux.1-dev`."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains adapters on a frozen base; `full` every weight, which takes several times the memory."""
     dtype: Literal["default", "bf16"] = "default"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from pathlib import Path
@@ -139,7 +138,7 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
     else:
         import torch
 
-        if recipe.model.path in WORLDS or not torch.cuda.is_available() or "WORLD_SIZE" in os.environ:
+        if recipe.model.path in WORLDS or not torch.cuda.is_available() or launched_rank() is not None:
             return None
         device = torch.cuda.get_device_properties(0)
         card = card_of_device(device.name, device.total_memory)

@@ -51,12 +51,14 @@ def is_remote(error: BaseException) -> bool:
 
 
 @contextmanager
-def answers_for(name: str) -> Iterator[None]:
+def answers_for(name: str, *others: type[BaseException]) -> Iterator[None]:
     """Whatever a reward's code raises, the end of the process too, as a UserError that names the reward;
-    MissingPackage for what cannot be imported."""
+    MissingPackage for what cannot be imported. others: what goes through as it is."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
+        raise
+    except others:
         raise
     except ImportError as error:
         raise MissingPackage(failure(name, error)) from error

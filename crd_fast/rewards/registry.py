@@ -231,8 +231,8 @@ class Rewards:
     def report(
         self, images: np.ndarray, metadata: list[dict], values: dict[str, np.ndarray]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report; and
-        what they report of each picture, float64 (N,).
+        """Metrics of an evaluation: the weighted reward, each reward's mean, and what rewards report; and of
+        each picture `reward`, their sum as of `combined`, and what rewards report, float64 (N,).
 
         values: what `score` returned for the images. Means are over what was scored; `scored/NAME` is its
         share where that is not all. Raises UserError for a report that is none, for two that differ in what
@@ -244,8 +244,8 @@ class Rewards:
             raise UserError(f"evaluation: expected a reward of some pictures, got None of all by {asked}")
         metrics = {"images": len(images), "reward_mean": float(np.nanmean(total))}
         metrics |= means({call.name: values[call.name] for call in self._calls}, "reward")
-        every = {"reward", *metrics}
-        per_image: dict[str, np.ndarray] = {}
+        per_image = {"reward": total}
+        every = {*per_image, *metrics}
         by: dict[str, str] = {}
         for call in self._calls:
             name, reward = call.name, self._rewards[call.name]

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from crd_fast.errors import MissingPackage, UserError, reason_of
+from crd_fast.launched import processes_here
 from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.failures import RewardFailed, answers_for, failure, is_remote, refusals_of
 from crd_fast.rewards.lent import read_only
@@ -51,7 +52,7 @@ class _Lost(Exception):
 def cores() -> int:
     """Processors that this process may use, of several on one machine its share."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, usable // processes_here())
 
 
 class Workers:
@@ -313,13 +314,8 @@ def _load(name: str, pickled: bytes, device: str) -> Any:
     reward, settings = pickle.loads(pickled)
     found, _ = load(reward, settings)
     if hasattr(found, "setup"):
-        try:
-            with answers_for(name), as_out_of_memory():
-                found.setup(device)
-        except UserError as error:
-            if isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise error.__cause__ from None
-            raise
+        with answers_for(name, torch.OutOfMemoryError), as_out_of_memory():  # which is tried again
+            found.setup(device)
     return found
 
 

@@ -164,14 +164,12 @@ class Evaluation:
     def _scored(self, images: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics of all pictures, and what each got, by rewards and judges."""
         values = self.rewards.score(images, self.metadata)
-        metrics, per_image = self.rewards.report(images, self.metadata, values)
+        metrics, each = self.rewards.report(images, self.metadata, values)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
-        reward = self.rewards.combined(values, self.metadata)
-        each = {"reward": reward, **per_image}
         each |= {f"reward/{name}": of for name, of in values.items()}
         if self.judges.weights:
             judged = self.judges.score(images, self.metadata)
-            metrics |= judge_metrics(reward, judged, [entry["prompt"] for entry in self.metadata])
+            metrics |= judge_metrics(each["reward"], judged, [entry["prompt"] for entry in self.metadata])
             each |= {f"judge/{name}": of for name, of in judged.items()}
         return metrics, each
 

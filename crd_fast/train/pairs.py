@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,17 @@ class Pairs:
     def cat(parts: list[Pairs]) -> Pairs:
         return Pairs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
+    def of_prompts(self, prompts: np.ndarray, samples: int) -> Pairs:
+        """The pairs of `prompts` alone, with `prompt` and `sample` as rows of their embeddings and latents.
+
+        prompts: (p,) of the iteration's P, in the order of the rows. samples: K of each, prompt by prompt.
+        """
+        row = torch.full((1 + max(int(self.prompt.max()), int(prompts.max())),), -1)
+        row[torch.from_numpy(prompts)] = torch.arange(len(prompts))
+        prompt = row[self.prompt]
+        pairs = replace(self, prompt=prompt, sample=prompt * samples + self.sample % samples)
+        return pairs[prompt >= 0]
+
     def to(self, device) -> Pairs:
         return Pairs(**{name: value.to(device) for name, value in vars(self).items()})
 
@@ -65,16 +76,14 @@ def draw_pairs(
     iteration: int,
     sigmas: torch.Tensor,  # (steps + 1,) of the rollout
     prompts: np.ndarray,  # (p,) those of the step, of the iteration's P
-    own: np.ndarray,  # this rank's
     advantage_PK: np.ndarray,
     strength_PK: np.ndarray,  # of the KL anchor, up to a factor
     signal: np.ndarray | None = None,  # (steps,) by which timesteps are drawn; none: equally often
     scored_PK: np.ndarray | None = None,  # whether some reward scored the sample; none: all
 ) -> Pairs:
-    """The pairs of those of the step's prompts that are this rank's own.
+    """The pairs of one optimizer step, on all ranks the same ones: `Pairs.of_prompts` leaves a rank its own.
 
-    A group is a prompt at a timestep. What is random is drawn for all ranks' pairs, so that it does not
-    depend on their number.
+    A group is a prompt at a timestep.
     """
     seed, steps, samples = recipe.train.seed, recipe.rollout.steps, advantage_PK.shape[1]
     candidates = recipe.training_steps()
@@ -108,11 +117,9 @@ def draw_pairs(
         return torch.as_tensor(values_G).repeat_interleave(samples)
 
     sample, prompt, timestep = torch.from_numpy(sample_GK.flatten()), of_pairs(prompt_G), of_pairs(timestep_G)
-    row = torch.full((len(advantage_PK),), -1)  # of a prompt among the own
-    row[torch.from_numpy(own)] = torch.arange(len(own))
-    pairs = Pairs(
-        sample=row[prompt] * samples + sample % samples,
-        prompt=row[prompt],
+    return Pairs(
+        sample=sample,
+        prompt=prompt,
         sigma=sigmas[timestep],
         seed=seed_table(seed, iteration, NOISE, count=advantage_PK.size * steps)[sample * steps + timestep],
         group=of_pairs(np.arange(len(prompt_G))),
@@ -123,7 +130,6 @@ def draw_pairs(
         offset=of_pairs(generator(seed, iteration, BACKWARD, first).random(len(prompt_G))),
         step=timestep,
     )
-    return pairs[row[prompt] >= 0]
 
 
 def equal_groups(advantage_PK: np.ndarray) -> np.ndarray:

@@ -35,10 +35,10 @@ from crd_fast.train.checkpoints import Checkpoints
 from crd_fast.train.evaluate import Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.features import FeatureDistance
 from crd_fast.train.iteration_prompts import IterationPrompts
-from crd_fast.train.iteration_rollout import IterationRollout
+from crd_fast.train.iteration_rollout import Embeddings, IterationRollout
 from crd_fast.train.measured import measured
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
-from crd_fast.train.pairs import draw_pairs
+from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_prompts
@@ -138,9 +138,8 @@ class Trainer:
             recipe.loss,
             advantage_clip=recipe.advantage.clip,
             precision=recipe.train.precision,
-            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.in_step),
+            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.sharded),
             one_pass=recipe.model.streaming,
-            in_step=self.weights.in_step,
             backward_fraction=recipe.train.backward_fraction,
             kept_graphs=recipe.train.kept_graphs,
             signal=self.signal,
@@ -148,7 +147,7 @@ class Trainer:
         )
         # one for each: that an evaluation does not fit says nothing about the rollout
         of_rollout, of_evaluation = (
-            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.in_step) for _ in range(2)
+            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.sharded) for _ in range(2)
         )
         partial = PartialRollout(self.output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
         self.rollout = IterationRollout(
@@ -272,9 +271,8 @@ class Trainer:
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         if self.recipe.loss.anchor_uncertain < 1:
             strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
-        updates = self._update(
-            latents_N, advantage_PK, strength_PK, ~np.isnan(reward_PK), embeddings, negatives
-        )
+        pairs_by_step = self._pairs(advantage_PK, strength_PK, ~np.isnan(reward_PK))
+        updates = self._update(pairs_by_step, latents_N, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
             with self.observer.phase("snapshots"):
@@ -296,27 +294,27 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _update(
-        self, latents_N, advantage_PK, strength_PK, scored_PK, embeddings, negatives
-    ) -> dict[str, float]:
-        """The iteration's optimizer steps, each on its share of the prompts. Returns the mean metrics."""
+    def _pairs(self, advantage_PK, strength_PK, scored_PK) -> list[Pairs]:
+        """Of each of the iteration's optimizer steps, which has a share of the prompts, this rank's pairs."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
         signal = self.signal.sizes() if self.signal else None
-        shares, own = self.prompts.shares, self.prompts.own
-        pairs_by_step = [
+        by_step = (
             draw_pairs(
-                self.recipe,
-                self.iteration,
-                sigmas,
-                prompts,
-                own,
-                advantage_PK,
-                strength_PK,
-                signal,
-                scored_PK,
+                self.recipe, self.iteration, sigmas, prompts, advantage_PK, strength_PK, signal, scored_PK
             )
-            for prompts in shares
-        ]
+            for prompts in self.prompts.shares
+        )
+        samples = self.recipe.rollout.samples_per_prompt
+        return [pairs.of_prompts(self.prompts.own, samples) for pairs in by_step]
+
+    def _update(
+        self,
+        pairs_by_step: list[Pairs],
+        latents_N: torch.Tensor,
+        embeddings: Embeddings,
+        negatives: Embeddings,
+    ) -> dict[str, float]:
+        """The iteration's optimizer steps. Returns the mean metrics."""
         collected = []
         with self.observer.phase("update", sum(map(len, pairs_by_step))):
             for pairs in pairs_by_step:
@@ -337,7 +335,7 @@ class Trainer:
         if self.signal:
             self.signal.end_iteration(self.ranks)
         means = {name: sum(m[name] for m in collected) / len(collected) for name in next(iter(collected), ())}
-        left_out = len(shares) - len(collected)
+        left_out = len(pairs_by_step) - len(collected)
         return means | ({"steps_left_out": left_out} if left_out else {})
 
     def _average(self) -> None:

@@ -39,9 +39,8 @@ class Updater:
 
     model: predicts velocities with whatever weights are active; weights: switches between them. one_pass:
     what is predicted without gradient for a micro-batch goes through the network as one batch, whose rows
-    differ in their weights, so that weights that are streamed are fetched once. in_step: all ranks take part
-    in every forward, so that none may be left out. backward_fraction, kept_graphs: as the recipe has them.
-    signal: is shown the size of every pair's gradient.
+    differ in their weights, so that weights that are streamed are fetched once. backward_fraction,
+    kept_graphs: as the recipe has them. signal: is shown the size of every pair's gradient.
 
     While old is equal to the policy it is not run: what the policy predicted is taken for it. An implicit
     reward of exactly 0 follows from that alone. It does not follow from equal weights: which rounding a row
@@ -59,7 +58,6 @@ class Updater:
         precision: str,
         micro_batch: MicroBatch | int,
         one_pass: bool = False,
-        in_step: bool = False,
         backward_fraction: float = 1.0,
         kept_graphs: str = "none",
         signal: Signal | None = None,
@@ -67,7 +65,7 @@ class Updater:
     ):
         self.model, self.weights, self.loss = model, weights, loss
         self.objective, self.precision = make_objective(loss, advantage_clip), precision
-        self.one_pass, self.in_step, self.observer = one_pass, in_step, observer
+        self.one_pass, self.observer = one_pass, observer
         self.backward_fraction, self.kept_graphs, self.signal = backward_fraction, kept_graphs, signal
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
 
@@ -262,7 +260,7 @@ class Updater:
     def _reference(self, chunks: list[Chunk]) -> None:
         """Predictions of the reference, only for the pairs that are anchored."""
         anchored = [chunk.pairs.anchor.nonzero().flatten() for chunk in chunks]
-        if self.in_step:  # at least one pair, whose anchor may have no weight
+        if self.weights.sharded:  # at least one pair, whose anchor may have no weight
             anchored = [rows if len(rows) else rows.new_zeros(1) for rows in anchored]
         if not self.loss.anchored or not any(map(len, anchored)):
             return

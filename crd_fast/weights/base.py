@@ -38,12 +38,12 @@ class Weights(ABC):
     the pretrained network.
 
     network: has the policy's weights, but within `use` and `use_rows`.
-    in_step: each rank has parts of all tensors, so all ranks take part in every forward and none may be left
+    sharded: each rank has parts of all tensors, so all ranks take part in every forward and none may be left
     out.
     """
 
     network: ModelMixin
-    in_step = False
+    sharded = False
 
     @abstractmethod
     def trained(self) -> list[torch.nn.Parameter]:

@@ -266,7 +266,7 @@ def _adapters_of(network: Any, file: Path, loader: Any) -> Adapters:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            state = _load_beside(network, file, None if of_peft else loader)
+            state = _load_beside(network, file, *(_by_peft(file) if of_peft else _by_diffusers(file, loader)))
             layers = {name: layer for name, layer in _layers_of(network).items() if BESIDE in layer.scaling}
             biased = next((name for name, layer in layers.items() if layer.lora_bias[BESIDE]), None)
             scaling = {name: layer.scaling[BESIDE] for name, layer in layers.items()}
@@ -321,19 +321,27 @@ def _names_in(file: Path) -> list[str]:
     return names
 
 
-def _load_beside(network: Any, file: Path, loader: Any) -> dict[str, torch.Tensor]:
-    """Returns the tensors of the file by diffusers' names for layers. loader: None for a file of peft's."""
-    alphas: Any = None
-    if loader is None:
-        state = {name.removeprefix(OF_PEFT): value for name, value in load_file(file).items()}
-        config = LoraConfig.from_pretrained(str(file.parent)).to_dict()
-        metadata = {f"transformer.{name}": value for name, value in config.items()}
-    elif "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
+def _by_peft(file: Path) -> tuple[dict[str, torch.Tensor], dict, None]:
+    """As `_by_diffusers`, of a file that peft wrote, with its config beside it."""
+    state = {name.removeprefix(OF_PEFT): value for name, value in load_file(file).items()}
+    config = LoraConfig.from_pretrained(str(file.parent)).to_dict()
+    return state, {f"transformer.{name}": value for name, value in config.items()}, None
+
+
+def _by_diffusers(file: Path, loader: Any) -> tuple[dict[str, torch.Tensor], dict | None, dict | None]:
+    """What `loader` reads of a file: tensors, and the config and alphas where it has them."""
+    if "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
         state, alphas, metadata = loader.lora_state_dict(
             str(file), return_alphas=True, return_lora_metadata=True
         )
-    else:
-        state, metadata = loader.lora_state_dict(str(file), return_lora_metadata=True)
+        return state, metadata, alphas
+    return *loader.lora_state_dict(str(file), return_lora_metadata=True), None
+
+
+def _load_beside(
+    network: Any, file: Path, state: dict[str, torch.Tensor], metadata: dict | None, alphas: dict | None
+) -> dict[str, torch.Tensor]:
+    """Loads what was read as the adapter `BESIDE`. Returns the tensors by diffusers' names for layers."""
     if not any(".lora_A." in name for name in state):
         state = convert_unet_state_dict_to_peft(state)
     modules = dict(network.named_modules())

@@ -34,7 +34,7 @@ SPARE_BYTES = 1 << 24  # beside the weights, for exchanging them
 class _Parts(FullWeights):
     """What both kinds of weights below have in common: the policy is this rank's parts."""
 
-    in_step = True
+    sharded = True
 
     def __init__(self, network: ModelMixin, snapshots: Sequence[str] = SNAPSHOTS):
         self.kind: Any = type(network)  # fully_shard puts a class of its own in its place

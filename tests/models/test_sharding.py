@@ -34,7 +34,6 @@ def accumulate(settings, pairs):
         advantage_clip=5.0,
         precision="fp32",
         micro_batch=3,
-        in_step=settings.model.sharding == "fsdp",
     )
     updater.accumulate(
         pairs, latents.to(model.device), model.encode_prompts(PROMPTS), model.encode_prompts([""])

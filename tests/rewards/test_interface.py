@@ -106,7 +106,7 @@ def test_what_is_reported_of_single_pictures():
     images, metadata, values = pictures(0, 255), entries(2), {name: np.zeros(2)}
     found, per_image = Rewards({Detailed: 1.0}).report(images, metadata, values)
     assert found["redness"] == 0.5 and "per_image" not in found
-    assert per_image.keys() == {"reds"} and per_image["reds"].tolist() == [1, 1]
+    assert per_image.keys() == {"reward", "reds"} and per_image["reds"].tolist() == [1, 1]
     for wrong, words in [
         ({"count": 3}, f"reward {name}: reds: expected 2 values, got 3"),
         ({"per_image": {"reds": [1.0, float("nan")]}}, "reds: expected finite numbers, got nan for image 1"),

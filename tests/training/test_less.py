@@ -210,7 +210,7 @@ def drawn_pairs(*overrides, advantage=None, signal=None, iteration=3):
     strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(advantage)
     prompts = np.arange(6)
     sigmas = torch.linspace(1, 0, recipe.rollout.steps + 1)
-    return draw_pairs(recipe, iteration, sigmas, prompts, prompts, advantage, strength, signal)
+    return draw_pairs(recipe, iteration, sigmas, prompts, advantage, strength, signal)
 
 
 def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
@@ -224,6 +224,15 @@ def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
     weighted = strength[drawn] * part.anchor.numpy()[drawn]
     assert np.ptp(weighted) < 1e-5 * weighted.mean()  # strength / probability
     assert weighted.sum() == pytest.approx(strength.sum(), rel=0.05)
+
+
+def test_a_ranks_pairs_are_those_of_its_prompts():
+    whole, own = drawn_pairs("train.timesteps=2", "loss.anchor_fraction=0.5"), np.array([4, 1])
+    part, kept = whole.of_prompts(own, 8), (whole.prompt == 4) | (whole.prompt == 1)
+    assert part.prompt.tolist() == [[4, 1].index(prompt) for prompt in whole.prompt[kept].tolist()]
+    assert torch.equal(part.sample % 8, whole.sample[kept] % 8) and torch.equal(part.sample // 8, part.prompt)
+    for name in ("sigma", "seed", "group", "advantage", "anchor", "policy", "offset", "step"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[kept])
 
 
 def test_high_noise_trains_the_noisier_half():

@@ -124,7 +124,7 @@ def test_blend_is_the_moving_average(kind):
 @pytest.mark.parametrize("kind", MAKE)
 def test_gradients_are_finished_to_the_norm(kind):
     weights = MAKE[kind]()
-    assert isinstance(weights, Weights) and not weights.in_step
+    assert isinstance(weights, Weights) and not weights.sharded
     first, *others = weights.trained()
     first.grad = torch.full_like(first, 2.0)  # the others have none, as that of a block that leads nowhere
     norm = weights.finish_gradients(Ranks(), 0.5)
