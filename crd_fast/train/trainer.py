@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from crd_fast.config import Recipe, build_recipe
-from crd_fast.errors import UserError
+from crd_fast.errors import UserError, reason_of
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, named, needs_consent
@@ -187,30 +187,32 @@ class Trainer:
                 self._run()
             except StopNow:
                 self._save_whole()
-                self.rollout.partial.keep()
             except Exception as error:
+                saved = False
                 if self.ranks.count == 1 and self.stopping.whole:
                     try:
                         self._save_whole()
-                        self.rollout.partial.keep()
+                        saved = True
                     except UserError as second:
                         logger.warning("warning: %s", second)
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise UserError(
-                        f"iteration {self.iteration + 1}: out of memory: {first_sentence(error)}"
-                    ) from error
-                raise
+                if not (saved and self.stopping.requested):  # or a child may have got the signal too
+                    if isinstance(error, torch.OutOfMemoryError):
+                        found = f"out of memory: {first_sentence(error)}"
+                        raise UserError(f"iteration {self.iteration + 1}: {found}") from error
+                    raise
+                logger.warning("warning: it stops before the iteration ends: %s", reason_of(error))
         if self.ranks.main:
             self.log.close()
         return self.iteration >= self.recipe.train.iterations and not self._unlogged
 
     def _save_whole(self) -> None:
-        """A checkpoint of the last iteration, unless there is one."""
+        """A checkpoint of the last iteration, unless there is one, and what was generated of the next."""
         for parameter in self.weights.trained():
             parameter.grad = None
         if self.checkpoints.saved != self.iteration:
             self.save()
             logger.warning("saved iteration %d: %s", self.iteration, self.resume_command)
+        self.rollout.partial.keep()
 
     @property
     def resume_command(self) -> str:
@@ -348,7 +350,7 @@ class Trainer:
             found, guided, seconds = measured(
                 evaluation, self.weights, self.features, self.observer, with_guided_base=not self.iteration
             )
-        except StopNow:
+        except Exception:
             self._unlogged = True
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew

@@ -125,6 +125,31 @@ def fails_in_the_third_iteration(images, prompts, metadata):
     return [float(image.mean()) / 255 for image in images]
 
 
+@pytest.mark.parametrize("phase, iteration", [("rewards", 1), ("evaluation", 2)])
+def test_what_fails_after_ctrl_c_as_a_child_does_that_gets_it_too_is_a_stop(
+    whole, tmp_path, caplog, phase, iteration
+):
+    """A compiler, or a program that a reward calls, is in the process group of the terminal."""
+
+    class Fails(Signals):
+        def send(self):
+            super().send()
+            raise RuntimeError("the child died")
+
+    settings = [*SETTINGS, f"train.iterations={iteration + (phase == 'rewards')}"]
+    run = tmp_path / "run"
+    observer = Fails(phase, 2, signal.SIGINT)
+    assert Trainer(load_recipe("builtin", settings), run, observer=observer).run() is False
+    assert "it stops before the iteration ends: the child died" in caplog.text
+    assert checkpoint.newest(run / "checkpoints").name == f"iteration-{iteration:06d}"
+    again = Trainer(load_recipe("builtin", SETTINGS), run, resume=True)
+    assert again.run()
+    weights, expected = whole
+    for mine, other in zip(again.weights.trained(), weights, strict=True):
+        assert torch.equal(mine, other)
+    assert records(run) == expected
+
+
 REWARDS = {fails_in_the_third_iteration: 1.0}
 
 
