@@ -40,12 +40,12 @@ def load_model(
     prompts: Iterable[str] = (),
     ahead: Iterable[str] = (),
     tracked: Callable[[list[str]], Iterable[str]] = iter,
-    look: Callable[[FlowModel], object] = id,
+    check: Callable[[FlowModel], None] = lambda model: None,
 ) -> FlowModel:
     """The model that `model.path` names, on the GPU if there is one.
 
     prompts, ahead, tracked: as of `FlowModel.encode`; they are encoded first, while no transformer is in
-    memory. look: is given the model before that, to ask it which prompts it takes and how much it reads.
+    memory. check: is given the model before that, to ask it which prompts it takes and how much it reads.
     Raises UserError, before anything is loaded or encoded, if the path is no pipeline or not of a supported
     family, if a file of it is missing or cut short, if a tokenizer has no vocabulary, if the resolution or
     the LoRA targets do not fit, if the GPU has no bfloat16 where the recipe wants it.
@@ -55,7 +55,7 @@ def load_model(
     checks.check_gpu(recipe)
     if recipe.model.path in WORLDS:
         model = _load_builtin(recipe)
-        look(model)
+        check(model)
         return model
     import diffusers
     import transformers
@@ -71,7 +71,7 @@ def load_model(
     if recipe.model.method == "lora":
         targets = lora_targets(model, recipe)
         check_targets(model.transformer, targets, within_blocks=recipe.model.streaming and model.joins_rows)
-    look(model)
+    check(model)
     model.encode([*prompts, ""], ahead, tracked)
     model.load(recipe.train.checkpointing)
     choose_attention(model.transformer, recipe.model.attention)

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import Observer
 from crd_fast.seeds import DRIFT, generator, seed_table, seeded_noise
 from crd_fast.train.evaluate import EVALUATION_SEED, Evaluated, Evaluation
 from crd_fast.train.forwards import autocast, chosen_prompts, doubled_velocity, unconditional
-from crd_fast.train.micro_batch import MicroBatch, release_memory
+from crd_fast.train.micro_batch import MicroBatch, in_micro_batches
 from crd_fast.weights.base import Weights
 
 LEVELS = 4  # noise levels, spread over the evaluation's own steps
@@ -97,23 +96,17 @@ class Drift:
     def _in_parts(self, of_part: Callable[..., torch.Tensor], size: int) -> list[torch.Tensor]:
         """What `of_part(x, sigma, embeddings, rows)` returns for as many rows as go through at once."""
         evaluation, latents = self.evaluation, self.latents
-        micro_batch = MicroBatch(size, evaluation.micro_batch.fixed)
         found: list[torch.Tensor] = []
-        done = 0
-        while done < len(latents):
-            rows = slice(done, min(done + micro_batch.size, len(latents)))
-            try:
-                noise = seeded_noise(self.seeds[rows], latents.shape[1:], latents.device)
-                sigma = self.sigma[rows].to(latents.device)
-                x = torch.lerp(latents[rows], noise, sigma.view(-1, *[1] * (latents.ndim - 1)))
-                embeddings = chosen_prompts(evaluation.embeddings, self.prompt[rows], x.device)
-                with as_out_of_memory(), autocast(x.device.type, evaluation.recipe.train.precision):
-                    found.append(of_part(x, sigma, embeddings, rows))
-            except torch.OutOfMemoryError as error:
-                micro_batch.halve(error)
-            else:
-                self.observer.advance(rows.stop - rows.start)
-                done = rows.stop
-                continue
-            release_memory()
+
+        def run(rows: slice) -> None:
+            noise = seeded_noise(self.seeds[rows], latents.shape[1:], latents.device)
+            sigma = self.sigma[rows].to(latents.device)
+            x = torch.lerp(latents[rows], noise, sigma.view(-1, *[1] * (latents.ndim - 1)))
+            embeddings = chosen_prompts(evaluation.embeddings, self.prompt[rows], x.device)
+            with autocast(x.device.type, evaluation.recipe.train.precision):
+                found.append(of_part(x, sigma, embeddings, rows))
+
+        micro_batch = MicroBatch(size, evaluation.micro_batch.fixed)
+        for rows in in_micro_batches(run, len(latents), micro_batch):
+            self.observer.advance(rows.stop - rows.start)
         return found

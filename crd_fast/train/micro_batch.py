@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -43,6 +44,27 @@ class MicroBatch:
             "warning: out of memory at micro-batch %d, going on with %d", self.size, self.size // 2
         )
         self.size //= 2
+
+
+def in_micro_batches(
+    run: Callable[[slice], None], count: int, micro_batch: MicroBatch, done: int = 0
+) -> Iterator[slice]:
+    """Calls `run` for the rows from `done` to `count`, and yields those of each call that has returned.
+
+    Where memory runs out, the same rows are run again in smaller parts. Raises UserError as `halve` does.
+    """
+    while done < count:
+        rows = slice(done, min(done + micro_batch.size, count))
+        try:
+            with as_out_of_memory():
+                run(rows)
+        except torch.OutOfMemoryError as error:
+            micro_batch.halve(error)
+        else:
+            done = rows.stop
+            yield rows
+            continue
+        release_memory()
 
 
 def first_sentence(error: torch.OutOfMemoryError) -> str:

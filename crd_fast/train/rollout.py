@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from crd_fast.config import Recipe
-from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.schema import EvaluateConfig, RolloutConfig
 from crd_fast.seeds import seeded_noise
 from crd_fast.sizes import Resolution
 from crd_fast.train.forwards import autocast, chosen_prompts, guided_velocity, unconditional
-from crd_fast.train.micro_batch import MicroBatch, release_memory
+from crd_fast.train.micro_batch import MicroBatch, in_micro_batches
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def generate(
     if isinstance(micro_batch, int):
         micro_batch = MicroBatch(micro_batch)
 
-    def integrate(chunk: slice) -> torch.Tensor:
-        x = seeded_noise(seeds[chunk], shape, device)
-        chosen = chosen_prompts(embeddings, prompt_index[chunk], device)
-        away = unconditional(empty, prompt_index[chunk], device)
+    def integrate(rows: slice) -> None:
+        x = seeded_noise(seeds[rows], shape, device)
+        chosen = chosen_prompts(embeddings, prompt_index[rows], device)
+        away = unconditional(empty, prompt_index[rows], device)
         before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's size and velocity
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, sampling.precision):
@@ -99,7 +98,7 @@ def generate(
                 if before is not None:
                     x = x + step * step / (2 * before[0]) * (velocity - before[1])
                 before = step, velocity
-        return x
+        latents[rows] = x
 
     done = 0
     if begun is not None:
@@ -107,17 +106,7 @@ def generate(
         latents[:done] = begun
         observer.advance(done)
         finished(latents[:done])
-    while done < len(seeds):
-        chunk = slice(done, min(done + micro_batch.size, len(seeds)))
-        try:
-            with as_out_of_memory():
-                latents[chunk] = integrate(chunk)
-        except torch.OutOfMemoryError as error:
-            micro_batch.halve(error)
-        else:
-            made, done = chunk.stop - done, chunk.stop
-            finished(latents[:done])
-            observer.advance(made)  # here a run may be stopped
-            continue
-        release_memory()
+    for rows in in_micro_batches(integrate, len(seeds), micro_batch, done):
+        finished(latents[: rows.stop])
+        observer.advance(rows.stop - rows.start)  # here a run may be stopped
     return latents

@@ -78,8 +78,8 @@ class Trainer:
         recipe = absolute(recipe)
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)
-        # a reward may change the working directory
-        self.recipe, self.output, self._named = recipe, output.absolute(), output
+        # absolute, as a reward may change the working directory; and as given, for messages
+        self.recipe, self.output, self._output_as_given = recipe, output.absolute(), output
         self.throughput, self.memory = Throughput(row_flops), GpuMemory()
         profiler = profiling.start(recipe.train.profile)
         self.observer = Observers(profiler, self.throughput, self.memory, observer)
@@ -222,7 +222,7 @@ class Trainer:
     def command(self, *words: str) -> str:
         """One that loads this run, whose folder ends it, and its rewards, as it can be typed."""
         consent = [OPTION] if needs_consent(self.recipe) else []
-        return shlex.join(["crd-fast", *words, str(self._named), *consent])
+        return shlex.join(["crd-fast", *words, str(self._output_as_given), *consent])
 
     def _run(self) -> None:
         if self._unlogged:
@@ -396,5 +396,5 @@ class Trainer:
         except UserError as error:
             raise UserError(
                 f"iteration {self.iteration + 1}: {error}; checkpoints up to the last one are intact in "
-                f"{self._named / 'checkpoints'}"
+                f"{self._output_as_given / 'checkpoints'}"
             ) from error
