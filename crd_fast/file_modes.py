@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -19,3 +20,12 @@ def follow_umask(path: Path) -> None:
         if file.is_file() and not file.is_symlink():
             with contextlib.suppress(OSError):
                 file.chmod(0o666 & ~mask)
+
+
+def copy_files(folder: Path, out: Path) -> None:
+    """Copies the files in a folder, whose own modes, read-only where it is put away, stay behind."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            copy = out / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)

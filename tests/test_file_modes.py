@@ -2,6 +2,7 @@
 
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from crd_fast.models.prompt_cache import PromptCache
 from crd_fast.run.new_files import made_beside
+from crd_fast.train.export import copy_weights
 from crd_fast.weights import checkpoint
 
 
@@ -33,6 +35,20 @@ def test_what_is_exported(tmp_path, mode):
     with made_beside(tmp_path / "one.safetensors", "--out") as partial:
         save_file({"a": torch.ones(2)}, partial)
     assert modes(tmp_path) == {mode}
+
+
+def test_what_is_exported_of_a_run_that_is_read_only(tmp_path, mode):
+    weights = tmp_path / "run" / "diffusers"
+    weights.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, weights / "lora.safetensors")
+    for path in (weights / "lora.safetensors", weights, weights.parent):
+        path.chmod(path.stat().st_mode & ~0o222)
+    copy_weights(SimpleNamespace(weights=weights), tmp_path / "lora")
+    assert modes(tmp_path / "lora") == {mode}
+    folder = stat.S_IMODE((tmp_path / "lora").stat().st_mode)
+    assert folder == mode | (mode & 0o444) >> 2  # who may read may enter, and its owner writes there
+    for path in (weights.parent, weights):
+        path.chmod(0o755)
 
 
 def test_prompts_that_are_kept(tmp_path, mode):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from crd_fast.config import Recipe
 from crd_fast.errors import UserError
+from crd_fast.file_modes import copy_files
 from crd_fast.models import FAMILIES, checks, family, find_pipeline
 from crd_fast.models.components import with_weights
 from crd_fast.once import hush
@@ -126,7 +126,7 @@ def with_set(trained: Trained, name: str, folder: Path) -> Trained:
     if name not in known:
         raise UserError(f"--weights {name}: {trained.folder} has none, expected one of {', '.join(known)}")
     out = folder / trained.weights.name
-    shutil.copytree(trained.weights, out)
+    copy_files(trained.weights, out)
     strength = 1.0
     if not trained.full:
         lora = trained.recipe.model
@@ -151,7 +151,7 @@ def with_set(trained: Trained, name: str, folder: Path) -> Trained:
 
 def copy_weights(trained: Trained, out: Path) -> None:
     """The LoRA's folder, for `load_lora_weights`, or the transformer's, for `from_pretrained`."""
-    shutil.copytree(trained.weights, out)
+    copy_files(trained.weights, out)
 
 
 def write_comfyui(trained: Trained, out: Path) -> None:

@@ -38,11 +38,15 @@ class Stopping(Observer):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Only the main thread hears signals; in another one this does nothing."""
+        """Only the main thread hears signals; in another one this does nothing.
+
+        A process that nohup began goes on ignoring SIGHUP.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, *AT_ONCE)}
+        heard = [number for number in AT_ONCE if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, *heard)}
         try:
             yield
         finally:

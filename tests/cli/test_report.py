@@ -185,6 +185,14 @@ def test_a_page_of_somebody_elses_is_left_alone(tmp_path, kind):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_folder_that_takes_no_file(inside, tmp_path):
+    fake_run(tmp_path, metrics(2))
+    (tmp_path / "report.html.partial").mkdir()
+    code, _, errors = inside("report", tmp_path)
+    assert code == 2 and errors.startswith(f"error: {tmp_path / 'report.html'}: cannot be written: ")
+    assert len(errors.splitlines()) == 1 and "traceback" not in errors
+
+
 def test_written_again(tmp_path):
     first = write_report(fake_run(tmp_path, metrics(2))).read_text()
     assert write_report(tmp_path).read_text() == first

@@ -60,6 +60,14 @@ class Signals(Observer):
         self.numbers = ()
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    """Whether or not these tests were begun by it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("stopping") / "whole"
@@ -102,6 +110,13 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
     for mine, other in zip(again.weights.trained(), weights, strict=True):
         assert torch.equal(mine, other)
     assert records(run) == expected
+
+
+def test_a_run_that_nohup_began_outlives_its_terminal(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    settings = [*SETTINGS, "evaluate.every=0", "train.iterations=2"]
+    hangs_up = Signals("rollout", 2, signal.SIGHUP)
+    assert Trainer(load_recipe("builtin", settings), tmp_path, observer=hangs_up).run()
 
 
 def hangs_in_the_evaluation(images, prompts, metadata):

@@ -86,7 +86,7 @@ def write_report(run: Path) -> Path:
 
     run: a folder that `crd-fast train` writes: config.yaml, and as far as they are there metrics.jsonl,
     evaluations/, samples/, warnings.txt and environment.json. Raises UserError if the folder is no run, or
-    has a report.html that is none of ours.
+    has a report.html that is none of ours, or takes no file.
     """
     read = read_run(Path(run))
     path = read.folder / "report.html"
@@ -121,7 +121,10 @@ def write_report(run: Path) -> Path:
         label=label,
         signed=signed,
     )
-    write_atomically(path, page)
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
 
 
