@@ -34,8 +34,8 @@ OF_REWARDS = (
 logger = logging.getLogger("crd_fast")
 
 
-def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
-    """Names each setting that differs from the checkpoint's recipe, `before`.
+def check_changes(before: dict, recipe: Recipe, source: Path, say: bool = True) -> None:
+    """Names each setting that differs from the checkpoint's recipe, `before`; not so without `say`.
 
     Raises UserError for one that would make it another run: what was trained so far was trained without it.
     """
@@ -53,7 +53,8 @@ def check_changes(before: dict, recipe: Recipe, source: Path) -> None:
             f"{source}: made with another recipe: {'; '.join(refused)}; "
             "go on with the run's own, or train anew"
         )
-    for text in [f"rewards.{name} -> {now}" for name, now in moved.items()] + [text for _, text in found]:
+    honoured = [f"rewards.{name} -> {now}" for name, now in moved.items()] + [text for _, text in found]
+    for text in honoured if say else ():
         logger.warning("changed: %s", text)
 
 

@@ -42,7 +42,7 @@ class Checkpoints:
         self.newest: Path | None = ranks.all(found)[0]
         self.state = checkpoint.read_state(self.newest) if self.newest else None
         if self.newest and self.state:
-            check_changes(self.state["recipe"], recipe, self.newest)
+            check_changes(self.state["recipe"], recipe, self.newest, say=ranks.main)
             check_base(recipe, self.newest)
             if recipe.model.sharding != "none":
                 from crd_fast.weights import sharded

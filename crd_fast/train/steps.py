@@ -13,10 +13,10 @@ logger = logging.getLogger("crd_fast")
 
 
 class FiniteSteps:
-    """Whether a step can be made."""
+    """Whether a step can be made. say: whether this process warns where one cannot; all of them know."""
 
-    def __init__(self) -> None:
-        self._in_a_row = 0
+    def __init__(self, say: bool) -> None:
+        self._say, self._in_a_row = say, 0
 
     def usable(self, metrics: dict[str, float], iteration: int) -> bool:
         """metrics: of the step, on all ranks the same. Raises UserError for the last of `IN_A_ROW`."""
@@ -28,11 +28,12 @@ class FiniteSteps:
         what = f"{bad}: expected a finite number, got {metrics[bad]}"
         if self._in_a_row >= IN_A_ROW:
             raise UserError(f"{what}, in {IN_A_ROW} optimizer steps in a row, which were left out")
-        logger.warning(
-            "warning: iteration %d: %s: optimizer step left out, %d in a row (%d end the run)",
-            iteration,
-            what,
-            self._in_a_row,
-            IN_A_ROW,
-        )
+        if self._say:
+            logger.warning(
+                "warning: iteration %d: %s: optimizer step left out, %d in a row (%d end the run)",
+                iteration,
+                what,
+                self._in_a_row,
+                IN_A_ROW,
+            )
         return False

@@ -161,7 +161,7 @@ class Trainer:
             )
         self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
         self.iteration = self.step = 0
-        self.finite_steps = FiniteSteps()
+        self.finite_steps = FiniteSteps(say=self.ranks.main)
         self._record: dict = {"iteration": 0, "step": 0}  # the last iteration's, without an evaluation
         if newest and state:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))

@@ -87,7 +87,9 @@ def test_resumed_is_the_same_to_the_bit(small, tmp_path):
         runs = two_ranks(tmp_path / "ranks", main_of, arguments)
         for done in runs:
             assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming after iteration 1" in "".join(done.stdout for done in runs)
+    said = "".join(done.stdout + done.stderr for done in runs)
+    assert "resuming after iteration 1" in said
+    assert said.count("changed: train.iterations 1 -> 2") == 1  # not by each process
     assert metrics(stopped) == metrics(whole)
     expected, found = tensors(whole, 2), tensors(stopped, 2)
     assert any(value.dtype == torch.uint8 for value in expected.values())  # moments in 8 bits
