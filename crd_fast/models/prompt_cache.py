@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -63,7 +64,7 @@ class PromptCache:
         if self._bytes is None:
             self._bytes = sum(self._size(path) for path in self.folder.glob("*.safetensors"))
         path = self._path(prompt)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # containers number processes alike
         before = self._size(path)
         kept = {key: _without_zeros(tensor) for key, tensor in embeddings.items()}
         rows = {key: str(len(v)) for key, v in embeddings.items() if kept[key].shape != v.shape}
@@ -157,7 +158,7 @@ def open_cache(setting: str, identity: dict[str, str | int], gib: float = math.i
         folder.mkdir(parents=True, exist_ok=True)
         found = _read_identity(folder)
         if found is None:
-            partial = folder / f".{IDENTITY}.{os.getpid()}"  # other processes may be doing the same
+            partial = folder / f".{IDENTITY}.{uuid.uuid4().hex}"  # other processes may be doing the same
             partial.write_text(json.dumps(identity, indent=1), encoding="utf-8")
             os.replace(partial, folder / IDENTITY)
             found = identity

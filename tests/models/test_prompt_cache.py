@@ -208,6 +208,22 @@ def test_parts_of_files_by_processes_that_were_killed_go(tmp_path):
     assert not old.exists() and new.exists()
 
 
+def test_processes_of_one_number_write_the_same_prompt(tmp_path, monkeypatch):
+    """As those of two containers are that share the folder: each is number 1."""
+    save = prompt_cache.save_file
+
+    def meanwhile(tensors, path, rows):
+        save(tensors, path, rows)
+        monkeypatch.setattr(prompt_cache, "save_file", save)
+        PromptCache(tmp_path, 1).put("a", some(2.0))
+
+    monkeypatch.setattr(prompt_cache, "save_file", meanwhile)
+    cache = PromptCache(tmp_path, 1)
+    cache.put("a", some(1.0))
+    assert all(torch.equal(value, some(1.0)[key]) for key, value in cache.get("a").items())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.fixture
 def many(tmp_path):
     """A file of many prompts."""
