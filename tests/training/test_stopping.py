@@ -81,6 +81,15 @@ def records(run):
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in read_metrics(run)]
 
 
+def goes_on_as_if_nothing_had_been(run, whole):
+    again = Trainer(load_recipe("builtin", SETTINGS), run, resume=True)
+    assert again.run()
+    weights, expected = whole
+    for mine, other in zip(again.weights.trained(), weights, strict=True):
+        assert torch.equal(mine, other)
+    assert records(run) == expected
+
+
 @pytest.mark.parametrize(
     "phase, after, numbers, iteration",
     [
@@ -104,12 +113,7 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
     assert newest.name == f"iteration-{iteration:06d}"
     assert [record["iteration"] for record in records(run)] == list(range(iteration + 1))
 
-    again = Trainer(load_recipe("builtin", SETTINGS), run, resume=True)
-    assert again.run()
-    weights, expected = whole
-    for mine, other in zip(again.weights.trained(), weights, strict=True):
-        assert torch.equal(mine, other)
-    assert records(run) == expected
+    goes_on_as_if_nothing_had_been(run, whole)
 
 
 def test_a_run_that_nohup_began_outlives_its_terminal(tmp_path):
@@ -133,13 +137,6 @@ def test_an_evaluation_that_waits_for_a_reward_is_stopped_at_once(tmp_path):
     assert checkpoint.newest(tmp_path / "checkpoints").name == "iteration-000000"
 
 
-def fails_in_the_third_iteration(images, prompts, metadata):
-    fails_in_the_third_iteration.calls += 1
-    if fails_in_the_third_iteration.calls > 1 + 2 * 4:  # tried out, then a call for each prompt
-        raise RuntimeError("no more")
-    return [float(image.mean()) / 255 for image in images]
-
-
 @pytest.mark.parametrize("phase, iteration", [("rewards", 1), ("evaluation", 2)])
 def test_what_fails_after_ctrl_c_as_a_child_does_that_gets_it_too_is_a_stop(
     whole, tmp_path, caplog, phase, iteration
@@ -157,12 +154,14 @@ def test_what_fails_after_ctrl_c_as_a_child_does_that_gets_it_too_is_a_stop(
     assert Trainer(load_recipe("builtin", settings), run, observer=observer).run() is False
     assert "it stops before the iteration ends: the child died" in caplog.text
     assert checkpoint.newest(run / "checkpoints").name == f"iteration-{iteration:06d}"
-    again = Trainer(load_recipe("builtin", SETTINGS), run, resume=True)
-    assert again.run()
-    weights, expected = whole
-    for mine, other in zip(again.weights.trained(), weights, strict=True):
-        assert torch.equal(mine, other)
-    assert records(run) == expected
+    goes_on_as_if_nothing_had_been(run, whole)
+
+
+def fails_in_the_third_iteration(images, prompts, metadata):
+    fails_in_the_third_iteration.calls += 1
+    if fails_in_the_third_iteration.calls > 1 + 2 * 4:  # tried out, then a call for each prompt
+        raise RuntimeError("no more")
+    return [float(image.mean()) / 255 for image in images]
 
 
 REWARDS = {fails_in_the_third_iteration: 1.0}
