@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from crd_fast.plan.live_bytes import GEMM_4BIT, Peak
 from crd_fast.run.row_counts import BACKWARD, RowCounts, kind_of
-from crd_fast.train.update import ROWS_IN_ONE
+from crd_fast.train.velocities import ROWS_IN_ONE
 
 if TYPE_CHECKING:
     from crd_fast.plan.planner import Planner
