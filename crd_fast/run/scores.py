@@ -83,17 +83,18 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def scores_of(run: Path, iteration: int) -> Scores | None:
-    """Those of a run's folder; None where they are not there or damaged."""
-    try:
-        return read_scores(scores_path(run, iteration))
-    except (OSError, UserError):
-        return None
+    """Those of a run's evaluation; None where they are not there or damaged."""
+    return _read_if_intact(scores_path(run, iteration))
 
 
 def guided_base_scores(run: Path) -> Scores | None:
-    """Those of a run's folder; None where they are not there or damaged."""
+    """Those of a run's evaluation of the base with guidance; None where they are not there or damaged."""
+    return _read_if_intact(guided_base_path(run))
+
+
+def _read_if_intact(path: Path) -> Scores | None:
     try:
-        return read_scores(guided_base_path(run))
+        return read_scores(path)
     except (OSError, UserError):
         return None
 
