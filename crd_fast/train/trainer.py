@@ -173,8 +173,8 @@ class Trainer:
         if self.ranks.main:
             self.checkpoints.hold()
             # a run that was stopped before its first checkpoint starts over, in the same folder
-            after = (self.iteration - self._unlogged if newest else -1) if resume else None
-            self.log = RunLog(self.output, recipe, after)
+            next_logged = self.iteration + (not self._unlogged) if newest else 0
+            self.log = RunLog(self.output, recipe, next_logged if resume else None)
 
     def run(self) -> bool:
         """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.
