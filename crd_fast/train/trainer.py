@@ -36,12 +36,12 @@ from crd_fast.train.evaluate import Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.features import FeatureDistance
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import Embeddings, IterationRollout
-from crd_fast.train.measured import measured
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_prompts
+from crd_fast.train.run_evaluation import evaluate_run
 from crd_fast.train.signal import Signal
 from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
@@ -347,7 +347,7 @@ class Trainer:
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         try:
-            found, guided, seconds = measured(
+            result, guided_base, seconds = evaluate_run(
                 evaluation, self.weights, self.features, self.observer, with_guided_base=not self.iteration
             )
         except Exception:
@@ -355,14 +355,14 @@ class Trainer:
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
-        if found.scores is None:
+        if result.scores is None:
             return
-        record |= found.metrics | seconds | self.memory.metrics() | self.checkpoints.evaluated_since
+        record |= result.metrics | seconds | self.memory.metrics() | self.checkpoints.evaluated_since
         samples, iteration = self.output / "samples", self.iteration
-        grid = evaluation.save(found, samples, f"{iteration:06d}", scores_path(self.output, iteration))
-        if guided is not None:
-            record |= guided_base_metrics(guided.metrics, self.recipe.guided_base)
-            evaluation.save(guided, samples, "guided_base", guided_base_path(self.output))
+        grid = evaluation.save(result, samples, f"{iteration:06d}", scores_path(self.output, iteration))
+        if guided_base is not None:
+            record |= guided_base_metrics(guided_base.metrics, self.recipe.guided_base)
+            evaluation.save(guided_base, samples, "guided_base", guided_base_path(self.output))
         self._log(record, grid)
         self.checkpoints.evaluated(record)
         self.observer.evaluated(record)
