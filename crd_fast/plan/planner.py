@@ -32,7 +32,7 @@ from crd_fast.plan.other_sizes import OtherSizes
 from crd_fast.plan.rewards import with_rewards
 from crd_fast.run.row_counts import BACKWARD, kind_of
 from crd_fast.sizes import pixels
-from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.micro_batch import MicroBatch, resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
@@ -248,6 +248,7 @@ class Planner:
         """One micro-batch, two steps and the decoding of one sample, beside the latents of all."""
         count, rollout = result.rollout_micro_batch, self.recipe.rollout
         others = self._latents(samples - count)
+        sampling = Sampling.of(self.recipe, rollout, self.empty, MicroBatch(count))
 
         def decode(latents: torch.Tensor) -> None:
             before = self.flops.total
@@ -260,7 +261,7 @@ class Planner:
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.zeros(count, dtype=torch.int64),
-                replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2, resolution=self.size),
+                replace(sampling, steps=2, resolution=self.size),
                 decode,
                 account,
                 "sampler",
