@@ -297,7 +297,8 @@ class Planner:
         split = unit > micro_batch  # an uncoupled method's micro-batches go backward one by one, as two show
         count = 2 * micro_batch if split else unit
         zeros = torch.zeros(count, dtype=torch.int64)
-        pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)
+        sigma, ones = torch.full((count,), 0.5), torch.ones(count)
+        pairs = Pairs.plain(zeros, zeros, sigma, zeros, zeros, zeros.float(), ones)
         latents = self._latents(samples)
         with self.mode, self.live.in_part("gradients"):
             for parameter in self.trained:  # those of earlier micro-batches

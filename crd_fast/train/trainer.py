@@ -273,7 +273,9 @@ class Trainer:
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         if self.recipe.loss.anchor_uncertain < 1:
             strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
-        pairs_by_step = self._pairs(advantage_PK, strength_PK, ~np.isnan(reward_PK))
+        pairs_by_step = self._pairs(
+            advantage_PK=advantage_PK, anchor_strength_PK=strength_PK, scored_PK=~np.isnan(reward_PK)
+        )
         updates = self._update(pairs_by_step, latents_N, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
@@ -296,14 +298,12 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _pairs(self, advantage_PK, strength_PK, scored_PK) -> list[Pairs]:
-        """Of each of the iteration's optimizer steps, which has a share of the prompts, this rank's pairs."""
+    def _pairs(self, **values_PK: np.ndarray) -> list[Pairs]:
+        """This rank's pairs of each of the iteration's optimizer steps, which have a share of the prompts."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
         signal = self.signal.sizes() if self.signal else None
         by_step = (
-            draw_pairs(
-                self.recipe, self.iteration, sigmas, prompts, advantage_PK, strength_PK, signal, scored_PK
-            )
+            draw_pairs(self.recipe, self.iteration, sigmas, prompts, signal=signal, **values_PK)
             for prompts in self.prompts.shares
         )
         samples = self.recipe.rollout.samples_per_prompt

@@ -112,7 +112,7 @@ GROUP = 4
 def pairs_of_two_prompts(anchor=None):
     """Two groups, by default all anchored."""
     count = 2 * GROUP
-    return Pairs(
+    return Pairs.plain(
         sample=torch.arange(count),
         prompt=torch.arange(2).repeat_interleave(GROUP),
         sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),

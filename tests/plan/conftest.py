@@ -38,7 +38,7 @@ def pairs_of(groups):
     """Pairs of one timestep, whose samples are all of one prompt."""
     count = groups * GROUP
     prompt = torch.zeros(count, dtype=torch.int64)
-    return Pairs(
+    return Pairs.plain(
         sample=torch.arange(count),
         prompt=prompt,
         sigma=torch.full((count,), 0.5),

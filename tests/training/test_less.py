@@ -211,7 +211,12 @@ def drawn_pairs(*overrides, advantage=None, signal=None, iteration=3):
     strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(advantage)
     prompts = np.arange(6)
     sigmas = torch.linspace(1, 0, recipe.rollout.steps + 1)
-    return draw_pairs(recipe, iteration, sigmas, prompts, advantage, strength, signal)
+    return draw_pairs(
+        *(recipe, iteration, sigmas, prompts),
+        advantage_PK=advantage,
+        anchor_strength_PK=strength,
+        signal=signal,
+    )
 
 
 def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
