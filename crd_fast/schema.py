@@ -149,7 +149,7 @@ class RolloutConfig(Section):
 
     @property
     def sizes(self) -> list[Resolution]:
-        """Of the pictures, where it is but one too."""
+        """The sizes of the pictures, as a list also if there is only one."""
         return self.resolution if isinstance(self.resolution, list) else [self.resolution]
 
 
@@ -289,7 +289,7 @@ class SnapshotsConfig(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all snapshots there are."""
+        """The names of all snapshots."""
         return ("old", "sampler") if self.ema is None else ("old", "sampler", "ema")
 
     def ema_decay(self, step: int) -> float:

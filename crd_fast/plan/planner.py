@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def flops(self) -> dict[str, float]:
-        """Of one iteration: rollout, decode, update."""
+        """FLOPs of one iteration, by part: rollout, decode, update."""
         return {
             part: sum(self.rows.get(kind, 0.0) * self.row_flops.get(kind, 0.0) for kind in kinds)
             for part, kinds in IN_PART.items()

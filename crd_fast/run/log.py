@@ -18,7 +18,7 @@ from crd_fast.reward_weights import trained_weights
 from crd_fast.run.hacking import planned_evaluations
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
-from crd_fast.run.new_files import named, write_atomically
+from crd_fast.run.new_files import naming, write_atomically
 from crd_fast.run.trackers import open_trackers
 from crd_fast.run.watch import Watch
 
@@ -69,7 +69,7 @@ class RunLog:
 
     def write(self, record: dict, grid: np.ndarray | None = None) -> None:
         """A line of the metrics, and the warnings that it gives rise to."""
-        with named(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
+        with naming(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         values = {name: value for name, value in record.items() if name != "iteration"}
         self._trackers.log(values, record["iteration"], grid)

@@ -73,7 +73,7 @@ class Tracked:
 
 
 class Trackers:
-    """Those of a run. One that fails is warned of, once until it works again, and does not end the run.
+    """The trackers of a run. If one fails, a warning says so, once until it works again; the run goes on.
 
     What it missed stands in metrics.jsonl. Its server may be away for a minute of a night.
     """
@@ -103,7 +103,7 @@ class Trackers:
 def open_trackers(
     names: list[str], output: Path, settings: dict[str, Any], resume_at: int | None
 ) -> Trackers:
-    """Those of `train.trackers`. settings: the recipe, as plain values; resume_at: as of `RunLog`."""
+    """The trackers named. settings: the recipe, as plain values; resume_at: as of `RunLog`."""
     check_trackers(names)
     return Trackers(
         {

@@ -117,7 +117,7 @@ class ClipFeatures:
 
 @torch.no_grad()
 def random_features(images: np.ndarray) -> np.ndarray:
-    """Of a small convolutional network with random weights, always the same: float64 (N, 64).
+    """Features of a small convolutional network with fixed random weights: float64 (N, 64).
 
     Such features tell distributions of pictures apart where a network trained on photographs knows nothing
     of them (arXiv 2002.09797). They are means over quarters of the picture: they see where things are.

@@ -19,7 +19,7 @@ from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError, reason_of
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
-from crd_fast.rewards import Rewards, named, needs_consent
+from crd_fast.rewards import Rewards, by_name, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
 from crd_fast.rewards.consent import OPTION
 from crd_fast.run import profiling
@@ -74,7 +74,7 @@ class Trainer:
         row_flops: Mapping[str, float] | None = None,
     ):
         if rewards is not None:
-            recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
+            recipe = build_recipe({**recipe.model_dump(), "rewards": by_name(rewards)})
         recipe = absolute(recipe)
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)

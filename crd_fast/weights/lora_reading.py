@@ -123,7 +123,7 @@ def adapted_layers(network: torch.nn.Module) -> dict[str, Any]:
 
 
 def _names_in(file: Path) -> list[str]:
-    """Of a file's tensors; none where it cannot be read, which is said by what reads it.
+    """The names of a file's tensors; none if it cannot be read, for what reads it next says why.
 
     Raises UserError for a file that has other than A and B, which some of diffusers' readers pass over.
     """
