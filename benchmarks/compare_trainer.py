@@ -122,7 +122,11 @@ class Case:
     def pairs(self):
         strength = self.updater.objective.anchor_strength(self.advantage_PK)
         prompts = np.arange(len(PROMPTS))
-        return draw_pairs(self.recipe, 0, self.sigmas, prompts, self.advantage_PK, strength)
+        return draw_pairs(
+            *(self.recipe, 0, self.sigmas, prompts),
+            advantage_PK=self.advantage_PK,
+            anchor_strength_PK=strength,
+        )
 
     def noise(self) -> torch.Tensor:
         """(N, T, C, h, w), as the updater draws it."""

@@ -191,11 +191,11 @@ class Recipe(Section):
 
     @property
     def evaluation_size(self) -> Resolution:
-        """Of the evaluation's pictures."""
+        """The size of the evaluation's pictures."""
         return self.evaluate.resolution or self.rollout.sizes[0]
 
     def size_of(self, iteration: int) -> Resolution:
-        """Of an iteration's pictures: several sizes take turns, in another order each time."""
+        """The size of an iteration's pictures: several sizes take turns, in a new order for each round."""
         sizes = self.rollout.sizes
         turn, place = divmod(iteration, len(sizes))
         return sizes[int(generator(self.train.seed, turn, SIZES).permutation(len(sizes))[place])]

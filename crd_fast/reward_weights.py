@@ -7,12 +7,12 @@ from typing import Any
 
 
 def weight_of(value: Any) -> Any:
-    """Of one reward, as it is given; 1 where its settings have none."""
+    """The weight of one reward, as given; 1 if its settings have none."""
     return value.get("weight", 1.0) if isinstance(value, Mapping) else value
 
 
 def trained_weights(rewards: object) -> dict[str, float]:
-    """Of the rewards that are trained on, those of a weight other than 0; {} for what is no mapping."""
+    """The weights of the trained rewards, those that are not 0; {} if `rewards` is no mapping."""
     if not isinstance(rewards, Mapping):
         return {}
     weights = {name: weight_of(value) for name, value in rewards.items()}

@@ -24,15 +24,15 @@ class ModelConfig(Section):
     method: Literal["lora", "full"] = "lora"
     """`lora` trains adapters on a frozen base; `full` every weight, which takes several times the memory."""
     dtype: Literal["default", "bf16"] = "default"
-    """Of weights that are all trained (`full`): float32, or bfloat16 with updates rounded at random, for half
-    the memory. With it goes `snapshots: host`."""
+    """Dtype of the weights when all are trained (`full`): float32, or `bf16` with stochastic rounding of the
+    updates, for half the memory. `bf16` needs `snapshots: host`."""
     snapshots: Literal["device", "host"] = "device"
     """Where `full` keeps its copies of the weights (`old`, `sampler`, reference). `host` frees GPU memory and
     copies them each time they are used."""
     sharding: Literal["none", "fsdp"] = "none"
     """`fsdp` cuts every trained weight over the processes of torchrun; for `full` alone."""
     lora_rank: int = Field(32, ge=1, le=2**14)
-    """Of the adapters. Raise it where a LoRA stays below `full`; memory grows little."""
+    """Rank of the adapters. Raise it if a LoRA stays below `full`; memory grows little."""
     lora_alpha: float = Field(64, gt=0)
     """The adapters are scaled by alpha / rank. Twice the rank is usual."""
     lora_targets: Literal["default", "all-linear"] | Annotated[list[str], Field(min_length=1)] = "default"
@@ -42,8 +42,8 @@ class ModelConfig(Section):
     """A LoRA that training starts from, in the style of diffusers, peft, kohya or ai-toolkit; null: from the
     base. The reference stays the base."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """Of the frozen layers under the adapters: `nf4` takes a quarter of bfloat16's memory and `int8` half,
-    for slower forwards and a slightly other reference."""
+    """Storage of the frozen layers under the adapters: `nf4` takes a quarter of bfloat16's memory and `int8`
+    half, for slower forwards and a slightly different reference."""
     streaming: bool = False
     """Frozen weights stay in host memory and come to the GPU a block at a time. For models that do not fit
     otherwise; the link to the host is then the limit."""
@@ -51,7 +51,8 @@ class ModelConfig(Section):
     """Tokens a prompt is padded or cut to; by default the pipeline's own. Shorter is faster where prompts are
     short."""
     guidance_embedding: float = Field(3.5, ge=0)
-    """Of models with distilled guidance (FLUX.1-dev), in rollout, training and evaluation."""
+    """Guidance that models with distilled guidance (FLUX.1-dev) take as an input, in rollout, training and
+    evaluation."""
     attention: str = "default"
     """A backend of diffusers: `native`, `flash`, `sage`, ...; by default what the model has."""
     vae_tiling: Literal["auto", "always"] = "auto"
@@ -107,13 +108,13 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(24, ge=2)
     """Pictures of each prompt, the group that is centered. With less than 8 the baseline is noisy."""
     steps: int = Field(10, ge=1, le=1000)
-    """Of the solver that makes the training pictures. Few suffice: they need not be pretty, only ranked
-    rightly."""
+    """Solver steps for the training pictures. Few suffice: the pictures need not be pretty, only ranked
+    correctly."""
     solver: Literal["euler", "ab2"] = "euler"
     """`ab2` is of second order: five of its steps did as well as ten of Euler's in 50 iterations, and made
     worse and worse pictures after 60 (docs/evidence.md)."""
     guidance_scale: float = Field(1.0, ge=0)
-    """Of the sampler. 1 is none: the method trains the model to do without guidance."""
+    """Guidance of the training pictures. 1 is none: the method trains the model to do without guidance."""
     resolution: int | tuple[int, int] | list[int | tuple[int, int]] = 512
     """Side of the training pictures in pixels, or `[height, width]`. Half the side takes a quarter of the
     time or less, and a reward sees less. Several sizes, `[[768, 512], [512, 768]]`, take turns: each
@@ -148,7 +149,7 @@ class RolloutConfig(Section):
 
     @property
     def sizes(self) -> list[Resolution]:
-        """Of the pictures, where it is but one too."""
+        """The sizes of the pictures, as a list also if there is only one."""
         return self.resolution if isinstance(self.resolution, list) else [self.resolution]
 
 
@@ -157,8 +158,8 @@ class AdvantageConfig(Section):
     """What a centered reward is divided by: the standard deviation of the whole iteration, or of its group.
     """
     aggregate: Literal["sum", "gdpo"] = "sum"
-    """Of several rewards: `sum` of them, or `gdpo`, each normalised within its group first, so that none
-    drowns another."""
+    """How several rewards are combined: `sum`, or `gdpo`, which first normalises each within its group so
+    that none drowns another."""
     clip: float = Field(5.0, gt=0)
     """Advantages beyond this are cut, in standard deviations."""
 
@@ -182,7 +183,7 @@ class LossConfig(Section):
     kl_min: float = Field(1.0e-4, ge=0)
     """Its strength for the worst samples, with `crd`; with other methods it is `kl_beta` for all."""
     guidance_scale: float = Field(4.5, ge=0)
-    """Of the reference that the anchor pulls to; usually what the model is used with."""
+    """Guidance of the reference that the anchor pulls to; usually what the model is used with."""
     adaptive_weighting: bool = True
     """Errors are divided by their own mean size, so that noise levels count alike; with `crd` and `nft`."""
     reward_adaptive_kl: bool = True
@@ -209,7 +210,7 @@ class LossConfig(Section):
     """How many samples in a row `batch` centers together, as trainers do that center what shares a
     micro-batch; null: all of an optimizer step."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
-    """Of `awm`'s matching error over noise levels."""
+    """How `awm` weighs the matching error over noise levels."""
     clip_range: float | None = Field(None, gt=0)
     """Bounds `awm`'s ratio to `old`; null: the error alone."""
     old_kl_beta: float = Field(0.0, ge=0)
@@ -288,7 +289,7 @@ class SnapshotsConfig(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all snapshots there are."""
+        """The names of all snapshots."""
         return ("old", "sampler") if self.ema is None else ("old", "sampler", "ema")
 
     def ema_decay(self, step: int) -> float:
@@ -306,7 +307,7 @@ class SnapshotsConfig(Section):
 
 class TrainConfig(Section):
     iterations: int = Field(400, ge=1)
-    """Of rollout, scoring and update."""
+    """Iterations, each of rollout, scoring and update."""
     steps_per_iteration: int = Field(2, ge=1)
     """Optimizer steps that share one iteration's pictures."""
     timesteps: Literal["all"] | int = "all"
@@ -343,13 +344,13 @@ class TrainConfig(Section):
     learning_rate: float = Field(3.0e-4, gt=0)
     """3e-4 suits a LoRA of rank 32; lower it where `grad_norm` jumps."""
     weight_decay: float = Field(1.0e-4, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are shortened to this."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of forwards and backwards. `bf16` needs a GPU from Ampere on."""
+    """Precision of forward and backward passes. `bf16` needs an Ampere GPU or newer."""
     seed: int = Field(42, ge=0)
-    """Of prompts, noise, timesteps and everything else that is drawn."""
+    """Seed of prompts, noise, timesteps and everything else that is drawn."""
 
 
 class EvaluateConfig(Section):
@@ -364,9 +365,9 @@ class EvaluateConfig(Section):
     """Side of the evaluation's pictures in pixels, or `[height, width]`; null: as in training, of several the
     first."""
     steps: int = Field(40, ge=1, le=1000)
-    """Of Euler's solver for the evaluation's pictures."""
+    """Euler steps for the evaluation's pictures."""
     guidance_scale: float = Field(1.0, ge=0)
-    """Of the evaluation's pictures. 1: as the trained model is meant to be used."""
+    """Guidance of the evaluation's pictures. 1: as the trained model is meant to be used."""
     guided_base: bool = True
     """The base is evaluated once more before training, with `loss.guidance_scale`, where that differs: what
     the trained model has to be better than."""

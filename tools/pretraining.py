@@ -14,6 +14,7 @@ import torch
 from crd_fast.models.builtin import BuiltinModel, encode
 from crd_fast.seeds import seed_table
 from crd_fast.train.evaluate import to_uint8
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.rollout import Sampling, generate
 
 WARMUP_STEPS = 200
@@ -61,7 +62,7 @@ def sample(model: BuiltinModel, prompts: list[str], guidance_scale: float, batch
             guidance_scale,
             "fp32",
             model.encode_prompts([""]),
-            batch // 2 if guidance_scale > 1 else batch,  # one shape for torch.compile
+            MicroBatch(batch // 2 if guidance_scale > 1 else batch),  # one shape for torch.compile
         ),
     )
     return to_uint8(model.decode(latents))

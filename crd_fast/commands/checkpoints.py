@@ -63,7 +63,7 @@ def typed_rewards(names: list[str] | None, settings: dict) -> dict | None:
 
 
 def typed_size(text: str | None) -> Resolution | None:
-    """Of `--size`. UserError where that is none."""
+    """The value of `--size`. Raises UserError if that is no size."""
     try:
         return None if text is None else size_of_text(text)
     except ValueError as error:

@@ -82,7 +82,7 @@ def init(
 
 
 def short_name(model: str) -> str:
-    """Of a hub id that recipes ship for; anything else as it is."""
+    """The short name of a hub id that recipes ship for; anything else unchanged."""
     from crd_fast.config import load_recipe, recipes_by_model
 
     if "/" in model:

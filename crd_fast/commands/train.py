@@ -156,7 +156,7 @@ def _cost(recipe: Recipe, gpu: str | None) -> Cost | None:
 
 
 def bytes_of_checkpoints(output: Path) -> int:
-    """Of those that a run has, in whose place new ones will come."""
+    """The bytes of a run's present checkpoints, which new ones will replace."""
     from crd_fast.weights.checkpoint import list_checkpoints
 
     files = (path for folder in list_checkpoints(output / "checkpoints") for path in folder.rglob("*"))

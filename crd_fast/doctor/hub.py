@@ -87,7 +87,7 @@ def _nearest(name: str) -> str:
 
 
 def hub_id(model: str) -> str:
-    """Of a model's short name or a recipe's; anything else is taken for one."""
+    """The hub id for a model's or a recipe's short name; anything else is taken for a hub id."""
     from crd_fast.config import load_recipe, recipe_names, recipes_by_model  # where pydantic is missing, too
 
     name = next(iter(recipes_by_model().get(model, {}).values()), model)

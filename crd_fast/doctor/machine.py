@@ -41,7 +41,7 @@ def processor() -> Check:
 
 
 def memory() -> Check:
-    """Of the machine, or of the container where that has less. What it keeps of files can be had back."""
+    """The memory of the machine, or of the container if that has less. The file cache counts as free."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -77,7 +77,7 @@ class Fitting:
 
 
 def recipes_for(gigabytes: int) -> list[Fitting]:
-    """Of each model the recipe for the largest card that has no more memory, the best first.
+    """For each model the recipe for the largest card that has no more memory; the best recipe first.
 
     Without streamed blocks first, then larger pictures, then the larger model.
     """

@@ -119,7 +119,7 @@ class FlowModel(ABC):
         """
 
     def text_encoders(self) -> dict[str, tuple[str, int]]:
-        """Those that work on the device, by folder: class of transformers, how many tokens it reads."""
+        """The encoders that run on the device, by folder: class of transformers, how many tokens it reads."""
         return {}
 
     def guide(self, conditional, unconditional, guidance_scale: float) -> torch.Tensor:

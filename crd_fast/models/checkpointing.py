@@ -20,7 +20,7 @@ def recomputed_blocks(network: nn.Module, share: float) -> list[nn.Module]:
 
 
 def enable_checkpointing(network: Any, share: float) -> None:
-    """Of the blocks that `recomputed_blocks` names; of everything diffusers checkpoints where `share` is 1.
+    """Checkpoints the blocks that `recomputed_blocks` names; at `share` 1 all that diffusers checkpoints.
 
     Gradients are the same to the bit at any share.
     """

@@ -174,7 +174,7 @@ def variant(folder: Path) -> str | None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Of a component's weights on the disk, that of most of their bytes; float32 where unknown."""
+    """The dtype of most bytes of a component's weights on disk; float32 if unknown."""
     sizes: Counter[str] = Counter()
     for file in weight_files(folder):
         with file.open("rb") as opened:
@@ -204,7 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def transformer_fingerprint(folder: Path) -> str:
-    """Of the files that the transformer of a pipeline is loaded from."""
+    """A fingerprint of the files that the transformer of a pipeline is loaded from."""
     return fingerprint_of_files((file.name, file) for file in weight_files(folder / "transformer"))
 
 

@@ -50,7 +50,7 @@ def with_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def count_parameters(network: torch.nn.Module, without: str | None = None) -> int:
-    """Of a network, also where 4-bit weights are packed. without: what is in names that do not count."""
+    """The number of a network's parameters, also of packed 4-bit ones. without: part of names not counted."""
     return sum(
         math.prod(parameter.quant_state.shape) if hasattr(parameter, "quant_state") else parameter.numel()
         for name, parameter in network.named_parameters()

@@ -110,7 +110,7 @@ class PipelineModel(FlowModel):
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
     def _tokens(self, resolution: Resolution) -> int:
-        """Of an image."""
+        """The number of tokens of an image."""
         height, width = height_width(resolution)
         return (height // self.size_multiple) * (width // self.size_multiple)
 

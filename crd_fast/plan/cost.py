@@ -123,7 +123,7 @@ class Cost:
 
     @property
     def hours(self) -> float | None:
-        """Of the run, by the estimate."""
+        """Hours of the whole run, by the estimate."""
         return self._hours(self.iterations, self.evaluations)
 
     @property
@@ -138,7 +138,7 @@ class Cost:
 
     @property
     def bound_hours(self) -> float | None:
-        """Of the run."""
+        """Hours of the whole run, by the lower bound."""
         if self.bound is None:
             return None
         evaluating = self.evaluations * self._of_forwards(self.evaluation_flops, self.evaluation_forwards)
@@ -147,7 +147,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """FLOPs of the whole run."""
         evaluating = self.evaluations * self.evaluation_flops + self.guided_base_flops
         return self.iterations * sum(self.plan.flops.values()) + evaluating
 
@@ -164,9 +164,11 @@ class Cost:
         return found
 
     def host_bytes(self, encoders_on_host: bool) -> int:
-        """Of host memory beside the process and its libraries: what waits for evaluations; and what is
-        pinned, the VAE while it does not decode, an iteration's prompts and pictures, or the text encoders,
-        which come before these."""
+        """Host memory beside the process and its libraries.
+
+        What waits for evaluations, and the larger of two: the text encoders; or, when they are gone, pinned
+        memory, the VAE while it does not decode, and an iteration's prompts and pictures.
+        """
         own = self.plan.host_bytes + self.plan.sizes.get("VAE", 0)
         own += self.plan.sizes["prompt"] * self.prompts_per_iteration
         own += self.pictures * 3 * self.pixels

@@ -60,7 +60,7 @@ def _geforce(multiprocessors: int, boost_mhz: float) -> float:
 
 
 def _gib(mebibytes: int) -> float:
-    """Of what a card shows: where error correction takes a part of the memory, less than it is sold with."""
+    """From what the driver shows, which is less than a card is sold with if error correction takes a part."""
     return mebibytes / 1024
 
 

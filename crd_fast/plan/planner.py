@@ -32,7 +32,7 @@ from crd_fast.plan.other_sizes import OtherSizes
 from crd_fast.plan.rewards import with_rewards
 from crd_fast.run.row_counts import BACKWARD, kind_of
 from crd_fast.sizes import pixels
-from crd_fast.train.micro_batch import resolve_micro_batch
+from crd_fast.train.micro_batch import MicroBatch, resolve_micro_batch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def flops(self) -> dict[str, float]:
-        """Of one iteration: rollout, decode, update."""
+        """FLOPs of one iteration, by part: rollout, decode, update."""
         return {
             part: sum(self.rows.get(kind, 0.0) * self.row_flops.get(kind, 0.0) for kind in kinds)
             for part, kinds in IN_PART.items()
@@ -248,6 +248,7 @@ class Planner:
         """One micro-batch, two steps and the decoding of one sample, beside the latents of all."""
         count, rollout = result.rollout_micro_batch, self.recipe.rollout
         others = self._latents(samples - count)
+        sampling = Sampling.of(self.recipe, rollout, self.empty, MicroBatch(count))
 
         def decode(latents: torch.Tensor) -> None:
             before = self.flops.total
@@ -260,7 +261,7 @@ class Planner:
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.zeros(count, dtype=torch.int64),
-                replace(Sampling.of(self.recipe, rollout, self.empty, count), steps=2, resolution=self.size),
+                replace(sampling, steps=2, resolution=self.size),
                 decode,
                 account,
                 "sampler",
@@ -296,7 +297,8 @@ class Planner:
         split = unit > micro_batch  # an uncoupled method's micro-batches go backward one by one, as two show
         count = 2 * micro_batch if split else unit
         zeros = torch.zeros(count, dtype=torch.int64)
-        pairs = Pairs(zeros, zeros, torch.full((count,), 0.5), zeros, zeros, zeros.float(), zeros.float() + 1)
+        sigma, ones = torch.full((count,), 0.5), torch.ones(count)
+        pairs = Pairs.plain(zeros, zeros, sigma, zeros, zeros, zeros.float(), ones)
         latents = self._latents(samples)
         with self.mode, self.live.in_part("gradients"):
             for parameter in self.trained:  # those of earlier micro-batches

@@ -27,7 +27,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Network:
-    """Of one reward: parameters, held in float32, and bytes of workspace for each picture of a batch."""
+    """A reward's network: parameters, held in float32, and bytes of workspace for each picture of a batch."""
 
     parameters: int
     workspace: int
@@ -79,7 +79,7 @@ class RewardBytes:
 
 
 def reward_bytes(rewards: Mapping[str, Any]) -> RewardBytes:
-    """Of a recipe's `rewards` or `eval_rewards`. Each worker of a reward holds a copy of its own."""
+    """Memory of a recipe's `rewards` or `eval_rewards`. Each worker of a reward holds its own copy."""
     weights = workspace = 0
     for name, value in rewards.items():
         network = NETWORKS.get(name)
@@ -96,7 +96,7 @@ def reward_bytes(rewards: Mapping[str, Any]) -> RewardBytes:
 
 
 def features_bytes(recipe: Recipe) -> RewardBytes:
-    """Of the CLIP model of `evaluate.features`, where there is one."""
+    """Memory of the CLIP model of `evaluate.features`, if there is one."""
     path = recipe.evaluate.features
     if path in (None, RANDOM) or not recipe.evaluate.every:
         return RewardBytes()
@@ -105,15 +105,15 @@ def features_bytes(recipe: Recipe) -> RewardBytes:
 
 
 def waiting_bytes(recipe: Recipe) -> int:
-    """Of host memory, between evaluations: judges, and the network of `evaluate.features`."""
+    """Host memory between evaluations: judges, and the network of `evaluate.features`."""
     judges = reward_bytes(recipe.eval_rewards) if recipe.evaluate.every else RewardBytes()
     return judges.weights + features_bytes(recipe).weights
 
 
 @functools.cache
 def clip_network(path: str) -> Network:
-    """Of the CLIP model in a folder, or with a hub id, by its config; the largest known where that is not
-    here."""
+    """The CLIP model in a folder, or with a hub id, by its config; the largest known model if the config is
+    not on this machine."""
     from transformers import CLIPConfig, CLIPModel
 
     try:

@@ -74,7 +74,7 @@ class PromptLists:
 
 
 def training_prompts(recipe: Recipe) -> PromptLists:
-    """Those of `rollout.prompts`, without what is held out of them."""
+    """The prompts of `rollout.prompts`, without what is held out of them."""
     without = frozenset(_split(recipe)) if splits(recipe) else frozenset()
     return PromptLists(recipe.rollout.prompt_lists, without, recipe.rollout.without_categories)
 
@@ -97,7 +97,7 @@ def _check_categories(lists: Iterable[str], left_out: Sequence[str]) -> None:
 
 
 def evaluation_prompts(recipe: Recipe) -> list[dict]:
-    """Those of `evaluate.prompts`, the same ones every time.
+    """The prompts of `evaluate.prompts`, the same ones every time.
 
     Raises UserError where it is `auto` and the files have too few prompts for some to be held out.
     """
@@ -138,7 +138,7 @@ def splits(recipe: Recipe) -> bool:
 
 
 def own_files(recipe: Recipe) -> list[str]:
-    """Those of `rollout.prompts` that are files, and not lists that ship."""
+    """The lists of `rollout.prompts` that are files, and not lists that ship."""
     return [name for name in recipe.rollout.prompt_lists if name.removesuffix(HELDOUT) not in SOURCES]
 
 

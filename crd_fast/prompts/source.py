@@ -62,7 +62,7 @@ class PromptSource:
 
     @functools.cached_property
     def _by_tag(self) -> dict[str, list[dict]]:
-        """Of categories that are all of a list that ships, those that have a prompt left."""
+        """The prompts of a list that ships, by category, for each category that has one left."""
         there = self._categories.prompts(self._held_out)
         left = {tag: self._left_of(of) for tag, of in there.items() if tag not in self._without_categories}
         return {tag: entries for tag, entries in left.items() if entries}

@@ -31,6 +31,6 @@ loaded the reward for itself.
 """
 
 from crd_fast.rewards.consent import check_consent, needs_consent
-from crd_fast.rewards.registry import REWARDS, Rewards, load, name_of, named
+from crd_fast.rewards.registry import REWARDS, Rewards, by_name, load, name_of
 
-__all__ = ["REWARDS", "Rewards", "check_consent", "load", "name_of", "named", "needs_consent"]
+__all__ = ["REWARDS", "Rewards", "by_name", "check_consent", "load", "name_of", "needs_consent"]

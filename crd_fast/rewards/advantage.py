@@ -47,7 +47,7 @@ def combine_pictures(
 
 
 def weighted(rewards: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, np.ndarray]:
-    """Those that are trained on; all where none is."""
+    """The rewards whose weight is not 0; all rewards if there is none."""
     return {name: of for name, of in rewards.items() if weights[name]} or rewards
 
 
@@ -105,7 +105,7 @@ def kinds(rewards: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarr
 
 
 def masked_mean(values_PK: np.ndarray, known_PK: np.ndarray) -> np.ndarray:
-    """Of what is known of each row, (P, 1); 0 where nothing is. Of equal values it is that value."""
+    """The mean of each row's known values, (P, 1); 0 if none is known. Exact where all values are equal."""
     if known_PK.all():
         return values_PK.mean(axis=1, keepdims=True)
     mean_P1 = np.zeros((len(values_PK), 1))
@@ -117,7 +117,7 @@ def masked_mean(values_PK: np.ndarray, known_PK: np.ndarray) -> np.ndarray:
 
 
 def masked_std(values_PK: np.ndarray, known_PK: np.ndarray) -> np.ndarray:
-    """Of what is known of each row, (P, 1); 0 where nothing is."""
+    """The standard deviation of each row's known values, (P, 1); 0 if none is known."""
     if known_PK.all():
         return values_PK.std(axis=1, keepdims=True)
     return np.array(

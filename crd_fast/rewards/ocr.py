@@ -291,9 +291,11 @@ class OCRDense:
         return [self.scale / (self.scale - min(value, 0.0)) for value in best]
 
     def log_likelihood(self, probabilities: np.ndarray, target: list[int]) -> float:
-        """Of the folded classes `target`, from the recogniser's (frames, classes): the classes that are one
-        character when case is ignored have their probabilities added, and the space adds to the blank. -inf
-        where there are too few frames."""
+        """CTC log-likelihood of the folded classes `target`, from the recogniser's (frames, classes).
+
+        Probabilities of classes that are one character when case is ignored are added, and the space adds to
+        the blank. -inf if there are too few frames.
+        """
         kinds = [0, *sorted(set(target))]
         folded = [probabilities[:, self.fold[kind]].sum(axis=1, dtype=np.float64) for kind in kinds]
         log_probabilities = torch.from_numpy(np.log(np.maximum(np.stack(folded, axis=1), TINY)))

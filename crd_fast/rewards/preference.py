@@ -225,7 +225,7 @@ class ImageReward(_Scorer):
 
 
 def linear_layers(reward: str, state: dict[str, torch.Tensor]) -> nn.Sequential:
-    """Those in `layers.N.*`, or the single one in `weight`, `bias`, in float32."""
+    """The layers in `layers.N.*`, or the single one in `weight`, `bias`, in float32."""
     found = (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state)
     numbers = sorted(int(match.group(1)) for match in found if match)
     layers = nn.Sequential()

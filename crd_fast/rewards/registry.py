@@ -78,7 +78,7 @@ class Rewards:
         judges: bool = False,
     ):
         self._device, self._waits_on_host = device or default_device(), waits_on_host
-        self.weights = {name: float(weight_of(value)) for name, value in named(config).items()}
+        self.weights = {name: float(weight_of(value)) for name, value in by_name(config).items()}
         self._rewards: dict[str, Any] = {}
         self._calls: list[Reward] = []
         self._accepted: dict[tuple[str, str], bool] = {}  # by name and prompt
@@ -295,8 +295,8 @@ def name_of(reward: str | object) -> str:
     return f"{module}:{name}" if importable and module != "__main__" else name
 
 
-def named(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
-    """The same by name. Raises UserError where two have one name."""
+def by_name(config: Mapping[Any, float | Mapping]) -> dict[str, float | Mapping]:
+    """The settings by the rewards' names. Raises UserError if two rewards have one name."""
     result = {name_of(reward): value for reward, value in config.items()}
     if len(result) < len(config):
         names = [name_of(reward) for reward in config]

@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _scaled(upright: Image.Image, opened: Image.Image) -> np.ndarray:
-    """Of 16 bits the upper 8, as Pillow has it of 16-bit RGB."""
+    """The upper 8 of 16 bits, as Pillow does for 16-bit RGB."""
     tags = getattr(opened, "tag_v2", {PHOTOMETRIC: MIN_IS_BLACK, BITS: (16,)})
     if tags.get(PHOTOMETRIC) != MIN_IS_BLACK or tags.get(BITS) != (16,):
         raise ValueError("expected 16 bits from black to white, got another kind of TIFF")

@@ -10,7 +10,7 @@ import torch
 
 
 def _matmul_precision() -> str | None:
-    """Of float32 matrices; None: set in both of torch's ways, of which it then tells neither."""
+    """The precision of float32 matmuls. None if set in both of torch's ways: it then tells neither."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

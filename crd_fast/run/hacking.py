@@ -63,7 +63,7 @@ def falls(
 def first_falls(
     records: Sequence[dict], rewards: Collection[str], evaluations: int, scores: ScoresAt
 ) -> list[Fall]:
-    """Those of the first evaluation that has any; records: of all evaluations, in their order."""
+    """The falls of the first evaluation that has any. records: all evaluations, in their order."""
     for i, record in enumerate(records):
         if found := falls(records[:i], record, rewards, evaluations, scores):
             return found

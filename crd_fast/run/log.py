@@ -18,7 +18,7 @@ from crd_fast.reward_weights import trained_weights
 from crd_fast.run.hacking import planned_evaluations
 from crd_fast.run.machine import environment
 from crd_fast.run.metrics import METRICS, read_metrics
-from crd_fast.run.new_files import named, write_atomically
+from crd_fast.run.new_files import naming, write_atomically
 from crd_fast.run.trackers import open_trackers
 from crd_fast.run.watch import Watch
 
@@ -34,25 +34,26 @@ logger = logging.getLogger("crd_fast")
 
 
 class RunLog:
-    """The files of one run. `after`: the iteration it resumes from, later lines are dropped; None: a new run.
+    """The files of one run.
 
-    -1: it starts over, and the metrics that it had get another name.
+    resume_at: the iteration that is logged next where a run is resumed; the metrics of earlier ones are kept.
+    A run that had trained and resumes at 0 starts over: its metrics get another name. None: a new run.
     Raises UserError if a new run's folder already holds one.
     """
 
-    def __init__(self, output: Path, recipe: Recipe, after: int | None = None):
-        if after is None:
+    def __init__(self, output: Path, recipe: Recipe, resume_at: int | None = None):
+        if resume_at is None:
             refuse_existing(output)
         output.mkdir(parents=True, exist_ok=True)
         self._metrics = output / METRICS
-        if after is not None:
+        if resume_at is not None:
             records = read_metrics(output)
-            if after == -1 and records and records[-1]["iteration"] > 0:
+            if resume_at == 0 and records and records[-1]["iteration"] > 0:
                 names = (output / f"{METRICS}.{count}" for count in itertools.count(1))
                 aside = next(path for path in names if not path.exists())
                 self._metrics.replace(aside)
                 logger.warning("warning: no checkpoint yet: starting over; its metrics are now %s", aside)
-            kept = (record for record in records if record["iteration"] <= after)
+            kept = (record for record in records if record["iteration"] < resume_at)
             write_atomically(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_atomically(output / ENVIRONMENT, json.dumps(environment(), indent=1))
@@ -64,11 +65,11 @@ class RunLog:
             read_metrics(output),
             planned_evaluations(recipe.train.iterations, recipe.evaluate.every),
         )
-        self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), after)
+        self._trackers = open_trackers(recipe.train.trackers, output, recipe.model_dump(), resume_at)
 
     def write(self, record: dict, grid: np.ndarray | None = None) -> None:
         """A line of the metrics, and the warnings that it gives rise to."""
-        with named(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
+        with naming(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         values = {name: value for name, value in record.items() if name != "iteration"}
         self._trackers.log(values, record["iteration"], grid)

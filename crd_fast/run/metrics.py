@@ -51,5 +51,5 @@ def value_of(record: Mapping[str, float], name: str) -> float:
 
 
 def comparable(records: Sequence[dict], key: str) -> list[dict]:
-    """Those that were made as the last one was. key: `TRAINED_ALIKE` or `EVALUATED_ALIKE`."""
+    """The records made under the same settings as the last. key: `TRAINED_ALIKE` or `EVALUATED_ALIKE`."""
     return [record for record in records if record.get(key, 0) == records[-1].get(key, 0)]

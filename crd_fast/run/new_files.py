@@ -99,7 +99,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file by one that is whole, whenever the process ends. Text is in UTF-8."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with named(path):
+        with naming(path):
             partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError:
         with suppress(OSError):  # of a disk that is read-only too
@@ -109,8 +109,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An OSError inside is one of this file: of a write, as to a full disk, the system's names none."""
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError raised inside this file's name, which the system leaves out when a write fails."""
     try:
         yield
     except OSError as error:

@@ -71,7 +71,7 @@ class Bars(Observer):
         self._bars.advance(self._phase, count)
 
     def evaluated(self, record: dict) -> None:
-        """Of iteration 0 at once; later ones are told with their iteration."""
+        """Prints the evaluation of iteration 0; later ones are printed with their iteration."""
         if record["iteration"]:
             return
         self._say(f"before training, {record.get('eval/images', '?')} images: {said_of(record, 'eval/')}")

@@ -61,7 +61,7 @@ def scores_path(run: Path, iteration: int) -> Path:
 
 
 def guided_base_path(run: Path) -> Path:
-    """Of the base with guidance, evaluated once before training."""
+    """The scores of the base with guidance, evaluated once before training."""
     return run / EVALUATIONS / "guided_base.jsonl"
 
 
@@ -83,17 +83,18 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def scores_of(run: Path, iteration: int) -> Scores | None:
-    """Those of a run's folder; None where they are not there or damaged."""
-    try:
-        return read_scores(scores_path(run, iteration))
-    except (OSError, UserError):
-        return None
+    """The scores of a run's evaluation; None where they are not there or damaged."""
+    return _read_if_intact(scores_path(run, iteration))
 
 
 def guided_base_scores(run: Path) -> Scores | None:
-    """Those of a run's folder; None where they are not there or damaged."""
+    """The scores of the base with guidance; None where they are not there or damaged."""
+    return _read_if_intact(guided_base_path(run))
+
+
+def _read_if_intact(path: Path) -> Scores | None:
     try:
-        return read_scores(guided_base_path(run))
+        return read_scores(path)
     except (OSError, UserError):
         return None
 
@@ -147,7 +148,7 @@ class Comparison:
 
     @property
     def p(self) -> float:
-        """Of the two-sided paired t-test over prompts: how often chance alone does so much. NaN: unknown."""
+        """The p-value of a two-sided paired t-test over prompts. NaN: unknown."""
         return p_value(self.difference, self.error, self.prompts)
 
     @property
@@ -263,7 +264,7 @@ def gap(before: Scores, after: Scores, name: str, other: str) -> Comparison | No
 
 
 def deviation(scores: Scores, name: str) -> float | None:
-    """Of the pictures; None where all have one value."""
+    """The standard deviation over pictures; None if all have one value."""
     values = scores.values[name]
     values = values[~np.isnan(values)]
     return float(values.std()) if len(values) and np.ptp(values) else None
@@ -314,7 +315,7 @@ def _chosen(scores: Scores, category: str | None) -> np.ndarray:
 
 
 def _scored(chosen: np.ndarray, name: str, *values: np.ndarray) -> np.ndarray:
-    """Those of the chosen pictures for which all values are known. UserError where there is none."""
+    """The chosen pictures for which all values are known. UserError where there is none."""
     chosen = chosen & ~np.isnan(values).any(axis=0)
     if not chosen.any():
         raise UserError(f"{name}: expected pictures that were scored, got none")

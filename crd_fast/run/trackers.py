@@ -31,12 +31,12 @@ def check_trackers(names: list[str]) -> None:
 
 
 class TensorBoard:
-    """Events in `folder`; from the iteration after `after` on, where a run is resumed."""
+    """Events in `folder`. resume_at: as of `RunLog`; events from that iteration on are dropped."""
 
-    def __init__(self, folder: Path, after: int | None):
+    def __init__(self, folder: Path, resume_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+        self._events = SummaryWriter(str(folder), purge_step=resume_at)
 
     def log(self, values: dict[str, float], iteration: int, grid: np.ndarray | None) -> None:
         for name, value in values.items():
@@ -73,7 +73,7 @@ class Tracked:
 
 
 class Trackers:
-    """Those of a run. One that fails is warned of, once until it works again, and does not end the run.
+    """The trackers of a run. If one fails, a warning says so, once until it works again; the run goes on.
 
     What it missed stands in metrics.jsonl. Its server may be away for a minute of a night.
     """
@@ -100,12 +100,14 @@ class Trackers:
             self._failing.discard(name)
 
 
-def open_trackers(names: list[str], output: Path, settings: dict[str, Any], after: int | None) -> Trackers:
-    """Those of `train.trackers`. settings: the recipe, as plain values; after: as of `TensorBoard`."""
+def open_trackers(
+    names: list[str], output: Path, settings: dict[str, Any], resume_at: int | None
+) -> Trackers:
+    """The trackers named. settings: the recipe, as plain values; resume_at: as of `RunLog`."""
     check_trackers(names)
     return Trackers(
         {
-            name: TensorBoard(output / TENSORBOARD, after)
+            name: TensorBoard(output / TENSORBOARD, resume_at)
             if name == TENSORBOARD
             else Tracked(name, output, settings)
             for name in names

@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Of its run, within that of the study."""
+        """The folder of its run, within that of the study."""
         return Path(self.task) / self.arm / f"seed-{self.seed}"
 
 

@@ -18,16 +18,16 @@ LEVELS = 4  # noise levels, spread over the evaluation's own steps
 GUIDED, UNGUIDED = "drift/guided", "drift/unguided"
 
 
-def with_drift(found: Evaluated, evaluation: Evaluation, weights: Weights, observer: Observer) -> Evaluated:
+def with_drift(result: Evaluated, evaluation: Evaluation, weights: Weights, observer: Observer) -> Evaluated:
     """The same with the distance to the pretrained model, where the recipe asks for it."""
-    if found.latents is None:
-        return found
-    drift = Drift(evaluation, found.latents, observer)
-    with observer.phase("drift", 2 * len(found.latents)):
+    if result.latents is None:
+        return result
+    drift = Drift(evaluation, result.latents, observer)
+    with observer.phase("drift", 2 * len(result.latents)):
         with weights.use(evaluation.recipe.evaluate.weights):
             drift.predict()
         with weights.use("reference"):
-            return found.with_values(drift.distances())
+            return result.with_values(drift.distances())
 
 
 class Drift:

@@ -19,7 +19,7 @@ from crd_fast.prompts.source import category_of, same_prompt
 from crd_fast.ranks import Ranks
 from crd_fast.rewards import Rewards
 from crd_fast.run.metrics import GUIDED_BASE
-from crd_fast.run.new_files import named, write_atomically
+from crd_fast.run.new_files import naming, write_atomically
 from crd_fast.run.observer import NOBODY, Observer
 from crd_fast.run.scores import Scores, write_scores
 from crd_fast.run.watch import judge_metrics
@@ -203,7 +203,7 @@ class Evaluation:
         folder.mkdir(exist_ok=True)
         count = min(GRID_TILES, len(images))
         grid = tile(images[:count])
-        with named(folder / f"{name}.png"):
+        with naming(folder / f"{name}.png"):
             Image.fromarray(grid).save(folder / f"{name}.png")
         prompts = [entry["prompt"] for entry in self.metadata[:count]]
         write_atomically(folder / "prompts.json", json.dumps(prompts, indent=1))

@@ -54,7 +54,7 @@ class FeatureDistance:
         self._features = picture_features(self.config.features or RANDOM) if ranks.main else None
 
     def prepare(self, evaluation: Evaluation, weights: Weights, guided: Evaluated | None) -> bool:
-        """Makes sure of the guided base's features. All ranks call it, before `measured`.
+        """Makes sure of the guided base's features. All ranks call it, before `with_distance`.
 
         guided: the guided base's evaluation where this run has just made it, whose pictures are these where
         its guidance is. Returns whether others were drawn.
@@ -76,12 +76,12 @@ class FeatureDistance:
             write_features(self.path, what, self._base)
         return drawn
 
-    def measured(self, found: Evaluated) -> Evaluated:
+    def with_distance(self, result: Evaluated) -> Evaluated:
         """The same with `eval/drift/features`, on the main process."""
         if self._features is None or self._base is None:
-            return found
-        value = relative_distance(self._features(found.images), self._base)
-        return replace(found, metrics=found.metrics | ({METRIC: value} if math.isfinite(value) else {}))
+            return result
+        value = relative_distance(self._features(result.images), self._base)
+        return replace(result, metrics=result.metrics | ({METRIC: value} if math.isfinite(value) else {}))
 
     def _what(self, evaluation: Evaluation) -> str:
         """What the features of the guided base depend on."""
@@ -117,7 +117,7 @@ class ClipFeatures:
 
 @torch.no_grad()
 def random_features(images: np.ndarray) -> np.ndarray:
-    """Of a small convolutional network with random weights, always the same: float64 (N, 64).
+    """Features of a small convolutional network with fixed random weights: float64 (N, 64).
 
     Such features tell distributions of pictures apart where a network trained on photographs knows nothing
     of them (arXiv 2002.09797). They are means over quarters of the picture: they see where things are.

@@ -76,7 +76,7 @@ class IterationPrompts:
         return now + negative.probe([*self.entries(), *evaluated])
 
     def ahead(self, begin: int) -> Iterator[str]:
-        """Those from `begin` on, as many as are encoded at a time.
+        """The texts of iterations from `begin` on, as many as are encoded at a time.
 
         Text encoders take long to load, and what they make takes megabytes a prompt.
         """

@@ -10,7 +10,7 @@ ROUNDING = 1e-3
 
 
 def mean_square(velocity: torch.Tensor) -> torch.Tensor:
-    """Of each sample, (B,), in float32 or, of float64, in that."""
+    """The mean square of each sample, (B,), in float32, or in float64 for float64."""
     wide = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
     return wide.square().flatten(1).mean(1)
 

@@ -46,27 +46,27 @@ class Objective(ABC):
         """c1, c2 and where needed c3, (B,), and the losses: sums over these pairs, through `denominator`."""
 
     def weighted(
-        self, found: crd_kernels.Coefficients, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
+        self, coefficients: crd_kernels.Coefficients, stats: crd_kernels.Stats, pairs: Pairs, denominator: int
     ) -> crd_kernels.Coefficients:
-        """Those that were found, with the pairs' own weights of the policy's term. Its loss is of the pairs
-        with such a term alone, without their weights."""
-        weight = pairs.policy.to(found.c1.dtype)
-        c3 = None if found.c3 is None else found.c3 * weight
-        found = replace(found, c1=found.c1 * weight, c3=c3)
+        """The coefficients times the pairs' own weights of the policy's term. The policy loss is that of the
+        pairs with such a term alone, without their weights."""
+        weight = pairs.policy.to(coefficients.c1.dtype)
+        c3 = None if coefficients.c3 is None else coefficients.c3 * weight
+        coefficients = replace(coefficients, c1=coefficients.c1 * weight, c3=c3)
         rows = weight.nonzero().flatten()
         if len(rows) == len(pairs):
-            return found
-        loss = torch.zeros_like(found.policy_loss)
+            return coefficients
+        loss = torch.zeros_like(coefficients.policy_loss)
         if len(rows):
             loss = self.coefficients(stats[rows], pairs[rows], denominator).policy_loss
-        return replace(found, loss=loss + found.kl_loss, policy_loss=loss)
+        return replace(coefficients, loss=loss + coefficients.kl_loss, policy_loss=loss)
 
     def anchor_strength(self, advantage: np.ndarray) -> np.ndarray:
         """What multiplies the distance to the reference for each advantage A_i, in float64."""
         return np.full(advantage.shape, self.loss.kl_beta)
 
     def metrics(self, stats: crd_kernels.Stats, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """Of each pair, (B,) float64, beside the losses and the distances to the reference."""
+        """Metrics of each pair, (B,) float64, beside the losses and the distances to the reference."""
         return {"old_deviation": stats.old_deviation.double()} if self.needs_old else {}
 
 
@@ -242,9 +242,9 @@ def runs(group: torch.Tensor) -> torch.Tensor:
 
 
 def mates(value: torch.Tensor, group: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Of the pair with the i-th largest value of its group the index of that with the i-th smallest, (B,).
+    """(B,) indices: the mate of a group's i-th largest value is the group's i-th smallest.
 
-    Of those that are scored; what is not has itself or another that is not.
+    Counted among the scored pairs. The mate of a pair that is not scored is itself, or another such pair.
     """
     part = 2 * group + scored.long()
     order = value.argsort(stable=True)
@@ -257,7 +257,7 @@ def mates(value: torch.Tensor, group: torch.Tensor, scored: torch.Tensor) -> tor
 
 
 def deviation(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Of each pair from the mean of its run of equal `group` ids. (B,); the host does not wait for it."""
+    """(B,) value minus the mean over its run of equal `group` ids; the host does not wait for it."""
     run = runs(group)
     total = torch.zeros_like(value).index_add_(0, run, value)
     count = torch.zeros_like(value).index_add_(0, run, torch.ones_like(value))

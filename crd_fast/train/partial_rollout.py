@@ -118,7 +118,7 @@ class PartialRollout:
 def rollout_key(
     recipe: Recipe, model: object, weights: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
 ) -> str:
-    """Of all that latents follow from. model: its description; given: seeds and embeddings."""
+    """A digest of all that latents depend on. model: its description; given: seeds and embeddings."""
     sampler = {name: of for name, of in weights.items() if name.startswith("sampler/")}
     network = recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
     rollout = recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
@@ -130,7 +130,7 @@ def prefixed(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def digest(tensors: Mapping[str, torch.Tensor], *others: object) -> str:
-    """Of names, layouts and bytes, and of whatever else JSON can say."""
+    """SHA-256 of the tensors' names, layouts and bytes, and of `others`, written as JSON."""
     found = hashlib.sha256(json.dumps(others, sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

@@ -32,7 +32,7 @@ class Sampling:
     guidance_scale: float
     precision: str
     empty: dict[str, torch.Tensor]
-    micro_batch: MicroBatch | int
+    micro_batch: MicroBatch
     solver: str = "euler"
 
     @classmethod
@@ -41,7 +41,7 @@ class Sampling:
         recipe: Recipe,
         section: RolloutConfig | EvaluateConfig,
         empty: dict[str, torch.Tensor],
-        micro_batch: MicroBatch | int,
+        micro_batch: MicroBatch,
         iteration: int = 0,
     ) -> Sampling:
         """As the recipe generates in its section `rollout`, in an iteration, or `evaluate`."""
@@ -78,14 +78,11 @@ def generate(
     shape = model.latent_shape(sampling.resolution)
     sigmas = model.sigmas(sampling.steps, sampling.resolution).to(device)
     latents = torch.empty(len(seeds), *shape, device=device)
-    micro_batch, empty = sampling.micro_batch, sampling.empty
-    if isinstance(micro_batch, int):
-        micro_batch = MicroBatch(micro_batch)
 
     def integrate(rows: slice) -> None:
         x = seeded_noise(seeds[rows], shape, device)
         chosen = chosen_prompts(embeddings, prompt_index[rows], device)
-        away = unconditional(empty, prompt_index[rows], device)
+        away = unconditional(sampling.empty, prompt_index[rows], device)
         before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's size and velocity
         for sigma, next_sigma in itertools.pairwise(sigmas):
             with autocast(x.device.type, sampling.precision):
@@ -106,7 +103,7 @@ def generate(
         latents[:done] = begun
         observer.advance(done)
         finished(latents[:done])
-    for rows in in_micro_batches(integrate, len(seeds), micro_batch, done):
+    for rows in in_micro_batches(integrate, len(seeds), sampling.micro_batch, done):
         finished(latents[: rows.stop])
         observer.advance(rows.stop - rows.start)  # here a run may be stopped
     return latents

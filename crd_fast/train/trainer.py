@@ -19,7 +19,7 @@ from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError, reason_of
 from crd_fast.models import compile_blocks, load_model
 from crd_fast.ranks import Ranks, check_ranks
-from crd_fast.rewards import Rewards, named, needs_consent
+from crd_fast.rewards import Rewards, by_name, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
 from crd_fast.rewards.consent import OPTION
 from crd_fast.run import profiling
@@ -36,12 +36,12 @@ from crd_fast.train.evaluate import Evaluation, HeldOut, guided_base_metrics
 from crd_fast.train.features import FeatureDistance
 from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import Embeddings, IterationRollout
-from crd_fast.train.measured import measured
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_prompts
+from crd_fast.train.run_evaluation import evaluate_run
 from crd_fast.train.signal import Signal
 from crd_fast.train.steps import FiniteSteps
 from crd_fast.train.stopping import StopNow, Stopping
@@ -74,7 +74,7 @@ class Trainer:
         row_flops: Mapping[str, float] | None = None,
     ):
         if rewards is not None:
-            recipe = build_recipe({**recipe.model_dump(), "rewards": named(rewards)})
+            recipe = build_recipe({**recipe.model_dump(), "rewards": by_name(rewards)})
         recipe = absolute(recipe)
         evaluates = recipe.evaluate.every > 0
         recipe.check_own(trains=True, evaluates=evaluates)
@@ -173,8 +173,8 @@ class Trainer:
         if self.ranks.main:
             self.checkpoints.hold()
             # a run that was stopped before its first checkpoint starts over, in the same folder
-            after = (self.iteration - self._unlogged if newest else -1) if resume else None
-            self.log = RunLog(self.output, recipe, after)
+            next_logged = self.iteration + (not self._unlogged) if newest else 0
+            self.log = RunLog(self.output, recipe, next_logged if resume else None)
 
     def run(self) -> bool:
         """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.
@@ -273,7 +273,9 @@ class Trainer:
         strength_PK = self.updater.objective.anchor_strength(advantage_PK)
         if self.recipe.loss.anchor_uncertain < 1:
             strength_PK *= uncertain(scores_PK, self.rewards.weights, self.recipe.loss.anchor_uncertain)
-        pairs_by_step = self._pairs(advantage_PK, strength_PK, ~np.isnan(reward_PK))
+        pairs_by_step = self._pairs(
+            advantage_PK=advantage_PK, anchor_strength_PK=strength_PK, scored_PK=~np.isnan(reward_PK)
+        )
         updates = self._update(pairs_by_step, latents_N, embeddings, negatives)
         decays = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         for name, decay in decays.items():
@@ -296,14 +298,12 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _pairs(self, advantage_PK, strength_PK, scored_PK) -> list[Pairs]:
-        """Of each of the iteration's optimizer steps, which has a share of the prompts, this rank's pairs."""
+    def _pairs(self, **values_PK: np.ndarray) -> list[Pairs]:
+        """This rank's pairs of each of the iteration's optimizer steps, which have a share of the prompts."""
         sigmas = self.model.sigmas(self.recipe.rollout.steps, self.recipe.size_of(self.iteration))
         signal = self.signal.sizes() if self.signal else None
         by_step = (
-            draw_pairs(
-                self.recipe, self.iteration, sigmas, prompts, advantage_PK, strength_PK, signal, scored_PK
-            )
+            draw_pairs(self.recipe, self.iteration, sigmas, prompts, signal=signal, **values_PK)
             for prompts in self.prompts.shares
         )
         samples = self.recipe.rollout.samples_per_prompt
@@ -347,7 +347,7 @@ class Trainer:
 
     def _log_evaluation(self, evaluation: Evaluation, record: dict) -> None:
         try:
-            found, guided, seconds = measured(
+            result, guided_base, seconds = evaluate_run(
                 evaluation, self.weights, self.features, self.observer, with_guided_base=not self.iteration
             )
         except Exception:
@@ -355,14 +355,14 @@ class Trainer:
             if self.iteration:
                 self._log(record)  # a resumed run makes the evaluation, and this line anew
             raise
-        if found.scores is None:
+        if result.scores is None:
             return
-        record |= found.metrics | seconds | self.memory.metrics() | self.checkpoints.evaluated_since
+        record |= result.metrics | seconds | self.memory.metrics() | self.checkpoints.evaluated_since
         samples, iteration = self.output / "samples", self.iteration
-        grid = evaluation.save(found, samples, f"{iteration:06d}", scores_path(self.output, iteration))
-        if guided is not None:
-            record |= guided_base_metrics(guided.metrics, self.recipe.guided_base)
-            evaluation.save(guided, samples, "guided_base", guided_base_path(self.output))
+        grid = evaluation.save(result, samples, f"{iteration:06d}", scores_path(self.output, iteration))
+        if guided_base is not None:
+            record |= guided_base_metrics(guided_base.metrics, self.recipe.guided_base)
+            evaluation.save(guided_base, samples, "guided_base", guided_base_path(self.output))
         self._log(record, grid)
         self.checkpoints.evaluated(record)
         self.observer.evaluated(record)

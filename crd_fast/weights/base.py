@@ -96,7 +96,7 @@ class Weights(ABC):
         )
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """Those in pinned memory of the host."""
+        """The tensors in pinned host memory."""
         return []
 
     def finish_gradients(self, ranks: Ranks, largest: float) -> float:

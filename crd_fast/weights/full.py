@@ -160,7 +160,7 @@ class HostWeights(FullWeights):
         return sum(parameter._version for parameter in self.trained())
 
     def _sums(self) -> torch.Tensor:
-        """Of each tensor of the policy, the sum of its numbers' bits, as int64 on the device."""
+        """For each tensor of the policy, the sum of its numbers' bits, as int64 on the device."""
         bits = (value.detach().view(INTEGERS[value.element_size()]) for value in self.trained())
         return torch.stack([value.sum(dtype=torch.int64) for value in bits])
 

@@ -108,6 +108,7 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 def settings(function):
     """Remembers what a loss's settings were found to be: checking them costs more than launching a kernel.
 
+    Arguments come by position: looking keywords up would double what a remembered call costs.
     Under torch.compile, where numbers may stand for any value, nothing is remembered.
     """
     remembered = functools.lru_cache(maxsize=256, typed=True)(function)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 
 from crd_fast.config import build_recipe
 from crd_fast.seeds import seed_table
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from tools.make_tiny_pipeline import FAMILIES, make_tiny_pipeline
@@ -111,7 +112,7 @@ GROUP = 4
 def pairs_of_two_prompts(anchor=None):
     """Two groups, by default all anchored."""
     count = 2 * GROUP
-    return Pairs(
+    return Pairs.plain(
         sample=torch.arange(count),
         prompt=torch.arange(2).repeat_interleave(GROUP),
         sigma=torch.tensor([0.9, 0.4]).repeat_interleave(GROUP),
@@ -178,7 +179,9 @@ def by_rollout(model, guidance_scale=1.0, micro_batch=3):
         model.encode_prompts(PROMPTS),
         torch.tensor(SAMPLE_PROMPTS),
         torch.tensor(SEEDS),
-        Sampling(RESOLUTION, STEPS, guidance_scale, "fp32", model.encode_prompts([""]), micro_batch),
+        Sampling(
+            RESOLUTION, STEPS, guidance_scale, "fp32", model.encode_prompts([""]), MicroBatch(micro_batch)
+        ),
     )
     return model.decode(latents), latents
 

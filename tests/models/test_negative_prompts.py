@@ -11,6 +11,7 @@ from crd_fast.models.negative import encode_negatives, marked
 from crd_fast.prompts.lists import notes
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.train.inference import sample_grid
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import (
@@ -45,7 +46,7 @@ def test_guided_pictures_are_the_pipelines(tiny, recipe, family):
     model, pipe = load_model(recipe(tiny(family))), load_pipeline(tiny(family))
     given = [NEGATIVE[i] for i in SAMPLE_PROMPTS]
     _, expected = by_pipeline(pipe, family, GUIDANCE, negative_prompt=given)
-    sampling = Sampling(RESOLUTION, STEPS, GUIDANCE, "fp32", encode_negatives(model, ENTRIES), 2)
+    sampling = Sampling(RESOLUTION, STEPS, GUIDANCE, "fp32", encode_negatives(model, ENTRIES), MicroBatch(2))
     found = generate(
         model, model.encode_prompts(PROMPTS), torch.tensor(SAMPLE_PROMPTS), torch.tensor(SEEDS), sampling
     )

@@ -15,6 +15,7 @@ from crd_fast.plan.cost import cost
 from crd_fast.plan.planner import Planner
 from crd_fast.sizes import size_of_text
 from crd_fast.train.inference import sample_grid
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.trainer import Trainer
 from tests.models.conftest import ALL, GUIDANCE, GUIDED, PROMPTS, SEEDS, STEPS, load_pipeline, packed
@@ -49,7 +50,7 @@ def test_rollout_is_the_pipelines(tiny, recipe, family):
         callback_on_step_end=lambda pipe, step, time, values: latents.update(values) or values,
         **settings,
     ).images.permute(0, 2, 3, 1)
-    sampling = Sampling(SIZE, STEPS, GUIDANCE, "fp32", model.encode_prompts([""]), 2)
+    sampling = Sampling(SIZE, STEPS, GUIDANCE, "fp32", model.encode_prompts([""]), MicroBatch(2))
     found = generate(model, model.encode_prompts(PROMPTS), torch.arange(2), torch.tensor(SEEDS[:2]), sampling)
     torch.testing.assert_close(packed(pipe, found), latents["latents"], rtol=1e-4, atol=1e-4)
     decoded = model.decode(found)

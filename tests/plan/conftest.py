@@ -7,6 +7,7 @@ from crd_fast.config import build_recipe
 from crd_fast.models import load_model
 from crd_fast.plan.cuda_autocast import cuda_autocast
 from crd_fast.plan.live_bytes import LiveBytes, tensors_of
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.update import Updater
@@ -37,7 +38,7 @@ def pairs_of(groups):
     """Pairs of one timestep, whose samples are all of one prompt."""
     count = groups * GROUP
     prompt = torch.zeros(count, dtype=torch.int64)
-    return Pairs(
+    return Pairs.plain(
         sample=torch.arange(count),
         prompt=prompt,
         sigma=torch.full((count,), 0.5),
@@ -81,7 +82,7 @@ class Real:
                 self.embeddings,
                 torch.zeros(count, dtype=torch.int64),
                 torch.arange(count),
-                Sampling.of(self.recipe, self.recipe.rollout, self.empty, micro_batch),
+                Sampling.of(self.recipe, self.recipe.rollout, self.empty, MicroBatch(micro_batch)),
             )
 
     def update(self, latents, micro_batch):

@@ -56,7 +56,7 @@ SETTINGS = [
 def test_only_uncertain_samples_are_anchored(tmp_path, monkeypatch):
     """The reward counts up and the other down: the last samples of the iteration are the uncertain ones."""
     seen, draw_pairs = [], module.draw_pairs
-    monkeypatch.setattr(module, "draw_pairs", lambda *given: seen.append(draw_pairs(*given)) or seen[-1])
+    monkeypatch.setattr(module, "draw_pairs", lambda *a, **k: seen.append(draw_pairs(*a, **k)) or seen[-1])
     count = iter(range(100))
 
     def rising(images, prompts, metadata):

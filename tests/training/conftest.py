@@ -63,7 +63,7 @@ def setting():
     sample = torch.cat(
         [torch.arange(SAMPLES) + p * SAMPLES for p in range(PROMPTS) for _ in range(TIMESTEPS)]
     )
-    pairs = Pairs(
+    pairs = Pairs.plain(
         sample=sample,
         prompt=sample // SAMPLES,
         sigma=torch.tensor([0.9, 0.4]).repeat(PROMPTS).repeat_interleave(SAMPLES),

@@ -15,6 +15,7 @@ from crd_fast.ranks import Ranks
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.draws import drawn_in_groups, drawn_weights, inclusion, systematic
 from crd_fast.train.kept import OnHost
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs, draw_pairs
 from crd_fast.train.rollout import Sampling, generate
@@ -210,7 +211,12 @@ def drawn_pairs(*overrides, advantage=None, signal=None, iteration=3):
     strength = make_objective(recipe.loss, recipe.advantage.clip).anchor_strength(advantage)
     prompts = np.arange(6)
     sigmas = torch.linspace(1, 0, recipe.rollout.steps + 1)
-    return draw_pairs(recipe, iteration, sigmas, prompts, advantage, strength, signal)
+    return draw_pairs(
+        *(recipe, iteration, sigmas, prompts),
+        advantage_PK=advantage,
+        anchor_strength_PK=strength,
+        signal=signal,
+    )
 
 
 def test_anchored_pairs_are_drawn_by_the_strength_of_their_anchor():
@@ -363,7 +369,7 @@ def test_order_of_the_solvers(solver, order):
     expected = (x1 - 4) / np.e + 2
 
     def error(steps):
-        sampling = Sampling(8, steps, 1.0, "fp32", {}, 2, solver)
+        sampling = Sampling(8, steps, 1.0, "fp32", {}, MicroBatch(2), solver)
         return float((generate(Bent(), {}, torch.zeros(2).long(), seeds, sampling) - expected).abs().max())
 
     assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)

@@ -8,6 +8,7 @@ from crd_fast.models.builtin import SHIFT, BuiltinModel
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.forwards import autocast
+from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.rollout import Sampling, generate
 from tests.training.conftest import NO_MEMORY
 
@@ -26,7 +27,7 @@ def rollout(model, micro_batch, guidance_scale=1.0, prompts=PROMPTS):
         model.encode_prompts(list(prompts)),
         torch.tensor([0, 0, 1]),
         seed_table(1, count=3),
-        Sampling(32, 4, guidance_scale, "fp32", model.encode_prompts([""]), micro_batch),
+        Sampling(32, 4, guidance_scale, "fp32", model.encode_prompts([""]), MicroBatch(micro_batch)),
     )
 
 

@@ -100,7 +100,7 @@ def against_guided_base(run: Run, name: str) -> Change | None:
 
 
 def guidance_scale(run: Run) -> float:
-    """Of the base with guidance; NaN where it was not measured."""
+    """The guidance scale of the guided base; NaN if that was not evaluated."""
     return number(run.evaluated[0], f"{GUIDED_BASE}guidance_scale") if run.evaluated else math.nan
 
 

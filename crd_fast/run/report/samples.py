@@ -113,7 +113,7 @@ def _grid(path: Path, prompts: list[str], run: Run) -> Grid | None:
 
 
 def _rewards(scores: Scores | None, prompts: list[str], count: int) -> list[float | None]:
-    """Of the first pictures of an evaluation, which its grid shows, where their prompts are the grid's."""
+    """Rewards of an evaluation's first pictures, which its grid shows; None where the prompts differ."""
     if scores is None or list(scores.prompts[: len(prompts)]) != prompts or "reward" not in scores.values:
         return [None] * count
     values = [float(value) for value in scores.values["reward"][:count]]

@@ -21,7 +21,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Spent:
-    """Of one phase, over the whole run. gpu_bytes: the most that tensors had, NaN where it is not known."""
+    """What one phase took over the whole run. gpu_bytes: the peak of tensors, NaN if it is not known."""
 
     name: str
     seconds: float

@@ -70,11 +70,9 @@ def center(
     """
     checks.given(advantage=advantage, group=group)
     kind, numbers = crd_settings(
-        1.0,
         beta,
         kl_beta,
         kl_min,
-        False,
         reward_adaptive_kl,
         loss_type,
         temperature,
@@ -88,19 +86,22 @@ def center(
 
 @settings
 def crd_settings(
-    guidance_scale,
     beta,
     kl_beta,
     kl_min,
-    adaptive_weighting,
     reward_adaptive_kl,
     loss_type,
     temperature,
     centering,
     advantage_clip,
     denominator,
+    guidance_scale=1.0,
+    adaptive_weighting=False,
 ):
-    """(Kind, Numbers) of these settings. Raises TypeError or ValueError naming the one that is wrong."""
+    """(Kind, Numbers) of the keywords of `center`, in its order. Raises TypeError or ValueError naming one.
+
+    guidance_scale, adaptive_weighting: of `crd_loss`, which measures as well.
+    """
     checks.number("guidance_scale", guidance_scale)
     checks.number("beta", beta, above=0)
     checks.number("kl_beta", kl_beta, at_least=0)

@@ -88,17 +88,17 @@ def crd_loss(
     """
     checks.tensor("policy", policy)
     kind, numbers = crd_settings(
-        guidance_scale,
         beta,
         kl_beta,
         kl_min,
-        adaptive_weighting,
         reward_adaptive_kl,
         loss_type,
         temperature,
         centering,
         advantage_clip,
         denominator,
+        guidance_scale,
+        adaptive_weighting,
     )
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))

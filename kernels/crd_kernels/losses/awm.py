@@ -66,16 +66,17 @@ def awm_loss(
         raise ValueError("old_error: expected None because old is given, got a tensor")
     if clip_range is not None and old is None and old_error is None:
         raise ValueError(f"clip_range: expected None without old or old_error, got {clip_range}")
+    off_policy, third = old is not None or old_error is not None, ema is not None
     kind, numbers = _settings(
-        guidance_scale,
+        off_policy,
         clip_range,
+        ema_kl_beta,
+        weighting,
         kl_beta,
         advantage_clip,
         denominator,
-        weighting,
-        ema_kl_beta,
-        old is not None or old_error is not None,
-        ema is not None,
+        third,
+        guidance_scale,
     )
     if ema is None and ema_kl_beta > 0:
         raise ValueError(f"ema: expected a tensor because ema_kl_beta is {ema_kl_beta}, got None")
@@ -123,16 +124,9 @@ def awm_coefficients(
         raise ValueError(f"clip_range: expected None without off_policy, got {clip_range}")
     checks.flag("off_policy", off_policy)
     checks.number("ema_kl_beta", ema_kl_beta, at_least=0)
+    off_policy, third = bool(off_policy), ema_kl_beta > 0
     kind, numbers = _settings(
-        1.0,
-        clip_range,
-        kl_beta,
-        advantage_clip,
-        denominator,
-        weighting,
-        ema_kl_beta,
-        bool(off_policy),
-        ema_kl_beta > 0,
+        off_policy, clip_range, ema_kl_beta, weighting, kl_beta, advantage_clip, denominator, third
     )
     scalars = Scalars(advantage, None, sigma, kl_weight)
     return fused.coefficients(stats, scalars, kind, numbers, impl, "awm_coefficients")
@@ -140,15 +134,15 @@ def awm_coefficients(
 
 @settings
 def _settings(
-    guidance_scale,
+    off_policy,
     clip_range,
+    ema_kl_beta,
+    weighting,
     kl_beta,
     advantage_clip,
     denominator,
-    weighting,
-    ema_kl_beta,
-    off_policy,
     third,
+    guidance_scale=1.0,
 ):
     checks.number("guidance_scale", guidance_scale)
     checks.number("kl_beta", kl_beta, at_least=0)

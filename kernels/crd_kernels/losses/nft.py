@@ -43,7 +43,7 @@ def nft_loss(
     Source: Zheng et al., "DiffusionNFT", arXiv 2509.16117, and its public implementation for the weights.
     """
     checks.tensor("policy", policy)
-    kind, numbers = _settings(guidance_scale, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
+    kind, numbers = _settings(beta, kl_beta, advantage_clip, adaptive_weighting, denominator, guidance_scale)
     ref_uncond = checks.guidance(policy, ref_cond, ref_uncond, guidance_scale)
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, checks.mask(mask, policy))
     scalars = Scalars(advantage, None, sigma, kl_weight)
@@ -73,13 +73,13 @@ def nft_coefficients(
     `velocity_grad(..., old=old)`. Raises TypeError or ValueError naming the argument.
     """
     checks.given(advantage=advantage, sigma=sigma)
-    kind, numbers = _settings(1.0, beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
+    kind, numbers = _settings(beta, kl_beta, advantage_clip, adaptive_weighting, denominator)
     scalars = Scalars(advantage, None, sigma, kl_weight)
     return fused.coefficients(stats, scalars, kind, numbers, impl, "nft_coefficients")
 
 
 @settings
-def _settings(guidance_scale, beta, kl_beta, advantage_clip, adaptive_weighting, denominator):
+def _settings(beta, kl_beta, advantage_clip, adaptive_weighting, denominator, guidance_scale=1.0):
     checks.number("guidance_scale", guidance_scale)
     checks.number("beta", beta, above=0)
     checks.number("kl_beta", kl_beta, at_least=0)
