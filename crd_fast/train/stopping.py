@@ -40,13 +40,15 @@ class Stopping(Observer):
     def listening(self) -> Iterator[None]:
         """Only the main thread hears signals; in another one this does nothing.
 
-        A process that nohup began goes on ignoring SIGHUP.
+        What a process was begun to ignore it goes on ignoring: SIGHUP by nohup, SIGINT where a script's `&`
+        began it.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heard = [number for number in AT_ONCE if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, *heard)}
+        numbers = (signal.SIGINT, *AT_ONCE)
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
