@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from crd_fast.launched import launched_rank
 from crd_fast.run.observer import Observer
 
 logger = logging.getLogger("crd_fast")
@@ -59,7 +60,7 @@ class Stopping(Observer):
         interrupted = number == signal.SIGINT
         if self._now and interrupted:
             raise KeyboardInterrupt
-        if interrupted and not self.requested:
+        if interrupted and not self.requested and not launched_rank():  # of several one says so
             again = "; Ctrl-C again to stop after the present micro-batch" if self.alone else ""
             logger.warning("finishing this iteration%s", again)
         self._now = self.requested or not interrupted

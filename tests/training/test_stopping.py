@@ -203,3 +203,13 @@ def test_a_second_ctrl_c_is_offered_where_it_does_something(alone, caplog):
         assert stopping.requested
     assert "finishing this iteration" in caplog.text
     assert ("Ctrl-C again" in caplog.text) == alone
+
+
+@pytest.mark.parametrize("rank, says", [("0", True), ("1", False)])
+def test_of_several_processes_one_says_that_the_iteration_ends_first(rank, says, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    stopping = Stopping(alone=False)
+    with stopping.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.requested
+    assert ("finishing this iteration" in caplog.text) == says
