@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+ON_THE_HOST = "DefaultCPUAllocator: "  # what torch itself could not have there
 # Of what CUDA's libraries, and the driver, allocate beside torch, which may keep all that there is
 SAID = (
+    ON_THE_HOST,
     "_STATUS_ALLOC_FAILED",
     " error: out of memory",
     "calling `cublasCreate",

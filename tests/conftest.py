@@ -1,11 +1,17 @@
 """The command line as a user calls it, and the order of the tests."""
 
 import gc
+import signal
 import sys
 
 import pytest
 
 import crd_fast  # noqa: F401  before torch: how OpenMP's threads wait
+
+
+def pytest_configure():
+    """What tests start hears SIGINT, also where a script's `&` began these, which has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

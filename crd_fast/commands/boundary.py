@@ -25,7 +25,8 @@ LONGEST = 600  # characters of a message that a library wrote
 LOST = ("by peer", "remote process exited")  # of gloo and NCCL, where another process is gone
 OTHER_ENDED = (
     "another process has ended; its own line says why, its traceback is in error.txt (rank 0) or "
-    "error-rank-N.txt of the run's folder"
+    "error-rank-N.txt of the run's folder; where there is neither it was killed, as the system does when "
+    "memory runs out"
 )
 LESS_MEMORY = (
     "smaller rollout.samples_per_prompt, rollout.prompts_per_iteration, rollout.resolution or micro-batches "

@@ -147,8 +147,17 @@ def sample(
 
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", metavar="RUN")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Never overwritten. Default: report.html in the run's folder, written anew."
+        ),
+    ] = None,
 ) -> None:
     """Write report.html: curves, before and after, every setting, in one file that needs no network."""
+    if out is not None:
+        out = at_home(out)
+        check_new(out, "--out")
     from crd_fast.run.report import write_report
 
-    say(f"report: {write_report(run)}")
+    say(f"report: {write_report(run, out)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +20,15 @@ from crd_fast.commands.checkpoints import (
     typed_size,
     write_json,
 )
-from crd_fast.commands.terminal import AllowCode, console, parse_settings, plain, say, with_consent
+from crd_fast.commands.terminal import (
+    AllowCode,
+    console,
+    parse_settings,
+    plain,
+    say,
+    say_warning,
+    with_consent,
+)
 from crd_fast.errors import UserError
 from crd_fast.run.new_files import check_new
 
@@ -209,9 +218,30 @@ def base_scores(source: Source) -> Scores | None:
     from crd_fast.run.scores import scores_of
     from crd_fast.weights.checkpoint import read_state
 
-    if source.folder is None or read_state(source.folder).get(EVALUATED_ALIKE):
+    if source.folder is None:
         return None
-    return scores_of(source.folder.resolve().parent.parent, 0)
+    state, run = read_state(source.folder), source.folder.resolve().parent.parent
+    if state.get(EVALUATED_ALIKE):
+        return None
+    if not logged_in(run, state):
+        say_warning(
+            f"{source.folder}: another run's by its metrics; not compared with the first evaluation of {run}"
+        )
+        return None
+    return scores_of(run, 0)
+
+
+def logged_in(run: Path, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint's iteration is the run's by what both say of it, as far as they say something."""
+    from crd_fast.run.metrics import MEASURED, read_metrics
+
+    logged = {record["iteration"]: record for record in read_metrics(run, left_out=[])}
+    kept, iteration = state.get("record") or {}, state["iteration"]
+    if not logged or iteration == max(logged) + 1:  # which may have been saved and not logged
+        return True
+    found = logged.get(iteration, {})
+    names = [name for name in kept if not name.startswith(MEASURED)]
+    return repr([kept[name] for name in names]) == repr([found.get(name) for name in names])  # NaN is NaN
 
 
 def as_json(names: list[str], sources: list[Source], found: list[Evaluated], seed: int | None) -> dict:

@@ -62,7 +62,11 @@ class Workers:
     one call of `score`, or infinity; loading, `check` and `report` have ten minutes at least. `setup` loads
     it in the first worker; the others start when they are needed. Raises UserError as the reward does,
     RewardFailed where it raises anything else or its workers are lost.
+
+    served: as of the reward, where it has that: `HttpReward`. No worker goes on with another.
     """
+
+    served: str | None = None
 
     def __init__(self, name: str, reward: Any, settings: Mapping, count: int, timeout: float):
         self.name, self.timeout = name, timeout
@@ -109,7 +113,13 @@ class Workers:
             self._idle.put(worker)
 
     def _ask_once(self, worker: _Worker, method: str, arguments: tuple, timeout: float) -> Any:
-        worker.start((self.name, self._pickled, self._device), max(LOADING, self.timeout))
+        served = worker.start((self.name, self._pickled, self._device), max(LOADING, self.timeout))
+        if served is not None:
+            if self.served not in (None, served):
+                worker.kill()
+                wanted = f"expected scores of the server's reward {self.served}, got {served}"
+                raise RewardFailed(f"reward {self.name}: {wanted}")
+            self.served = served
         return worker.ask(method, arguments, timeout)
 
 
@@ -122,10 +132,13 @@ class _Worker:
         self._ended = False
         self._changing = threading.Lock()  # between a thread that starts it and the one that ends all
 
-    def start(self, reward: tuple[str, bytes, str], timeout: float) -> None:
-        """If it does not run. Raises UserError or OutOfMemoryError where the reward cannot be loaded."""
+    def start(self, reward: tuple[str, bytes, str], timeout: float) -> str | None:
+        """If it does not run. Returns what the reward says then that it has `served`.
+
+        Raises UserError or OutOfMemoryError where the reward cannot be loaded.
+        """
         if self._process is not None:
-            return
+            return None
         with self._changing:
             if self._ended:
                 raise UserError("the rewards' workers have been ended")
@@ -143,7 +156,7 @@ class _Worker:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         try:
-            self._answer(timeout)
+            return self._answer(timeout)
         except BaseException:  # no memory too, which is tried again with a new one
             self.kill()
             raise
@@ -273,7 +286,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     kind, reward = _outcome(name, _load, name, pickled, device)
     memory = _Memory()
     try:
-        parent.send((kind, None if kind == "value" else reward))
+        parent.send((kind, _served(reward) if kind == "value" else reward))
         while True:
             method, pictures, arguments = parent.recv()
             if pictures is not None:
@@ -281,6 +294,12 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
             parent.send_bytes(_pickled(name, _outcome(name, _call, name, reward, method, arguments)))
     except (EOFError, BrokenPipeError):
         return
+
+
+def _served(reward: Any) -> str | None:
+    """What its server calls it, of the reward that asks one."""
+    name = getattr(reward, "served", None)
+    return name if isinstance(name, str) else None
 
 
 def _outcome(name: str, function: Callable, *arguments: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crd_fast.config import Recipe
+from crd_fast.config import MOST_PICTURES, Recipe
 from crd_fast.errors import UserError
 from crd_fast.models.negative import encode_negatives
 from crd_fast.prompts.lists import evaluation_prompts
@@ -62,6 +62,12 @@ class HeldOut:
     def __init__(self, recipe: Recipe, rewards: Rewards):
         recipe.check_own(trains=False, evaluates=True)
         self.entries = evaluation_prompts(recipe)
+        prompts, samples = len(self.entries), recipe.evaluate.samples_per_prompt
+        if prompts * samples > MOST_PICTURES:
+            raise UserError(
+                f"evaluate.samples_per_prompt: expected at most {MOST_PICTURES} pictures an evaluation, got "
+                f"{samples} of each of {prompts} prompts"
+            )
         self.judges = Rewards(recipe.eval_rewards, waits_on_host=True, judges=True)
         self.asked = [(self.entries, rewards), (self.entries, self.judges)]
         for entries, judge in self.asked:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from crd_fast.errors import UserError
-from crd_fast.out_of_memory import as_out_of_memory
+from crd_fast.out_of_memory import ON_THE_HOST, as_out_of_memory
 
 AUTO_MICRO_BATCH = 96
 
@@ -69,7 +69,8 @@ def in_micro_batches(
 
 def first_sentence(error: torch.OutOfMemoryError) -> str:
     """What torch could not have; the rest is advice about its settings."""
-    return str(error).partition(".")[0]
+    _, host, rest = str(error).rpartition(ON_THE_HOST)  # before which is a line of torch's own code
+    return host + rest.partition(".")[0]
 
 
 def release_memory() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from crd_fast.launched import launched_rank
 from crd_fast.run.observer import Observer
 
 logger = logging.getLogger("crd_fast")
@@ -40,13 +41,15 @@ class Stopping(Observer):
     def listening(self) -> Iterator[None]:
         """Only the main thread hears signals; in another one this does nothing.
 
-        A process that nohup began goes on ignoring SIGHUP.
+        What a process was begun to ignore it goes on ignoring: SIGHUP by nohup, SIGINT where a script's `&`
+        began it.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heard = [number for number in AT_ONCE if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, *heard)}
+        numbers = (signal.SIGINT, *AT_ONCE)
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
@@ -57,7 +60,7 @@ class Stopping(Observer):
         interrupted = number == signal.SIGINT
         if self._now and interrupted:
             raise KeyboardInterrupt
-        if interrupted and not self.requested:
+        if interrupted and not self.requested and not launched_rank():  # of several one says so
             again = "; Ctrl-C again to stop after the present micro-batch" if self.alone else ""
             logger.warning("finishing this iteration%s", again)
         self._now = self.requested or not interrupted

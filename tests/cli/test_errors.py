@@ -235,7 +235,7 @@ def test_an_output_folder_with_what_a_run_would_write_over(run, small, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("option", ["sample", "plan", "score"])
+@pytest.mark.parametrize("option", ["sample", "plan", "score", "report"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link to nothing", "under a file"])
 def test_files_that_commands_write_are_new(run, tmp_path, option, kind):
     path = tmp_path / "there"
@@ -249,6 +249,7 @@ def test_files_that_commands_write_are_new(run, tmp_path, option, kind):
     arguments = {
         "sample": ("sample", "builtin", "--prompt", "a photo of a circle", "--out", target),
         "plan": ("plan", "--json", target),
+        "report": ("report", tmp_path, "--out", target),
         "score": (
             "score",
             "--reward",

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import os
+import signal
 import time
 
 import numpy as np
@@ -95,6 +97,23 @@ def test_each_process_leaves_its_own_traceback(tmp_path):
     assert "another process has ended; its own line says why" in last and "by peer" not in last
     found = [path.name for path in tmp_path.glob("error*") if "a reward's own" in path.read_text()]
     assert found == ["error-rank-1.txt"]
+
+
+def is_killed_on_the_second(folder):
+    own = ranks.Ranks()
+    with leaving_traceback(folder):
+        if not own.main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        own.wait()
+
+
+@pytest.mark.slow
+def test_what_is_said_fits_where_the_other_was_killed(tmp_path):
+    """It leaves no line and no traceback."""
+    first, second = two_ranks(tmp_path / "ranks", is_killed_on_the_second, tmp_path)
+    assert second.returncode == -signal.SIGKILL and not second.stderr
+    assert "where there is neither it was killed, as the system does" in first.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.glob("error*")] == ["error.txt"]
 
 
 def test_every_prompt_has_one_owner():

@@ -191,6 +191,12 @@ def test_a_folder_that_takes_no_file(inside, tmp_path):
     code, _, errors = inside("report", tmp_path)
     assert code == 2 and errors.startswith(f"error: {tmp_path / 'report.html'}: cannot be written: ")
     assert len(errors.splitlines()) == 1 and "traceback" not in errors
+    assert "--out FILE writes it elsewhere" in errors
+    before = sorted(tmp_path.rglob("*"))
+    page = tmp_path.parent / "pages" / "page.html"
+    code, said, errors = inside("report", tmp_path, "--out", page)
+    assert code == 0 and said == f"report: {page}\n", errors
+    assert Page(page).text and sorted(tmp_path.rglob("*")) == before
 
 
 def test_written_again(tmp_path):

@@ -57,6 +57,13 @@ def test_a_checkpoint_of_such_a_run_is_evaluated_on_prompts_that_are_given(off):
     assert len(HeldOut(recipe, Rewards(recipe.rewards)).entries) == 2
 
 
+def test_more_pictures_than_any_machine_holds_are_refused():
+    recipe = load_recipe("builtin", ["evaluate.samples_per_prompt=1000000", "evaluate.max_prompts=6"])
+    words = r"evaluate\.samples_per_prompt: expected at most 1000000 pictures .* 1000000 of each of 6 prompts"
+    with pytest.raises(UserError, match=words):
+        HeldOut(recipe, Rewards(recipe.rewards))
+
+
 def test_guided_evaluations_of_unguided_rollouts_leave_the_rollouts_micro_batch(tmp_path, monkeypatch):
     """Their forwards are twice as large: what they do not fit with says nothing about the rollout."""
     trainer = Trainer(load_recipe("builtin", ["rollout.micro_batch=8"]), tmp_path / "run")

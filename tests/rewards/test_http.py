@@ -29,11 +29,11 @@ def pictures(count, size=16, seed=0):
 
 @contextmanager
 def impostor(respond, ready=b"{}"):
-    """A server that answers in its own way: `respond(handler)`, and `ready` to GET."""
+    """A server that answers in its own way: `respond(handler)`, and `ready`, or what it returns, to GET."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            says(ready)(self)
+            says(ready() if callable(ready) else ready)(self)
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -206,6 +206,20 @@ def test_another_reward_at_the_address_is_noticed_where_scores_come():
             UserError, match=f"^reward http: {address}: expected .* mine.py:b, got mine.py:c$"
         ):
             reward.score(pictures(1), [""], [{}])
+
+
+def test_a_reward_in_workers_says_what_its_server_calls_it():
+    """And no worker that begins later goes on with another: it is what a checkpoint keeps."""
+    called = [b'{"reward": "mine.py:b"}', b'{"reward": "mine.py:c"}']
+    ready = iter(called)
+    with impostor(says(b'{"scores": [1.0]}'), ready=lambda: next(ready)) as address:
+        rewards = Rewards({"http": {"url": address, "workers": 1}}, device="cpu")
+        assert rewards.served == {"http": "mine.py:b"}
+        (worker,) = rewards._rewards["http"]._workers
+        worker.kill()
+        with pytest.raises(UserError, match=r"^reward http: expected .* mine\.py:b, got mine\.py:c$"):
+            rewards.score(pictures(1), [{"prompt": "a"}])
+        rewards.close()
 
 
 def test_another_reward_at_the_address_is_noticed_on_resume(tmp_path):

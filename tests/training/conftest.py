@@ -12,8 +12,12 @@ from crd_fast.weights.full import FullWeights
 
 PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
 SHAPE = (3, 4, 4)
-NO_MEMORY = [  # as torch says it, a library of CUDA's, and the driver
+NO_MEMORY = [  # as torch says it, on the host too, a library of CUDA's, and the driver
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 20971520 bytes. Error code 12 (Cannot allocate memory)"
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
 ]

@@ -24,7 +24,7 @@ from crd_fast.train.checkpoints import SCORE, evaluated_alike
 from crd_fast.train.inference import Source
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
-from crd_fast.weights import checkpoint
+from crd_fast.weights import checkpoint, durable
 
 SETTINGS = [
     "rollout.prompts_per_iteration=2",
@@ -337,6 +337,17 @@ def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
     assert since == {0: None, 1: None, 2: None, 3: None, 4: None, 5: 5}
     assert base_scores(Source.of(str(copied / "checkpoints" / "iteration-000003"))) is not None
     assert base_scores(Source.of(str(copied))) is None  # of other pictures than its own
+
+
+def test_a_checkpoint_of_another_run_is_not_compared_with_this_one_s_first_evaluation(copied, capsys):
+    folder = copied / "checkpoints" / "iteration-000003"
+    state = checkpoint.read_state(folder)
+    assert base_scores(Source.of(str(folder))) is not None and not capsys.readouterr().err
+    for change in ({"record": state["record"] | {"grad_norm": -1.0}}, {"iteration": 9}):
+        (folder / "state.json").write_text(json.dumps(state | change))
+        durable.seal(folder)
+        assert base_scores(Source.of(str(folder))) is None
+        assert "another run's by its metrics; not compared" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_makes_evaluations_others():

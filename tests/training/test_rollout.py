@@ -5,10 +5,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from crd_fast.models.builtin import SHIFT, BuiltinModel
+from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.rewards.advantage import advantages, combine
 from crd_fast.seeds import seed_table, seeded_noise
 from crd_fast.train.forwards import autocast
-from crd_fast.train.micro_batch import MicroBatch
+from crd_fast.train.micro_batch import MicroBatch, first_sentence
 from crd_fast.train.rollout import Sampling, generate
 from tests.training.conftest import NO_MEMORY
 
@@ -77,6 +78,13 @@ def test_out_of_memory_halves_the_micro_batch(model, monkeypatch, error):
     monkeypatch.setattr(model, "velocity", small_memory)
     assert torch.equal(rollout(model, 4), wanted)
     assert sizes[:3] == [3, 2, 1] and set(sizes[3:]) == {1}
+
+
+def test_what_the_host_has_no_memory_for_is_said():
+    with pytest.raises(torch.OutOfMemoryError) as raised, as_out_of_memory():
+        torch.empty(2**60, dtype=torch.uint8)
+    wanted = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1152921504606846976 bytes"
+    assert first_sentence(raised.value) == wanted
 
 
 def test_prompts_matter(model):

@@ -61,11 +61,13 @@ class Signals(Observer):
 
 
 @pytest.fixture(autouse=True)
-def without_nohup():
-    """Whether or not these tests were begun by it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def nothing_ignored():
+    """Whether or not these tests were begun by nohup or by a script's `&`."""
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, hang_up)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +118,13 @@ def test_what_is_left_is_whole_and_goes_on(whole, tmp_path, phase, after, number
     goes_on_as_if_nothing_had_been(run, whole)
 
 
-def test_a_run_that_nohup_began_outlives_its_terminal(tmp_path):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_a_run_was_begun_to_ignore_does_nothing(tmp_path, number):
+    """As nohup begins one, for its terminal's end, and a script's `&`, for a Ctrl-C that ends the script."""
+    signal.signal(number, signal.SIG_IGN)
     settings = [*SETTINGS, "evaluate.every=0", "train.iterations=2"]
-    hangs_up = Signals("rollout", 2, signal.SIGHUP)
-    assert Trainer(load_recipe("builtin", settings), tmp_path, observer=hangs_up).run()
+    sent = Signals("rollout", 2, number, number)
+    assert Trainer(load_recipe("builtin", settings), tmp_path, observer=sent).run()
 
 
 def hangs_in_the_evaluation(images, prompts, metadata):
@@ -199,3 +203,13 @@ def test_a_second_ctrl_c_is_offered_where_it_does_something(alone, caplog):
         assert stopping.requested
     assert "finishing this iteration" in caplog.text
     assert ("Ctrl-C again" in caplog.text) == alone
+
+
+@pytest.mark.parametrize("rank, says", [("0", True), ("1", False)])
+def test_of_several_processes_one_says_that_the_iteration_ends_first(rank, says, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    stopping = Stopping(alone=False)
+    with stopping.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.requested
+    assert ("finishing this iteration" in caplog.text) == says

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from crd_fast.errors import UserError
-from crd_fast.run.new_files import write_atomically
+from crd_fast.run.new_files import write_atomically, write_new
 from crd_fast.run.observer import Observer
 from crd_fast.run.progress import duration
 from crd_fast.run.report.advice import advice
@@ -81,16 +81,16 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def write_report(run: Path) -> Path:
-    """Writes `run`/report.html and returns its path.
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Writes `run`/report.html, or a new file `out` in its place, and returns its path.
 
     run: a folder that `crd-fast train` writes: config.yaml, and as far as they are there metrics.jsonl,
     evaluations/, samples/, warnings.txt and environment.json. Raises UserError if the folder is no run, or
-    has a report.html that is none of ours, or takes no file.
+    has a report.html that is none of ours, or takes no file; or if something is at `out` already.
     """
     read = read_run(Path(run))
-    path = read.folder / "report.html"
-    if os.path.lexists(path) and not _is_ours(path):
+    path = read.folder / "report.html" if out is None else out
+    if out is None and os.path.lexists(path) and not _is_ours(path):
         raise UserError(f"{path}: is there already and was not written by crd-fast; it is left alone")
     found, judges = changes(read), judged(read)
     tiles, taken = samples(read), phases(read)
@@ -121,10 +121,14 @@ def write_report(run: Path) -> Path:
         label=label,
         signed=signed,
     )
+    if out is not None:
+        write_new(out, "--out", page.encode("utf-8"))
+        return out
     try:
         write_atomically(path, page)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        reason = f"{error.strerror}; crd-fast report with --out FILE writes it elsewhere"
+        raise UserError(f"{path}: cannot be written: {reason}") from None
     return path
 
 
