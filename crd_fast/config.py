@@ -156,11 +156,17 @@ class Recipe(Section):
         return self
 
     def check_own(self, trains: bool, evaluates: bool) -> None:
-        """Raises UserError where the defaults, of a world that ships, meet another model, and where no reward
-        has a weight to be trained on."""
-        if trains and not trained_weights(self.rewards):
+        """Raises UserError where the defaults, of a world that ships, meet another model, where no reward has
+        a weight to be trained on, and where `anchor_uncertain` has none of weight 0 to go by."""
+        weighted = trained_weights(self.rewards)
+        if trains and not weighted:
             raise UserError(
                 "rewards: expected one of a weight other than 0, got none: nothing would be trained"
+            )
+        if trains and self.loss.anchor_uncertain < 1 and len(weighted) == len(self.rewards):
+            raise UserError(
+                "loss.anchor_uncertain: expected 1.0 without a reward of weight 0, got "
+                f"{self.loss.anchor_uncertain:g}"
             )
         prompts, rewards = {}, {}
         if trains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from crd_fast.run.observer import Observer
 from crd_fast.seeds import ROLLOUT, seed_table
 from crd_fast.train.evaluate import to_uint8
 from crd_fast.train.iteration_prompts import IterationPrompts
-from crd_fast.train.micro_batch import MicroBatch, decoded
+from crd_fast.train.micro_batch import decoded, resolve_micro_batch
 from crd_fast.train.partial_rollout import PartialRollout, prefixed, rollout_key
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.weights import checkpoint
@@ -26,21 +27,25 @@ Embeddings = dict[str, torch.Tensor]
 
 
 class IterationRollout:
-    """K samples of each of an iteration's prompts, those of this rank, by the sampler."""
+    """K samples of each of an iteration's prompts, those of this rank, by the sampler.
+
+    partial: what is finished of them, in the run's folder `output`.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
+        output: Path,
         model: FlowModel,
         weights: Weights,
         prompts: IterationPrompts,
-        micro_batch: MicroBatch,
-        partial: PartialRollout,
         ranks: Ranks,
         observer: Observer,
     ):
         self.recipe, self.model, self.weights, self.prompts = recipe, model, weights, prompts
-        self.micro_batch, self.partial, self.ranks, self.observer = micro_batch, partial, ranks, observer
+        self.ranks, self.observer = ranks, observer
+        self.micro_batch = resolve_micro_batch(recipe.rollout.micro_batch, fixed=weights.sharded)
+        self.partial = PartialRollout(output, 60 * recipe.checkpoint.minutes, active=ranks.count == 1)
         self.empty = model.encode_prompts([""])  # for the whole run: prompts may push it out of their cache
 
     def generate(self, iteration: int, scoring: Scoring) -> tuple[Embeddings, Embeddings, torch.Tensor]:
@@ -59,19 +64,19 @@ class IterationRollout:
         with self.observer.phase("rollout", len(seeds)):
             with self.observer.phase("prompts"):
                 embeddings = self.model.encode_prompts(prompts)
-                guided = self.recipe.guides_training and any(negatives(metadata))
-                away = encode_negatives(self.model, metadata) if guided else self.empty
+                led_away = self.recipe.guides_training and any(negatives(metadata))
+                negative = encode_negatives(self.model, metadata) if led_away else self.empty
             scored = PromptScoring(scoring, self._images, metadata, samples)
 
             def finished(latents: torch.Tensor) -> None:
                 self.partial.see(latents)
                 scored(latents)
 
-            given = {"seeds": seeds, **prefixed("prompt", embeddings), **prefixed("negative", away)}
+            inputs = {"seeds": seeds, **prefixed("prompt", embeddings), **prefixed("negative", negative)}
             # as they are now: where the sampler is in use, some weights have the policy in its place
             state = self.weights.state()
-            begun = self.partial.begin(
-                lambda: rollout_key(self.recipe, checkpoint.describe(self.model), state, given)
+            first_latents = self.partial.begin(
+                lambda: rollout_key(self.recipe, checkpoint.describe(self.model), state, inputs)
             )
             with self.weights.use("sampler"):
                 latents = generate(
@@ -79,13 +84,13 @@ class IterationRollout:
                     embeddings,
                     torch.arange(len(own)).repeat_interleave(samples),
                     seeds,
-                    Sampling.of(self.recipe, config, away, self.micro_batch, iteration),
+                    Sampling.of(self.recipe, config, negative, self.micro_batch, iteration),
                     finished,
                     self.observer,
-                    "sampler",
-                    begun,
+                    branch="sampler",
+                    first_latents=first_latents,
                 )
-        return embeddings, away, latents
+        return embeddings, negative, latents
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         with self.observer.phase("decode"):

@@ -116,13 +116,13 @@ class PartialRollout:
 
 
 def rollout_key(
-    recipe: Recipe, model: object, weights: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+    recipe: Recipe, model: object, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
 ) -> str:
-    """A digest of all that latents depend on. model: its description; given: seeds and embeddings."""
+    """A digest of all that latents depend on. model: its description; inputs: seeds and embeddings."""
     sampler = {name: of for name, of in weights.items() if name.startswith("sampler/")}
     network = recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
     rollout = recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
-    return digest(sampler | prefixed("given", given), model, network, rollout, recipe.train.precision)
+    return digest(sampler | prefixed("given", inputs), model, network, rollout, recipe.train.precision)
 
 
 def prefixed(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

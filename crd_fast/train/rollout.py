@@ -67,12 +67,12 @@ def generate(
     finished: Callable[[torch.Tensor], None] = lambda latents: None,
     observer: Observer = NOBODY,
     branch: str = "policy",
-    begun: torch.Tensor | None = None,
+    first_latents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Samples N latents, float32 (N, *latent_shape), with the weights that are active.
 
     After each micro-batch `finished` is called with all latents so far. branch: what the observer is told
-    that the active weights are. begun: the first of them, made before.
+    that the active weights are. first_latents: the first of them, where they were made before.
     """
     device, watched = model.device, functools.partial(observer.branch, branch)
     shape = model.latent_shape(sampling.resolution)
@@ -98,9 +98,9 @@ def generate(
         latents[rows] = x
 
     done = 0
-    if begun is not None:
-        done = len(begun)
-        latents[:done] = begun
+    if first_latents is not None:
+        done = len(first_latents)
+        latents[:done] = first_latents
         observer.advance(done)
         finished(latents[:done])
     for rows in in_micro_batches(integrate, len(seeds), sampling.micro_batch, done):

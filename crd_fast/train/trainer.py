@@ -18,6 +18,7 @@ import torch
 from crd_fast.config import Recipe, build_recipe
 from crd_fast.errors import UserError, reason_of
 from crd_fast.models import compile_blocks, load_model
+from crd_fast.models.base import FlowModel
 from crd_fast.ranks import Ranks, check_ranks
 from crd_fast.rewards import Rewards, by_name, needs_consent
 from crd_fast.rewards.advantage import advantages, combine, kinds, uncertain
@@ -38,7 +39,6 @@ from crd_fast.train.iteration_prompts import IterationPrompts
 from crd_fast.train.iteration_rollout import Embeddings, IterationRollout
 from crd_fast.train.micro_batch import first_sentence, resolve_micro_batch
 from crd_fast.train.pairs import Pairs, draw_pairs
-from crd_fast.train.partial_rollout import PartialRollout
 from crd_fast.train.places import absolute
 from crd_fast.train.prompt_lengths import check_prompts
 from crd_fast.train.run_evaluation import evaluate_run
@@ -80,101 +80,100 @@ class Trainer:
         recipe.check_own(trains=True, evaluates=evaluates)
         # absolute, as a reward may change the working directory; and as given, for messages
         self.recipe, self.output, self._output_as_given = recipe, output.absolute(), output
-        self.throughput, self.memory = Throughput(row_flops), GpuMemory()
+
+        # who takes part, and who watches
         profiler = profiling.start(recipe.train.profile)
-        self.observer = Observers(profiler, self.throughput, self.memory, observer)
         self.ranks = Ranks()
         self.stopping = Stopping(alone=self.ranks.count == 1)
-        self.observer.add(self.stopping)
+        self.throughput, self.memory = Throughput(row_flops), GpuMemory()
+        self.observer = Observers(profiler, self.throughput, self.memory, observer, self.stopping)
         check_ranks(recipe, self.ranks.count)
+
+        # where it begins: at iteration 0, or at the checkpoint that a resumed run goes on from
         self.checkpoints = Checkpoints(self.output, recipe, self.ranks, resume)
         newest, state = self.checkpoints.newest, self.checkpoints.state
+        self.iteration: int = state["iteration"] if state else 0
+        self.step: int = state["step"] if state else 0
+
+        # what is refused before anything is loaded, and first what is soon known
         self.rewards = Rewards(recipe.rewards if rewards is None else rewards)
         self.checkpoints.check_served(self.rewards.served)
-        if recipe.loss.anchor_uncertain < 1 and all(self.rewards.weights.values()):
-            raise UserError(
-                "loss.anchor_uncertain: expected 1.0 without a reward of weight 0, got "
-                f"{recipe.loss.anchor_uncertain:g}"
-            )
         self.prompts = IterationPrompts(recipe, self.ranks, self.observer)
         refuse_full(output, SMALLEST_SPACE)
         self.rewards.check(self.prompts.entries())
-        begin = state["iteration"] if state else 0
         held_out = HeldOut(recipe, self.rewards) if evaluates else None
         self.features = None
         if held_out and recipe.evaluate.features is not None:
             pictures = len(held_out.entries) * recipe.evaluate.samples_per_prompt
             self.features = FeatureDistance(recipe, self.output, pictures, self.ranks, self.observer)
         self.rewards.try_out(self.prompts.entries(), recipe.size_of(0), recipe.rollout.samples_per_prompt)
-        if recipe.model.init_lora is not None and not newest:
-            lora_file(Path(recipe.model.init_lora))
-        with self.ranks.main_first():  # it fills the cache of encoded prompts
-            self.model = load_model(
-                recipe,
-                self.prompts.first(begin, held_out.entries if held_out else []),
-                self.prompts.ahead(begin),
-                self.prompts.counted,
-                lambda model: check_prompts(
-                    model, recipe, held_out, (self.prompts.entries(), self.rewards), say=self.ranks.main
-                ),
-            )
+        init_lora = None if recipe.model.init_lora is None else Path(recipe.model.init_lora)
+        if init_lora and not newest:
+            lora_file(init_lora)
+
+        # the model and the weights that are trained
+        self.model = self._load_model(held_out)
         if newest and state:
             self.description = checkpoint.check_same_model(state, self.model, newest, trains=True)
         else:
             self.description = checkpoint.describe(self.model)
         self.weights = make_weights(self.model, recipe)
-        if recipe.model.init_lora is not None and not newest:
-            self.weights.start_from(Path(recipe.model.init_lora))
+        if init_lora and not newest:
+            self.weights.start_from(init_lora)
         if recipe.train.compile:
             compile_blocks(self.model.transformer)
         self.optimizer = make_optimizer(recipe, self.weights.trained())
-        self.signal = None
-        if recipe.train.timestep_sampling == "by-signal":
-            self.signal = Signal(recipe.rollout.steps, state["signal"] if state else None)
         self.optimizer.register_step_post_hook(lambda *_: self.weights.stepped())
-        self.updater = Updater(
-            self.model,
-            self.weights,
-            recipe.loss,
-            advantage_clip=recipe.advantage.clip,
-            precision=recipe.train.precision,
-            micro_batch=resolve_micro_batch(recipe.train.micro_batch, self.weights.sharded),
-            one_pass=recipe.model.streaming,
-            backward_fraction=recipe.train.backward_fraction,
-            kept_graphs=recipe.train.kept_graphs,
-            signal=self.signal,
-            observer=self.observer,
-        )
-        # one for each: that an evaluation does not fit says nothing about the rollout
-        of_rollout, of_evaluation = (
-            resolve_micro_batch(recipe.rollout.micro_batch, self.weights.sharded) for _ in range(2)
-        )
-        partial = PartialRollout(self.output, 60 * recipe.checkpoint.minutes, self.ranks.count == 1)
-        self.rollout = IterationRollout(
-            recipe, self.model, self.weights, self.prompts, of_rollout, partial, self.ranks, self.observer
-        )
-        self.evaluation = None
-        if held_out:
-            trained = {entry["prompt"] for entry in self.prompts.entries()}
-            self.evaluation = Evaluation(
-                self.model, recipe, self.rewards, of_evaluation, self.ranks, held_out, trained
-            )
-        self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
-        self.iteration = self.step = 0
-        self.finite_steps = FiniteSteps(say=self.ranks.main)
-        self._record: dict = {"iteration": 0, "step": 0}  # the last iteration's, without an evaluation
-        if newest and state:
+        if newest:
             checkpoint.load(newest, self.weights, self.weights.resuming(self.optimizer))
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.train.learning_rate  # may have been changed since
-            self.iteration, self.step = state["iteration"], state["step"]
+
+        # what an iteration does with them
+        self.rollout = IterationRollout(
+            recipe, self.output, self.model, self.weights, self.prompts, self.ranks, self.observer
+        )
+        self.signal = None
+        if recipe.train.timestep_sampling == "by-signal":
+            self.signal = Signal(recipe.rollout.steps, state["signal"] if state else None)
+        self.updater = Updater.of(recipe, self.model, self.weights, self.signal, self.observer)
+        self.finite_steps = FiniteSteps(say=self.ranks.main)
+        self.schedules = {name: Schedule.parse(getattr(recipe.snapshots, name)) for name in SNAPSHOTS}
+        self.evaluation = self._make_evaluation(held_out) if held_out else None
+
+        # the present iteration's line of the metrics, without an evaluation, and whether the log lacks it, or
+        # its evaluation: of a new run the first one, of a resumed one what was saved and not yet logged
+        self._record: dict = {"iteration": 0, "step": 0}
+        if state:
             self._record = state.get("record") or {}  # earlier versions logged before they saved
         self._unlogged = bool(self._record) and self.checkpoints.is_unlogged(self._evaluates())
         if self.ranks.main:
             self.checkpoints.hold()
-            # a run that was stopped before its first checkpoint starts over, in the same folder
-            next_logged = self.iteration + (not self._unlogged) if newest else 0
-            self.log = RunLog(self.output, recipe, next_logged if resume else None)
+            self.log = RunLog(self.output, recipe, self._next_logged() if resume else None)
+
+    def _load_model(self, held_out: HeldOut | None) -> FlowModel:
+        """The recipe's model, once the prompts that come first are encoded."""
+        trained = self.prompts.entries(), self.rewards
+        with self.ranks.main_first():  # it fills the cache of encoded prompts
+            return load_model(
+                self.recipe,
+                self.prompts.first(self.iteration, held_out.entries if held_out else []),
+                self.prompts.ahead(self.iteration),
+                self.prompts.counted,
+                lambda model: check_prompts(model, self.recipe, held_out, trained, say=self.ranks.main),
+            )
+
+    def _make_evaluation(self, held_out: HeldOut) -> Evaluation:
+        trained = {entry["prompt"] for entry in self.prompts.entries()}
+        # one of its own: that an evaluation does not fit says nothing about the rollout
+        micro_batch = resolve_micro_batch(self.recipe.rollout.micro_batch, fixed=self.weights.sharded)
+        return Evaluation(self.model, self.recipe, self.rewards, micro_batch, self.ranks, held_out, trained)
+
+    def _next_logged(self) -> int:
+        """The iteration that a resumed run logs next; lines from there on are dropped."""
+        if not self.checkpoints.newest:
+            return 0  # it was stopped before its first checkpoint, and starts over in the same folder
+        return self.iteration if self._unlogged else self.iteration + 1
 
     def run(self) -> bool:
         """Trains to the recipe's last evaluation. False if a signal ended it earlier, with a checkpoint.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import crd_kernels
 import torch
 
+from crd_fast.config import Recipe
 from crd_fast.models.streaming import Pinned
 from crd_fast.out_of_memory import as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer, observed
@@ -23,7 +24,7 @@ from crd_fast.seeds import seeded_noise
 from crd_fast.train.chunk import Chunk
 from crd_fast.train.draws import drawn_in_groups
 from crd_fast.train.kept import OnHost
-from crd_fast.train.micro_batch import MicroBatch, release_memory
+from crd_fast.train.micro_batch import MicroBatch, release_memory, resolve_micro_batch
 from crd_fast.train.norm_penalty import norm_penalty
 from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
@@ -76,6 +77,24 @@ class Updater:
         self.one_pass, self.observer = one_pass, observer
         self.backward_fraction, self.kept_graphs, self.signal = backward_fraction, kept_graphs, signal
         self.micro_batch = MicroBatch(micro_batch) if isinstance(micro_batch, int) else micro_batch
+
+    @classmethod
+    def of(cls, recipe: Recipe, model, weights, signal: Signal | None, observer: Observer) -> Updater:
+        """As the recipe trains in its sections `loss` and `train`."""
+        config = recipe.train
+        return cls(
+            model,
+            weights,
+            recipe.loss,
+            advantage_clip=recipe.advantage.clip,
+            precision=config.precision,
+            micro_batch=resolve_micro_batch(config.micro_batch, fixed=weights.sharded),
+            one_pass=recipe.model.streaming,
+            backward_fraction=config.backward_fraction,
+            kept_graphs=config.kept_graphs,
+            signal=signal,
+            observer=observer,
+        )
 
     def accumulate(
         self,

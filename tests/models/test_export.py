@@ -27,9 +27,11 @@ from tests.models.conftest import (
     SAMPLE_PROMPTS,
     SEEDS,
     STEPS,
+    as_short,
     by_pipeline,
     by_rollout,
     load_pipeline,
+    short,
 )
 
 SETTINGS = ("evaluate.every=1", "evaluate.steps=2", "checkpoint.every=1")
@@ -57,30 +59,30 @@ def exported(inside, source, to, out, *options):
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_a_lora(inside, run_of, tiny, tmp_path, family):
     """diffusers takes the folder and, as ComfyUI reads it, the file; the fused pipeline draws the same."""
-    run = run_of(family)
+    run, length = run_of(family, short(family), "evaluate.every=0"), as_short(family)
     source = run / "checkpoints" / "iteration-000002"
     pipe = load_pipeline(tiny(family))
-    untrained, _ = by_pipeline(pipe, family)
+    untrained, _ = by_pipeline(pipe, family, **length)
     pipe.load_lora_weights(source / "diffusers")
-    expected, _ = by_pipeline(pipe, family)
+    expected, _ = by_pipeline(pipe, family, **length)
     pipe.unload_lora_weights()
     assert (expected - untrained).abs().max() > 1e-3
 
     exported(inside, source, "diffusers", tmp_path / "lora")
     pipe.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(by_pipeline(pipe, family)[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(by_pipeline(pipe, family, **length)[0], expected, rtol=0, atol=0)
     pipe.unload_lora_weights()
 
     exported(inside, run, "comfyui", tmp_path / "lora.safetensors", "--checkpoint", "2")
     state = load_file(tmp_path / "lora.safetensors")
     assert all(re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", key) for key in state)
     pipe.load_lora_weights(state)  # tensors alone, as ComfyUI has them
-    torch.testing.assert_close(by_pipeline(pipe, family)[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_pipeline(pipe, family, **length)[0], expected, rtol=1e-5, atol=1e-5)
 
     exported(inside, run, "fused", tmp_path / "deep" / "fused", "--checkpoint", "newest")
     fused = load_pipeline(tmp_path / "deep" / "fused")
     assert not any("lora" in name for name, _ in fused.transformer.named_parameters())
-    torch.testing.assert_close(by_pipeline(fused, family)[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_pipeline(fused, family, **length)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_keeps_the_dtype_of_each_component(inside, run_of, tiny, tmp_path):
@@ -315,7 +317,8 @@ def test_a_small_model_that_ships(inside, tmp_path):
 def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which):
     """Evaluated, saved and used elsewhere is one and the same; resuming goes on with the policy."""
     snapshots = ("snapshots.sampler=0/0.7/0/0.7", "snapshots.old=0/0.4/0/0.4", "snapshots.ema=0.9")
-    run = run_of("sd3", f"model.method={method}", f"evaluate.weights={which}", *snapshots)
+    once = (short("sd3"), "evaluate.every=2", "evaluate.guided_base=false", "checkpoint.every=2")
+    run = run_of("sd3", f"model.method={method}", f"evaluate.weights={which}", *snapshots, *once)
     newest = run / "checkpoints" / "iteration-000002"
     tensors = load_file(newest / checkpoint.TENSORS)
     key = next(key for key in tensors if key.startswith("weights/policy/") and "to_q" in key)
@@ -332,7 +335,7 @@ def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which
         pipe.transformer = kind.from_pretrained(newest / "transformer")
         stored = load_file(newest / "transformer" / "diffusion_pytorch_model.safetensors")
         assert torch.equal(stored[name], tensors[f"weights/{which}/{name}"])
-    torch.testing.assert_close(by_pipeline(pipe, "sd3")[0], pictures, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_pipeline(pipe, "sd3", **as_short("sd3"))[0], pictures, rtol=1e-4, atol=1e-4)
     policy = Source.of(str(newest))
     policy = dataclasses.replace(
         policy, recipe=build_recipe(policy.recipe.model_dump(), ["evaluate.weights=policy"])
@@ -352,9 +355,10 @@ def test_an_average_of_the_weights(inside, run_of, tiny, tmp_path, method, which
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_any_set_of_a_checkpoint(inside, run_of, tiny, tmp_path, method):
     """What was not evaluated can be exported as well: each as it is used within this context."""
-    run = run_of("sd3", f"model.method={method}", "snapshots.ema=0.9", "snapshots.sampler=0/0.7/0/0.7")
+    settings = (short("sd3"), "snapshots.ema=0.9", "snapshots.sampler=0/0.7/0/0.7", "evaluate.every=0")
+    run = run_of("sd3", f"model.method={method}", *settings)
     newest = run / "checkpoints" / "iteration-000002"
-    pictures = {}
+    pictures, length = {}, as_short("sd3")
     for name in ("policy", "ema", "sampler"):
         source = Source.of(str(newest))
         recipe = build_recipe(source.recipe.model_dump(), [f"evaluate.weights={name}"])
@@ -365,11 +369,12 @@ def test_any_set_of_a_checkpoint(inside, run_of, tiny, tmp_path, method):
             pipe.load_lora_weights(tmp_path / name)
         else:
             pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / name)
-        torch.testing.assert_close(by_pipeline(pipe, "sd3")[0], pictures[name], rtol=1e-4, atol=1e-4)
+        drawn, _ = by_pipeline(pipe, "sd3", **length)
+        torch.testing.assert_close(drawn, pictures[name], rtol=1e-4, atol=1e-4)
     assert (pictures["ema"] - pictures["policy"]).abs().max() > 1e-3
     assert (pictures["ema"] - pictures["sampler"]).abs().max() > 1e-3
     exported(inside, newest, "fused", tmp_path / "fused", "--weights", "ema")
-    fused = by_pipeline(load_pipeline(tmp_path / "fused"), "sd3")[0]
+    fused, _ = by_pipeline(load_pipeline(tmp_path / "fused"), "sd3", **length)
     torch.testing.assert_close(fused, pictures["ema"], rtol=1e-4, atol=1e-4)
     code, _, errors = inside("export", run, "--to", "hub", "--out", tmp_path / "hub", "--weights", "ema")
     assert code == 2 and "expected policy for the hub" in errors

@@ -18,10 +18,12 @@ from tests.models.conftest import (
     PROMPTS,
     RESOLUTION,
     STEPS,
+    as_short,
     by_pipeline,
     by_rollout,
     load_pipeline,
     packed,
+    short,
 )
 
 
@@ -131,7 +133,7 @@ def test_training_and_its_lora_in_the_pipeline(tiny, recipe, tmp_path, family):
 
     So it does without what the file says beside its tensors.
     """
-    trainer = Trainer(recipe(tiny(family)), tmp_path / "run")
+    trainer = Trainer(recipe(tiny(family), short(family)), tmp_path / "run")
     assert trainer.run()
     records = read_metrics(tmp_path / "run")
     assert [record["iteration"] for record in records] == [1, 2]
@@ -139,13 +141,13 @@ def test_training_and_its_lora_in_the_pipeline(tiny, recipe, tmp_path, family):
     assert all(record["kl_loss"] > 0 and record["grad_norm"] > 0 for record in records)
 
     pipe = load_pipeline(tiny(family))
-    untrained, _ = by_pipeline(pipe, family)
+    untrained, _ = by_pipeline(pipe, family, **as_short(family))
     exported = tmp_path / "run" / "checkpoints" / "iteration-000002" / "diffusers"
     images, _ = by_rollout(trainer.model)
     (file,) = exported.glob("*.safetensors")
     for lora in (exported, load_file(file)):
         pipe.load_lora_weights(lora)
-        drawn, _ = by_pipeline(pipe, family)
+        drawn, _ = by_pipeline(pipe, family, **as_short(family))
         torch.testing.assert_close(images, drawn, rtol=1e-4, atol=1e-4)
         assert (untrained - drawn).abs().max() > 1e-3
         pipe.unload_lora_weights()

@@ -6,6 +6,7 @@ import torch
 from crd_fast.models import streaming
 from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
+from tests.models.conftest import short
 
 
 def trained(run, recipe):
@@ -28,7 +29,8 @@ def test_kept_graphs_change_nothing(tiny, recipe, tmp_path, monkeypatch, family,
     """On the device and on the host the same run to the bit; rerun micro-batches differ by rounding."""
     monkeypatch.setattr(streaming, "SMALLEST", 0)
     monkeypatch.setattr("crd_fast.train.kept.SMALLEST", 0)
-    settings = ("train.micro_batch=2", "rollout.samples_per_prompt=4", *base)
+    settings = (short(family), "train.micro_batch=2", "rollout.samples_per_prompt=4", *base)
+    settings += ("train.timesteps=1", "rollout.steps=2")  # two micro-batches of each group all the same
     found = {
         where: trained(tmp_path / where, recipe(tiny(family), *settings, f"train.kept_graphs={where}"))
         for where in ("none", "device", "host")
@@ -46,6 +48,7 @@ def test_kept_graphs_change_nothing(tiny, recipe, tmp_path, monkeypatch, family,
 )
 def test_a_part_goes_backward(tiny, recipe, tmp_path, family, base):
     settings = (
+        short(family),
         "train.micro_batch=3",
         "rollout.samples_per_prompt=4",
         "train.backward_fraction=0.5",

@@ -11,7 +11,7 @@ from crd_fast.run.metrics import read_metrics
 from crd_fast.train.trainer import Trainer
 from crd_fast.train.update import Updater
 from crd_fast.weights.make import make_weights
-from tests.models.conftest import GROUP, PROMPTS, RESOLUTION, by_rollout, pairs_of_two_prompts
+from tests.models.conftest import GROUP, PROMPTS, RESOLUTION, by_rollout, pairs_of_two_prompts, short
 
 
 def test_the_native_backend_draws_the_same(tiny, recipe):
@@ -63,12 +63,14 @@ def test_other_prompts_and_rows_compile_nothing(tiny, recipe, family):
 
 def test_a_partial_anchor_compiles_no_more_than_a_whole_one(tiny, recipe):
     """How many rows of a micro-batch are anchored changes from one to the next."""
-    settings = recipe(tiny("sd3"))
+    settings = recipe(tiny("sd3"), short("sd3"))
 
-    def graphs(anchors):
+    def graphs(*anchors):
+        """How many there are after each micro-batch."""
         torch._dynamo.reset()
         counters.clear()
         model = load_model(settings, PROMPTS)
+        del model.transformer.transformer_blocks[::2]  # leaves one of three kinds, each compiled alike
         weights = make_weights(model, settings)
         with torch.no_grad():
             weights.trained()[1].add_(0.1)  # or old, being equal, would not be run
@@ -77,26 +79,37 @@ def test_a_partial_anchor_compiles_no_more_than_a_whole_one(tiny, recipe):
         updater = Updater(
             model, weights, settings.loss, advantage_clip=5.0, precision="fp32", micro_batch=GROUP
         )
+        found = []
         for anchored in anchors:
             anchor = torch.tensor(anchored).float()
             empty = model.encode_prompts([""])
             updater.accumulate(pairs_of_two_prompts(anchor), latents, model.encode_prompts(PROMPTS), empty)
-        return counters["stats"]["unique_graphs"]
+            found.append(counters["stats"]["unique_graphs"])
+        return found
 
     two_and_three, four_and_two = [1, 1, 0, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1, 1, 0]
-    few = graphs([two_and_three])
-    assert graphs([[1] * 8]) <= few == graphs([two_and_three, four_and_two])
+    (whole,), (few, no_more) = graphs([1] * 8), graphs(two_and_three, four_and_two)
+    assert whole <= few == no_more
 
 
 def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
-    """Traced and run by torch's own kernels: generating code for every set of weights takes minutes."""
+    """Traced and run by torch's own kernels: generating code for every set of weights takes minutes.
+
+    Two blocks of five, which share what is traced: the last, which is of another kind, would double it.
+    """
     compiled = []
+
+    def two_blocks(*arguments, **options):
+        model = load_model(*arguments, **options)
+        del model.transformer.transformer_blocks[2:]
+        return model
 
     def traced(network):
         compiled.append(network)
         compile_blocks(network, backend="aot_eager")
 
     monkeypatch.setattr("crd_fast.train.trainer.compile_blocks", traced)
+    monkeypatch.setattr("crd_fast.train.trainer.load_model", two_blocks)
     settings = ["rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "rollout.steps=2"]
     settings += ["train.timesteps=1", "train.iterations=2", "evaluate.every=0"]
     records = {}

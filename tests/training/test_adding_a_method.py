@@ -32,14 +32,15 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 from crd_fast.config import build_recipe
-from crd_fast.train.trainer import Trainer
-recipe = build_recipe({
+recipes = [build_recipe({
     "rewards": {"colorfulness": 1.0},
     "rollout": {"prompts_per_iteration": 2, "samples_per_prompt": 3, "steps": 2},
-    "train": {"steps_per_iteration": 1, "timesteps": 1, "precision": "fp32", "micro_batch": int(sys.argv[2])},
+    "train": {"steps_per_iteration": 1, "timesteps": 1, "precision": "fp32", "micro_batch": int(micro_batch)},
     "loss": {"method": "push"},
-})
-print(json.dumps(Trainer(recipe, Path(sys.argv[1])).iterate()))
+}) for micro_batch in sys.argv[2:]]
+from crd_fast.train.trainer import Trainer
+folders = [Path(sys.argv[1], name) for name in sys.argv[2:]]
+print(json.dumps([Trainer(recipe, folder).iterate() for recipe, folder in zip(recipes, folders)]))
 """
 
 
@@ -57,7 +58,7 @@ def add(package, path):  # noqa: F811
 
 @pytest.fixture
 def train(package, tmp_path):  # noqa: F811
-    """An iteration by the package at the given micro-batch: its metrics, or what went wrong."""
+    """An iteration by the package at each of the micro-batches: their metrics, or what went wrong."""
     (package / "crd_fast" / "builtin" / "transformer.safetensors").symlink_to(
         ROOT / "crd_fast" / "builtin" / "transformer.safetensors"
     )
@@ -66,8 +67,8 @@ def train(package, tmp_path):  # noqa: F811
     )
     environment = {**os.environ, "PYTHONPATH": str(package)}
 
-    def run(micro_batch):
-        command = [sys.executable, "-c", TRAIN, str(tmp_path / f"run-{micro_batch}"), str(micro_batch)]
+    def run(*micro_batches):
+        command = [sys.executable, "-c", TRAIN, str(tmp_path / "runs"), *map(str, micro_batches)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return json.loads(done.stdout) if done.returncode == 0 else done.stderr
 
@@ -80,7 +81,7 @@ def test_two_files_make_a_method(package, train):  # noqa: F811
     assert "expected 'crd'" in train(6)
     for path in paths:
         add(package, path)
-    whole, split = train(6), train(2)
+    whole, split = train(6, 2)
     assert whole["grad_norm"] > 0 and "old_kl" not in whole
     for name in ("grad_norm", "policy_loss", "kl"):
         assert split[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)

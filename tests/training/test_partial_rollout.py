@@ -1,5 +1,6 @@
 """A run that is stopped within an iteration goes on with the latents that it had."""
 
+import shutil
 import signal
 
 import pytest
@@ -64,11 +65,6 @@ def test_goes_on_with_what_was_made(whole, tmp_path, caplog, phase, after, made)
     assert not (run / FILE).exists()
 
 
-def stopped(run):
-    done, _ = finished(run, observer=Signals("rollout", 4, signal.SIGTERM))
-    assert not done and (run / FILE).is_file()
-
-
 def test_of_other_weights_nothing_is_taken(tmp_path, caplog):
     """The newest checkpoint is gone, and the iteration comes again with a sampler that learnt otherwise."""
     run, rows = tmp_path / "run", Rows()
@@ -100,6 +96,15 @@ def test_what_was_written_while_the_sampler_was_in_use_is_taken(tmp_path, caplog
     assert rows.sampler == 2 * (8 - 4)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped within a rollout. Its copies are damaged and gone on with."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    done, _ = finished(run, observer=Signals("rollout", 4, signal.SIGTERM))
+    assert not done and (run / FILE).is_file()
+    return run
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:200])
 
@@ -124,9 +129,8 @@ def of_somebody(path):
 
 
 @pytest.mark.parametrize("damage", [cut, turned, empty, a_folder, of_somebody])
-def test_a_damaged_file_is_left_out_and_said(tmp_path, caplog, damage):
-    run, rows = tmp_path / "run", Rows()
-    stopped(run)
+def test_a_damaged_file_is_left_out_and_said(stopped, tmp_path, caplog, damage):
+    run, rows = shutil.copytree(stopped, tmp_path / "run"), Rows()
     damage(run / FILE)
     done, _ = finished(run, observer=rows, resume=True)
     assert done and "left out" in caplog.text and "going on with" not in caplog.text

@@ -28,6 +28,8 @@ SETTINGS = [
     "evaluate.every=2",
     "evaluate.steps=1",
     "evaluate.max_prompts=6",
+    "evaluate.guided_base=false",
+    "loss.guidance_scale=1.0",
 ]
 
 

@@ -14,13 +14,19 @@ from crd_fast.weights.sharded import ShardedHostWeights, ShardedWeights
 from tests.training.conftest import gradients
 from tests.training.test_weights import lora, network, train_a_little
 
+
+def small():
+    """Of one block: it is tried once for each of its tensors, and then all of them are compared."""
+    return network(layers=1)
+
+
 MAKE = {
-    "lora": lora,
-    "full": lambda: FullWeights(network()),
-    "host": lambda: HostWeights(network()),
-    "host-bf16": lambda: HostWeights(network().bfloat16()),
-    "sharded": lambda: ShardedWeights(network()),
-    "sharded-host": lambda: ShardedHostWeights(network()),
+    "lora": lambda: lora(small()),
+    "full": lambda: FullWeights(small()),
+    "host": lambda: HostWeights(small()),
+    "host-bf16": lambda: HostWeights(small().bfloat16()),
+    "sharded": lambda: ShardedWeights(small()),
+    "sharded-host": lambda: ShardedHostWeights(small()),
 }
 # tensor operations of a switch and back, for each tensor of the policy: where nothing is copied there is
 # nothing that memory could run out for. On the host: the policy, which has changed, before the two

@@ -17,14 +17,14 @@ from crd_fast.weights.lora import LoraWeights
 TARGETS = list(builtin.BuiltinModel.lora_targets)
 
 
-def network():
+def network(layers=2):
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=8,
         patch_size=4,
         in_channels=3,
         out_channels=3,
-        num_layers=2,
+        num_layers=layers,
         num_attention_heads=2,
         attention_head_dim=8,
         joint_attention_dim=16,
