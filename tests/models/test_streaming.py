@@ -116,7 +116,9 @@ def close(found, expected, tolerance):
     scale = expected_gradient.abs().max()
     assert (gradient - expected_gradient).abs().max() < tolerance * scale
     for name in ("policy_loss", "kl_loss", "kl"):
-        assert metrics[name] == pytest.approx(expected_metrics[name], rel=tolerance), name
+        # a loss is a difference of terms that are larger
+        expected_value = pytest.approx(expected_metrics[name], rel=tolerance, abs=tolerance / 100)
+        assert metrics[name] == expected_value, name
 
 
 @pytest.mark.parametrize(
