@@ -21,7 +21,7 @@ def small():
 
 
 MAKE = {
-    "lora": lambda: lora(small()),
+    "lora": lora,  # whose targets are not all in a single block
     "full": lambda: FullWeights(small()),
     "host": lambda: HostWeights(small()),
     "host-bf16": lambda: HostWeights(small().bfloat16()),
