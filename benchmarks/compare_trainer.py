@@ -123,7 +123,10 @@ class Case:
         strength = self.updater.objective.anchor_strength(self.advantage_PK)
         prompts = np.arange(len(PROMPTS))
         return draw_pairs(
-            *(self.recipe, 0, self.sigmas, prompts),
+            self.recipe,
+            0,
+            self.sigmas,
+            prompts,
             advantage_PK=self.advantage_PK,
             anchor_strength_PK=strength,
         )

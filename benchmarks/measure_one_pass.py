@@ -60,7 +60,7 @@ class Step:
         prompts, sigmas = np.arange(len(PROMPTS)), self.model.sigmas(1, size)
         strength = np.ones_like(advantage)
         self.pairs = draw_pairs(
-            *(recipe, 0, sigmas, prompts), advantage_PK=advantage, anchor_strength_PK=strength
+            recipe, 0, sigmas, prompts, advantage_PK=advantage, anchor_strength_PK=strength
         )
         self.embeddings, self.empty = self.model.encode_prompts(PROMPTS), self.model.encode_prompts([""])
 

@@ -26,7 +26,7 @@ from crd_fast.rewards.lent import lent_images, lent_metadata
 from crd_fast.rewards.reports import add_reported, means, unscored
 from crd_fast.rewards.scoring import TIMEOUT, Reward, Scoring, checked, checked_metrics
 from crd_fast.rewards.torch_state import torch_state_kept
-from crd_fast.rewards.workers import Workers
+from crd_fast.rewards.workers import Workers, served_by
 from crd_fast.sizes import Resolution, height_width
 
 # name: where the class is, imported when it is asked for
@@ -117,8 +117,8 @@ class Rewards:
     @property
     def served(self) -> dict[str, str]:
         """By name, what the servers of rewards call theirs, of those that say so."""
-        said = {name: getattr(reward, "served", None) for name, reward in self._rewards.items()}
-        return {name: served for name, served in said.items() if isinstance(served, str)}
+        said = {name: served_by(reward) for name, reward in self._rewards.items()}
+        return {name: served for name, served in said.items() if served is not None}
 
     @property
     def can_check(self) -> bool:

@@ -286,7 +286,7 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
     kind, reward = _outcome(name, _load, name, pickled, device)
     memory = _Memory()
     try:
-        parent.send((kind, _served(reward) if kind == "value" else reward))
+        parent.send((kind, served_by(reward) if kind == "value" else reward))
         while True:
             method, pictures, arguments = parent.recv()
             if pictures is not None:
@@ -296,8 +296,8 @@ def _work(parent: connection.Connection, name: str, pickled: bytes, device: str)
         return
 
 
-def _served(reward: Any) -> str | None:
-    """What its server calls it, of the reward that asks one."""
+def served_by(reward: Any) -> str | None:
+    """What its server calls a reward that asks one; None of any other."""
     name = getattr(reward, "served", None)
     return name if isinstance(name, str) else None
 

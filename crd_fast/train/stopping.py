@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from crd_fast.launched import launched_rank
 from crd_fast.run.observer import Observer
 
 logger = logging.getLogger("crd_fast")
@@ -29,11 +28,11 @@ class Stopping(Observer):
     optimizer has made a step in this iteration: then it ends first. A further Ctrl-C is KeyboardInterrupt.
 
     alone: no other process waits for this one within an iteration. Otherwise every stop is that of the first
-    Ctrl-C.
+    Ctrl-C. say: whether this is the one of several processes that says so.
     """
 
-    def __init__(self, alone: bool):
-        self.alone = alone
+    def __init__(self, alone: bool, say: bool = True):
+        self.alone, self._say = alone, say
         self.requested = self._now = self._waiting = False
         self.whole = True  # weights and optimizer are those of an iteration's end
 
@@ -60,7 +59,7 @@ class Stopping(Observer):
         interrupted = number == signal.SIGINT
         if self._now and interrupted:
             raise KeyboardInterrupt
-        if interrupted and not self.requested and not launched_rank():  # of several one says so
+        if interrupted and not self.requested and self._say:
             again = "; Ctrl-C again to stop after the present micro-batch" if self.alone else ""
             logger.warning("finishing this iteration%s", again)
         self._now = self.requested or not interrupted

@@ -84,7 +84,7 @@ class Trainer:
         # who takes part, and who watches
         profiler = profiling.start(recipe.train.profile)
         self.ranks = Ranks()
-        self.stopping = Stopping(alone=self.ranks.count == 1)
+        self.stopping = Stopping(alone=self.ranks.count == 1, say=self.ranks.main)
         self.throughput, self.memory = Throughput(row_flops), GpuMemory()
         self.observer = Observers(profiler, self.throughput, self.memory, observer, self.stopping)
         check_ranks(recipe, self.ranks.count)
