@@ -99,8 +99,8 @@ class Case:
         words = self.settings.split()
         flags = {word: True for word in words if word in Kind._fields}
         weighting = next((word for word in words if word in WEIGHTINGS), "uniform")
-        third = self.method == "nft" or "third" in words
-        return Kind(self.method, **flags | {"third": third, "weighting": weighting})
+        old_term = self.method == "nft" or "old_term" in words
+        return Kind(self.method, **flags | {"old_term": old_term, "weighting": weighting})
 
     def run(self):
         """Calls the launchers; compiles, does not launch."""
@@ -122,7 +122,7 @@ class Case:
             mask = torch.ones(x.shape, dtype=torch.bool if self.mask == "bool" else torch.float32)
         latents = Latents(
             x,
-            x if kind.method in ("crd", "nft", "dpo") or kind.off_policy or kind.third else None,
+            x if kind.method in ("crd", "nft", "dpo") or kind.off_policy or kind.old_term else None,
             None if self.reference == "none" else x,
             x if self.reference == "guided" else None,
             x,
@@ -138,22 +138,22 @@ class Case:
         run = velocity_kernels.Passes(latents, scalars, kind)
         if self.op == "measure":  # and the gradient of what a trainer has centered itself
             run.measure(latents, Numbers())
-            run.gradient(latents, (scale, scale, scale if kind.third else None), Numbers())
+            run.gradient(latents, (scale, scale, scale if kind.old_term else None), Numbers())
             return
         table, loss = run.forward(latents, scalars, Numbers())
-        run.backward(latents if kind.third else latents._replace(old=None), table, loss, Numbers())
+        run.backward(latents if kind.old_term else latents._replace(old=None), table, loss, Numbers())
 
     def passes(self, kernel):
         """Reads and writes of latents an element that the formula needs."""
         references = {"guided": 2, "conditional": 1, "none": 0}[self.reference]
         noise = 1 if self.noise == "given" else 0
         kind = self.kind()
-        old = kind.method in ("crd", "nft", "dpo") or kind.off_policy or kind.third
+        old = kind.method in ("crd", "nft", "dpo") or kind.off_policy or kind.old_term
         if kernel == "interpolate_kernel":
             return 1 + noise, 1
         if kernel == "measure_kernel":
             return 2 + old + references + noise, 0
-        return 2 + references + noise + kind.third, 1
+        return 2 + references + noise + kind.old_term, 1
 
 
 def cases(every=True):
@@ -170,7 +170,7 @@ def cases(every=True):
     yield Case("loss", "bf16", reference="none", method="reward", settings="adaptive_weighting")
     for weighting in WEIGHTINGS:
         yield Case("loss", "bf16", reference="none", method="awm", settings=f"off_policy clipped {weighting}")
-    yield Case("loss", "bf16", reference="conditional", method="awm", settings="third")
+    yield Case("loss", "bf16", reference="conditional", method="awm", settings="old_term")
     yield Case("loss", "bf16", noise="seeded")
     yield Case("loss", "fp64", noise="seeded")
     yield Case("loss", "bf16", mask="bool")
@@ -180,7 +180,7 @@ def cases(every=True):
         yield Case("loss", "bf16", layout=layout)
     yield Case("loss", "fp32", layout="wide 5 dimensions")
     yield Case("loss", "bf16", layout="wide", method="nft", settings="adaptive_weighting")
-    yield Case("measure", "bf16", method="measure", settings="adaptive_weighting third")
+    yield Case("measure", "bf16", method="measure", settings="adaptive_weighting old_term")
     yield Case("center", "fp32", settings="adaptive_weighting reward_adaptive_kl")
     yield Case("center", "fp32", settings="adaptive_weighting reward_adaptive_kl tempered bce")
     for dtype in DTYPES:

@@ -29,16 +29,20 @@ def loss(check, latents: Latents, scalars: Scalars, kind: Kind, numbers: Numbers
     check() validates the tensors; it is not called again for tensors that look like ones that passed.
     name: of the public function, for errors.
     """
-    policy = latents.policy
     run, impl = _find(check, latents, scalars, kind, impl, name)
     if run is None:
         tensors = map(_detached, (*latents, *scalars))
         table, value = finish_ops.loss_op(*tensors, pack(numbers), str(kind), impl)
         return attach(value, table, latents, kind, numbers, impl), table
-    if not (policy.requires_grad and torch.is_grad_enabled()):
-        table, value = run.forward(latents, scalars, numbers)
-        return value, table
-    call = Call(run, latents, scalars, numbers, name)
+    if latents.policy.requires_grad and torch.is_grad_enabled():
+        return _recorded(run, latents, scalars, numbers, impl, name)
+    table, value = run.forward(latents, scalars, numbers)
+    return value, table
+
+
+def _recorded(run, latents: Latents, scalars: Scalars, numbers: Numbers, impl: str, name: str):
+    """The loss and its table, of plain tensors, with what autograd needs for its gradient."""
+    policy, call = latents.policy, Call(run, latents, scalars, numbers, name)
     if saved_tensors_hooks(True) is not None:  # what they give back may lie otherwise
         call.hooked = dispatch.choose(impl, policy.device)
     try:
@@ -61,7 +65,7 @@ def measure(check, latents: Latents, kind: Kind, numbers: Numbers, impl: str, na
 
 def gradient(check, latents: Latents, coefficients, numbers: Numbers, impl: str):
     """c1 (policy - target) + c2 (policy - reference) + c3 (policy - old), times the mask."""
-    kind = Kind("measure", third=coefficients[2] is not None)
+    kind = Kind("measure", old_term=coefficients[2] is not None)
     run, impl = _find(check, latents, coefficients, kind, impl, "velocity_grad")
     if run is None:
         return ops.velocity_grad_op(*map(_detached, (*latents, *coefficients)), pack(numbers), impl)
@@ -101,7 +105,7 @@ def coefficients(
         else:
             loss, outcome = finish_ops.finish(table, scalars, kind, numbers, impl, process_group)
     c1, c2, c3, policy_loss, kl_loss = outcome.unbind(0)
-    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2, c3 if kind.third else None)
+    return Coefficients(loss, policy_loss[0], kl_loss[0], c1, c2, c3 if kind.old_term else None)
 
 
 def _find(check, latents: Latents, scalars, kind: Kind, impl: str, name: str):
@@ -128,7 +132,7 @@ def attach(value, table, latents: Latents, kind: Kind, numbers: Numbers, impl: s
     policy = latents.policy
     if not (policy.requires_grad and torch.is_grad_enabled()):
         return value
-    if not kind.third and compute_dtype(policy, *latents[2:6]) == table.dtype:
+    if not kind.old_term and compute_dtype(policy, *latents[2:6]) == table.dtype:
         latents = latents._replace(old=None)
     others = map(_detached, latents[1:])
     return ops.attach_gradient_op(value, policy, *others, table, pack(numbers), str(kind), impl)
@@ -154,7 +158,7 @@ class _Loss(torch.autograd.Function):
         run, numbers = call.run, call.numbers
         call.table, value = run.forward(call.latents, call.scalars, numbers)
         _, old, *kept = call.latents
-        kept.append(old if run.kind.third or call.hooked else None)  # the gradient seldom needs it
+        kept.append(old if run.kind.old_term or call.hooked else None)  # the gradient seldom needs it
         ctx.call = run, numbers, call.name, call.hooked
         ctx.frozen = None
         if call.inference:

@@ -7,7 +7,7 @@ found again by what the tensors look like. `of` is the only entry; an implementa
     .measure(latents, numbers)                   -> table (ROWS, B)
     .forward(latents, scalars, numbers)          -> table (ROWS + OUTCOME, B), loss
     .backward(latents, table, upstream, numbers) -> like policy: the gradient of that loss, times upstream;
-                                                    `old` is None unless the kind says `third`
+                                                    `old` is None unless the kind says `old_term`
     .gradient(latents, (c1, c2, c3), numbers)    -> like policy
 """
 
@@ -66,4 +66,4 @@ def again(impl, latents, kind):
     look = signature(latents, NOTHING)
     key = impl, kind, look and ("gradient", *look)  # no public call's: nothing was checked
     passes = of(impl, latents, NOTHING, kind, key)
-    return passes, latents if kind.third else latents._replace(old=None)
+    return passes, latents if kind.old_term else latents._replace(old=None)

@@ -79,14 +79,14 @@ class Kind(NamedTuple):
     tempered: bool = False  # the temperature is finite
     off_policy: bool = False  # losses of a probability ratio of policy to old
     clipped: bool = False  # that ratio is bounded
-    third: bool = False  # the gradient has a term c3 (policy - old)
+    old_term: bool = False  # the gradient has a term c3 (policy - old), or the sums are of mixes of the two
     weighting: str = "uniform"
 
     @property
     def mixed(self) -> bool:
         """Whether the first sums may be of mixes of policy and old: where that is known to be not, less code
         is compiled."""
-        return self.method == "nft" or (self.method == "measure" and self.third)
+        return self.method == "nft" or (self.method == "measure" and self.old_term)
 
     def __str__(self) -> str:
         return "/".join([self.method, *(str(int(flag)) for flag in self[1:-1]), self.weighting])

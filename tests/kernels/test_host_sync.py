@@ -115,7 +115,7 @@ def test_three_launches_and_nothing_for_the_host_to_wait_for(gpu, monkeypatch, m
     eps, seed = (eps, None) if noise == "given" else (None, x["group"])
     latents = Latents(policy, old, cond, uncond, x0, eps, seed)
     scalars = Scalars(x["advantage"], x["group"], x["advantage"], x["advantage"])
-    run = velocity_kernels.Passes(latents, scalars, Kind(method, third=method == "nft"))
+    run = velocity_kernels.Passes(latents, scalars, Kind(method, old_term=method == "nft"))
     with counting() as ops:
         table, loss = run.forward(latents, scalars, Numbers())
         run.backward(latents if method == "nft" else latents._replace(old=None), table, loss, Numbers())

@@ -46,8 +46,8 @@ def number_groups(
     found = sample
     if slots > 0:
         heads = first + batch
-        mixed = (ids ^ (ids >> 32)) * 0x1E3779B97F4A7C15
-        slot = ((mixed >> 33) & (slots - 1)).to(tl.int32)
+        hashed = (ids ^ (ids >> 32)) * 0x1E3779B97F4A7C15
+        slot = ((hashed >> 33) & (slots - 1)).to(tl.int32)
         open_ = leads
         while tl.max(open_.to(tl.int32)) > 0:
             held = tl.load(heads + slot, open_, other=0)

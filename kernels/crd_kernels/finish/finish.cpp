@@ -47,7 +47,7 @@ struct Vector {
 
 // As finish/cpu.py packs it.
 struct Call {
-  int64_t method, adaptive, adaptive_kl, bce, one_group, uncentered, tempered, off_policy, clipped, third, weighting;
+  int64_t method, adaptive, adaptive_kl, bce, one_group, uncentered, tempered, off_policy, clipped, old_term, weighting;
   int64_t batch, use_double;
   Vector advantage, group, sigma, kl_weight, old_error;
 };
@@ -207,7 +207,7 @@ void finish(const Numbers& s, const Call& call, T* table, T* loss, T* outcome) {
           policy_loss += weight * matched / s.samples;
         }
         c1 = 2 / elements / s.samples * factor * derivative;
-        if (call.third) {
+        if (call.old_term) {
           kl_loss += s.old_kl_beta * row(DEVIATION)[i] / s.samples;
           outcome[2 * batch + i] = T(s.old_kl_beta * 2 / elements / s.samples);
         }
@@ -235,7 +235,7 @@ void finish(const Numbers& s, const Call& call, T* table, T* loss, T* outcome) {
     outcome[batch + i] = T(2 / elements / s.samples * k * row(ANCHORED)[i]);
   }
   if (call.method != REWARD) loss[0] = T(policy_loss + kl_loss);
-  if (!call.third) std::fill_n(outcome + 2 * batch, batch, T(0));
+  if (!call.old_term) std::fill_n(outcome + 2 * batch, batch, T(0));
   std::fill_n(outcome + 3 * batch, batch, T(policy_loss));
   std::fill_n(outcome + 4 * batch, batch, T(kl_loss));
 }

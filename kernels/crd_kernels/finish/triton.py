@@ -119,7 +119,7 @@ def conclude(
     TEMPERED: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     CLIPPED: tl.constexpr,
-    THIRD: tl.constexpr,
+    OLD_TERM: tl.constexpr,
     WEIGHTING: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -192,7 +192,7 @@ def conclude(
             else:
                 term, factor = a * error / samples, a
             c1 = 2 / elements / samples * factor * slope
-            if THIRD:
+            if OLD_TERM:
                 tl.store(outcome + 2 * batch + sample, old_kl_beta * 2 / elements / samples, there)
                 kl_total += tl.where(
                     there, old_kl_beta * wide(table + 7 * batch, sample, there) / samples, 0.0
@@ -225,7 +225,7 @@ def conclude(
     for tile in range(0, tl.cdiv(batch, TILE)):
         sample = tile * TILE + tl.arange(0, TILE)
         nothing = tl.zeros((TILE,), tl.float64)
-        if METHOD != NFT and not THIRD:
+        if METHOD != NFT and not OLD_TERM:
             tl.store(outcome + 2 * batch + sample, nothing, sample < batch)
         tl.store(outcome + 3 * batch + sample, nothing + policy_loss, sample < batch)
         tl.store(outcome + 4 * batch + sample, nothing + kl_loss, sample < batch)
@@ -265,7 +265,7 @@ def finish_kernel(
     TEMPERED: tl.constexpr,
     OFF_POLICY: tl.constexpr,
     CLIPPED: tl.constexpr,
-    THIRD: tl.constexpr,
+    OLD_TERM: tl.constexpr,
     WEIGHTING: tl.constexpr,
     ANCHORED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -332,7 +332,7 @@ def finish_kernel(
             TEMPERED,
             OFF_POLICY,
             CLIPPED,
-            THIRD,
+            OLD_TERM,
             WEIGHTING,
             TILE,
         )

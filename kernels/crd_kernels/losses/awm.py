@@ -66,7 +66,7 @@ def awm_loss(
         raise ValueError("old_error: expected None because old is given, got a tensor")
     if clip_range is not None and old is None and old_error is None:
         raise ValueError(f"clip_range: expected None without old or old_error, got {clip_range}")
-    off_policy, third = old is not None or old_error is not None, ema is not None
+    off_policy, old_term = old is not None or old_error is not None, ema is not None
     kind, numbers = _settings(
         off_policy,
         clip_range,
@@ -75,7 +75,7 @@ def awm_loss(
         kl_beta,
         advantage_clip,
         denominator,
-        third,
+        old_term,
         guidance_scale,
     )
     if ema is None and ema_kl_beta > 0:
@@ -124,9 +124,9 @@ def awm_coefficients(
         raise ValueError(f"clip_range: expected None without off_policy, got {clip_range}")
     checks.flag("off_policy", off_policy)
     checks.number("ema_kl_beta", ema_kl_beta, at_least=0)
-    off_policy, third = bool(off_policy), ema_kl_beta > 0
+    off_policy, old_term = bool(off_policy), ema_kl_beta > 0
     kind, numbers = _settings(
-        off_policy, clip_range, ema_kl_beta, weighting, kl_beta, advantage_clip, denominator, third
+        off_policy, clip_range, ema_kl_beta, weighting, kl_beta, advantage_clip, denominator, old_term
     )
     scalars = Scalars(advantage, None, sigma, kl_weight)
     return fused.coefficients(stats, scalars, kind, numbers, impl, "awm_coefficients")
@@ -141,7 +141,7 @@ def _settings(
     kl_beta,
     advantage_clip,
     denominator,
-    third,
+    old_term,
     guidance_scale=1.0,
 ):
     checks.number("guidance_scale", guidance_scale)
@@ -160,7 +160,8 @@ def _settings(
         denominator=checks.denominator(denominator),
     )
     clipped = clip_range is not None
-    return Kind("awm", off_policy=off_policy, clipped=clipped, third=third, weighting=weighting), numbers
+    kind = Kind("awm", off_policy=off_policy, clipped=clipped, old_term=old_term, weighting=weighting)
+    return kind, numbers
 
 
 def _sides(clip_range) -> tuple[float, float]:

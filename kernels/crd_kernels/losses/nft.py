@@ -93,4 +93,4 @@ def _settings(beta, kl_beta, advantage_clip, adaptive_weighting, denominator, gu
         advantage_clip=float(advantage_clip),
         denominator=checks.denominator(denominator),
     )
-    return Kind("nft", adaptive_weighting=bool(adaptive_weighting), third=True), numbers
+    return Kind("nft", adaptive_weighting=bool(adaptive_weighting), old_term=True), numbers

@@ -77,7 +77,7 @@ def awm(stats: Stats, scalars: Scalars, kind: Kind, numbers: Numbers) -> Terms:
         terms, factor = a * error, a
     kl_loss, c2 = _anchor(stats, scalars, numbers, samples)
     step, c3 = 2 / stats.elements.double() / samples, None
-    if kind.third:
+    if kind.old_term:
         kl_loss = kl_loss + numbers.old_kl_beta * stats.old_deviation.double().sum() / samples
         c3 = numbers.old_kl_beta * step
     return terms.sum() / samples, kl_loss, step * factor * slope, c2, c3

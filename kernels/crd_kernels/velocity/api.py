@@ -71,7 +71,7 @@ def _measure_settings(guidance_scale, adaptive_weighting, mix):
     checks.number("mix", mix, at_least=0)
     checks.flag("adaptive_weighting", adaptive_weighting)
     numbers = Numbers(guidance_scale=float(guidance_scale), mix=float(mix))
-    return Kind("measure", adaptive_weighting=bool(adaptive_weighting), third=mix > 0), numbers
+    return Kind("measure", adaptive_weighting=bool(adaptive_weighting), old_term=mix > 0), numbers
 
 
 class HasCoefficients(Protocol):

@@ -62,7 +62,7 @@ class Passes:
         c1, row = table.data_ptr() + self.statistics, self.statistics // ROWS
         if upstream.dtype != self.dtype:
             upstream = upstream.to(self.dtype)
-        pointers = (c1, c1 + row, c1 + 2 * row if self.kind.third else None)
+        pointers = (c1, c1 + row, c1 + 2 * row if self.kind.old_term else None)
         return self._gradient(latents, pointers, upstream, numbers)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):

@@ -57,7 +57,7 @@ def velocity_grad_op(
 ) -> Tensor:
     """mask (c1 (policy - target) + c2 (policy - reference) + c3 (policy - old)), in policy's dtype."""
     latents = Latents(policy, old, ref_cond, ref_uncond, x0, noise, seed, mask)
-    run = passes.of(impl, latents, (c1, c2, c3), Kind("measure", third=c3 is not None))
+    run = passes.of(impl, latents, (c1, c2, c3), Kind("measure", old_term=c3 is not None))
     return run.gradient(latents, (c1, c2, c3), Numbers(*numbers.tolist()))
 
 

@@ -120,7 +120,7 @@ class Passes:
 
     def backward(self, latents: Latents, table, upstream, numbers: Numbers):
         c1, c2, c3 = table[ROWS : ROWS + 3]
-        return gradient(latents, c1, c2, c3 if self.kind.third else None, upstream, numbers, self.dtype)
+        return gradient(latents, c1, c2, c3 if self.kind.old_term else None, upstream, numbers, self.dtype)
 
     def gradient(self, latents: Latents, coefficients, numbers: Numbers):
         c1, c2, c3 = coefficients
