@@ -7,7 +7,7 @@ A norm of half precision computes in float32 inside either way.
 
 from __future__ import annotations
 
-import functools
+import types
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ def keep_dtypes(network: nn.Module) -> None:
 
     for module in network.modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMSNorm)):
-            vars(module)["forward"] = functools.partial(_forward, module)
+            # a method, which torch.compile takes for the same in every block: a partial would be each one's own
+            vars(module)["forward"] = types.MethodType(_forward, module)
 
 
 def _forward(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,32 @@ def test_other_prompts_and_rows_compile_nothing(tiny, recipe, family):
             run(*chosen)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_more_blocks_of_one_kind_compile_nothing(recipe, method):
+    """Blocks share what is compiled: each with its own, large networks would run as written past a limit."""
+    model = load_model(recipe("builtin", f"model.method={method}"))
+    blocks = model.transformer.transformer_blocks
+    del blocks[-1]  # of another kind
+    weights = make_weights(model, recipe("builtin", f"model.method={method}"))
+    embeddings = model.encode_prompts(["a red circle", "two blue squares"])
+    x, t = torch.randn(2, *model.latent_shape(32)), torch.full((2,), 0.5)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model.transformer, backend="eager")
+
+    def graphs(used):
+        """As many as there are when so many blocks have run by the sampler's weights and the policy's."""
+        model.transformer.transformer_blocks = blocks[:used]
+        with torch.no_grad(), weights.use("sampler"):
+            model.velocity(x, t, embeddings)
+        with weights.use("policy"):
+            model.velocity(x, t, embeddings)
+        return counters["stats"]["unique_graphs"]
+
+    few = graphs(2)  # with adapters, what comes into the first has no gradient
+    assert few > 0 and graphs(4) == few
+
+
 def test_a_partial_anchor_compiles_no_more_than_a_whole_one(tiny, recipe):
     """How many rows of a micro-batch are anchored changes from one to the next."""
     settings = recipe(tiny("sd3"), short("sd3"))
