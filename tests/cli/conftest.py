@@ -40,6 +40,25 @@ def no_charts(monkeypatch):
 
 
 @pytest.fixture
+def run(inside):
+    """`crd-fast` in this process: exit code and standard error."""
+
+    def call(*arguments):
+        code, _, err = inside(*arguments)
+        return code, err
+
+    return call
+
+
+def assert_refused(result, *words):
+    code, err = result
+    assert code == 2, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.fixture
 def process():
     """Runs `crd-fast` in a process of its own; returns exit code, standard output and standard error."""
 

@@ -1,4 +1,6 @@
-"""One optimizer step of a velocity model of a few hundred parameters in float64."""
+"""A short run, and one optimizer step of a velocity model of a few hundred parameters in float64."""
+
+import shutil
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from crd_fast.run.observer import NOBODY
 from crd_fast.schema import LossConfig
 from crd_fast.seeds import seed_table
 from crd_fast.train.pairs import Pairs
+from crd_fast.train.trainer import Trainer
 from crd_fast.train.update import Updater
 from crd_fast.weights.full import FullWeights
+from tests.training.short_runs import recipe
 
 PROMPTS, SAMPLES, TIMESTEPS = 2, 6, 2
 SHAPE = (3, 4, 4)
@@ -30,6 +34,19 @@ METHODS = {
     "awm held": {"method": "awm", "old_kl_beta": 0.3, "kl_beta": 0.0},
     "flow matching": {"method": "flow_matching"},
 }
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A short run that is looked at, and copied before anything of it is changed."""
+    run = tmp_path_factory.mktemp("resuming") / "run"
+    assert Trainer(recipe(), run).run()
+    return run
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy", symlinks=True)
 
 
 class TinyModel:

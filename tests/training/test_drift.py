@@ -14,8 +14,8 @@ from crd_fast.seeds import seeded_noise
 from crd_fast.train.drift import Drift, with_drift
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
+from tests.training.short_runs import SETTINGS
 from tests.training.test_ema import KINDS
-from tests.training.test_resuming import SETTINGS
 
 SCALE = 4.5
 NONE = ("loss.kl_beta=0", "loss.kl_min=0")

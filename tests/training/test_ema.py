@@ -10,7 +10,7 @@ from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
-from tests.training.test_resuming import SETTINGS
+from tests.training.short_runs import SETTINGS
 
 KINDS = {
     "lora": ("model.method=lora",),

@@ -9,7 +9,7 @@ from crd_fast.run.observer import Observer
 from crd_fast.run.progress import gpu_memory
 from crd_fast.train.trainer import Trainer
 from tests.pretend_gpu import pretend_gpu
-from tests.training.test_resuming import SETTINGS
+from tests.training.short_runs import SETTINGS
 
 
 class Allocator:

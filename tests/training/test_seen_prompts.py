@@ -7,7 +7,7 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.train.seen_prompts import SeenPrompts
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
-from tests.training.test_resuming import recipe
+from tests.training.short_runs import recipe
 
 
 def test_the_best_is_found_anew_where_the_file_of_prompts_was_edited(tmp_path, caplog):

@@ -11,7 +11,7 @@ from crd_fast.errors import UserError
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.trackers import check_trackers
 from crd_fast.train.trainer import Trainer
-from tests.training.test_resuming import SETTINGS
+from tests.training.short_runs import SETTINGS
 
 
 class Recording(tracking.GeneralTracker):
