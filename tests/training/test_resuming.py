@@ -26,6 +26,8 @@ from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint, durable
 
+pytestmark = pytest.mark.usefixtures("all_shallow")
+
 SETTINGS = [
     "rollout.prompts_per_iteration=2",
     "rollout.samples_per_prompt=2",
