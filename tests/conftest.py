@@ -1,5 +1,6 @@
 """The command line as a user calls it, and the order of the tests."""
 
+import contextlib
 import gc
 import signal
 import sys
@@ -43,6 +44,41 @@ def inside(monkeypatch, capsys):
         return ended.value.code, captured.out, captured.err
 
     return run
+
+
+@contextlib.contextmanager
+def few_blocks():
+    """The built-in model has the first and the last of its five blocks: for runs that nobody looks into.
+
+    They take half the time. In this process alone; what is planned has them all.
+    """
+    from crd_fast.models.builtin import BuiltinModel
+
+    load = BuiltinModel.load.__func__
+
+    def without_the_middle(cls, *arguments, **options):
+        model = load(cls, *arguments, **options)
+        del model.transformer.transformer_blocks[1:-1]
+        model.transformer.register_to_config(num_layers=2)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BuiltinModel, "load", classmethod(without_the_middle))
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_shallow():
+    """`few_blocks` in a whole file, its fixtures too."""
+    with few_blocks():
+        yield
+
+
+@pytest.fixture
+def shallow():
+    """`few_blocks` in one test."""
+    with few_blocks():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ def keep_dtypes(network: nn.Module) -> None:
 
     for module in network.modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RMSNorm)):
-            # a method, which torch.compile takes for the same in every block: a partial would be each one's own
+            # a method: to torch.compile the same code in every block, as a partial is not
             vars(module)["forward"] = types.MethodType(_forward, module)
 
 

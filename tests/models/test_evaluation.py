@@ -12,6 +12,7 @@ from crd_fast.train.evaluate import HeldOut, to_uint8
 from crd_fast.train.inference import Source
 from crd_fast.train.inference import evaluated as evaluated_sources
 from crd_fast.train.trainer import Trainer
+from tests.models.conftest import short
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_held_out_prompts_of_a_file_are_evaluated_and_not_trained_on(tiny, recip
     settings = ["evaluate.every=2", "evaluate.steps=1", "evaluate.prompts=auto", "evaluate.guided_base=false"]
     settings += ["rollout.prompts_per_iteration=72", "rollout.samples_per_prompt=2", "rollout.steps=1"]
     settings += ["train.timesteps=1", "train.iterations=1", f"rollout.prompts={prompts}"]
-    drawn = recipe(tiny("sd3"), *settings)
+    drawn = recipe(tiny("sd3"), short("sd3"), *settings)
     trainer = Trainer(drawn, run)
     assert trainer.run()
     assert sum("held out: 8 of 80 prompts" in record.getMessage() for record in caplog.records) == 1

@@ -8,7 +8,7 @@ from crd_fast.models.builtin import BuiltinModel
 from crd_fast.models.streaming import Streaming
 from crd_fast.run.metrics import MEASURED, read_metrics
 from crd_fast.train.trainer import Trainer
-from tests.models.conftest import ALL
+from tests.models.conftest import ALL, short
 from tests.pretend_gpu import pretend_gpu
 
 SMALL = ("rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "rollout.steps=2")
@@ -44,6 +44,7 @@ def assert_the_same_on_a_gpu(recipe, folder):
     assert list((folder / "gpu" / "checkpoints").glob("iteration-*/state.json"))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     "recipe, overrides",
     [
@@ -54,6 +55,7 @@ def assert_the_same_on_a_gpu(recipe, folder):
                 "train.iterations=1",
                 "train.micro_batch=3",
                 "loss.anchor_fraction=0.5",
+                "evaluate.guided_base=false",
             ),
         ),
         ("builtin", ("model.snapshots=host", "train.micro_batch=8")),
@@ -68,7 +70,7 @@ def test_builtin(recipe, overrides, tmp_path):
 @pytest.mark.parametrize("family", ALL)
 def test_families(tiny, recipe, family, tmp_path):
     assert_the_same_on_a_gpu(
-        recipe(tiny(family), "train.steps_per_iteration=1", "train.timesteps=1"), tmp_path
+        recipe(tiny(family), short(family), "train.steps_per_iteration=1", "train.timesteps=1"), tmp_path
     )
 
 

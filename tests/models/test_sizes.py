@@ -18,7 +18,7 @@ from crd_fast.train.inference import sample_grid
 from crd_fast.train.micro_batch import MicroBatch
 from crd_fast.train.rollout import Sampling, generate
 from crd_fast.train.trainer import Trainer
-from tests.models.conftest import ALL, GUIDANCE, GUIDED, PROMPTS, SEEDS, STEPS, load_pipeline, packed
+from tests.models.conftest import ALL, GUIDANCE, GUIDED, PROMPTS, SEEDS, STEPS, load_pipeline, packed, short
 
 SIZE = (96, 64)  # height and width
 shapes: list[tuple[int, int]] = []
@@ -63,7 +63,7 @@ def test_a_run_of_several_sizes_goes_on_with_them(tiny, recipe, tmp_path, inside
     settings = ["rollout.resolution=[[96, 64], [64, 96], 64]", "evaluate.resolution=[64, 128]"]
     settings += ["rewards={tests.models.test_sizes:shape: 1}", "train.iterations=3", "checkpoint.every=1"]
     settings += ["evaluate.every=3", "evaluate.steps=1", "evaluate.guided_base=false"]
-    wanted, seen = recipe(tiny("sd3"), *settings), {}
+    wanted, seen = recipe(tiny("sd3"), short("sd3"), *settings), {}
     shapes.clear()
     assert Trainer(wanted, tmp_path / "whole").run()
     seen["whole"] = list(shapes)

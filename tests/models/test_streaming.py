@@ -1,5 +1,6 @@
 """Blocks streamed from host memory: the same numbers, few weights on the device, few passes over them."""
 
+import copy
 import weakref
 
 import pytest
@@ -194,9 +195,15 @@ def test_branches_in_one_batch_with_part_of_the_anchor(loaded, loss):
 @pytest.fixture(scope="module")
 def two_blocks(tiny, tmp_path_factory):
     """Stable Diffusion 3 without the first of its three blocks, which takes half the time."""
-    pipe, folder = load_pipeline(tiny("sd3")), tmp_path_factory.mktemp("smaller") / "sd3"
-    del pipe.transformer.transformer_blocks[0]
-    pipe.transformer.register_to_config(num_layers=2, dual_attention_layers=())
+    return of_blocks(tiny("sd3"), tmp_path_factory.mktemp("smaller") / "sd3", 1, 2)
+
+
+def of_blocks(pipeline, folder, *indices):
+    """Stable Diffusion 3 of copies of these of its blocks: not of the first, which is of another kind."""
+    pipe = load_pipeline(pipeline)
+    blocks = [copy.deepcopy(pipe.transformer.transformer_blocks[index]) for index in indices]
+    pipe.transformer.transformer_blocks = torch.nn.ModuleList(blocks)
+    pipe.transformer.register_to_config(num_layers=len(blocks), dual_attention_layers=())
     pipe.save_pretrained(folder)
     return folder
 
@@ -309,9 +316,15 @@ def test_a_streamed_run_resumes_and_its_adapter_leaves(tiny, recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks(loaded):
-    """Traced and run by torch's own kernels. Batches of 6 come with one set of weights and with many."""
-    eager, compiled = (loaded("sd3", "model.quantization=int8") for _ in range(2))
+def test_compiled_blocks(loaded, tiny, tmp_path):
+    """Traced and run by torch's own kernels. Batches of 6 come with one set of weights and with many.
+
+    Each kind of block is traced for each of these batches, with each adapter in it: here are two kinds, not
+    three, and adapters of one layer of either stream, not of all.
+    """
+    settings = "model.quantization=int8", "model.lora_targets=[to_v, add_k_proj]"
+    folder = of_blocks(tiny("sd3"), tmp_path / "sd3", 1, 1, 2)
+    eager, compiled = (loaded("sd3", *settings, smaller=folder) for _ in range(2))
     compile_blocks(compiled[0].transformer, backend="aot_eager")
     counter = Counter(compiled[0])
     plain = [by_rollout(model, GUIDANCE)[1] for model, *_ in (eager, compiled)]

@@ -63,6 +63,7 @@ def test_it_is_the_mean_squared_distance_to_the_pretrained_velocities(kind, tmp_
         assert found.metrics[f"eval/{name}"] == pytest.approx(found.scores.values[name].mean())
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", ["lora", "host"])
 def test_nothing_else_depends_on_it(kind, tmp_path):
     """Of a run without an anchor, which has no reference of its own."""

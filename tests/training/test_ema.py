@@ -12,6 +12,8 @@ from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 from tests.training.short_runs import SETTINGS
 
+pytestmark = pytest.mark.usefixtures("all_shallow")
+
 KINDS = {
     "lora": ("model.method=lora",),
     "full": ("model.method=full",),

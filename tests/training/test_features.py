@@ -81,6 +81,7 @@ class Phases(Observer):
         return super().phase(name, total)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("scale, drawn", [(SCALE, 1), (3.0, 2)])
 def test_pictures_that_the_guided_bases_evaluation_has_drawn_are_not_drawn_again(scale, drawn, tmp_path):
     settings = recipe(
@@ -111,6 +112,7 @@ def test_a_negative_prompt_makes_other_pictures_of_the_guided_base(tmp_path):
     assert evaluated() != evaluated(negative_prompt="a red circle")
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", ["model.method=lora", "model.method=full"])
 def test_nothing_else_depends_on_it(kind, tmp_path):
     assert Trainer(recipe(kind), tmp_path / "without").run()

@@ -14,6 +14,8 @@ from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 from tests.training.test_stopping import SETTINGS, Signals, records
 
+pytestmark = pytest.mark.usefixtures("all_shallow")
+
 
 class Rows(Observer):
     """Counts the rows that the sampler is run on."""

@@ -16,6 +16,8 @@ from crd_fast.train.stopping import Stopping
 from crd_fast.train.trainer import Trainer
 from crd_fast.weights import checkpoint
 
+pytestmark = pytest.mark.usefixtures("all_shallow")
+
 SETTINGS = [
     "rollout.prompts_per_iteration=4",
     "rollout.samples_per_prompt=2",
