@@ -16,6 +16,10 @@ class UserError(Exception):
         return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
 
 
+class RaisedByAll(UserError):
+    """What each of several processes raises alike: the first one says it."""
+
+
 class MissingPackage(UserError):
     """A package of an extra is not installed."""
 

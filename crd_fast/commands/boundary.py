@@ -17,7 +17,7 @@ from pathlib import Path
 
 import typer
 
-from crd_fast.errors import UserError
+from crd_fast.errors import RaisedByAll, UserError
 from crd_fast.launched import launched_rank
 
 FILE = "error.txt"
@@ -42,13 +42,16 @@ def leaving_traceback(folder: Path | None = None) -> Iterator[None]:
     """Whatever is raised inside, SystemExit too, as UserError; its traceback goes into the folder.
 
     Without a folder, or where it cannot be written, into a file among the temporary ones. Of several
-    processes each has a file of its own. A UserError with nothing behind it passes as it is.
+    processes each has a file of its own, and leaves what all raise to the first. A UserError with nothing
+    behind it passes as it is.
     """
     try:
         yield
     except OURS:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, RaisedByAll) and launched_rank():
+            raise typer.Exit(2) from None
         ours = isinstance(error, UserError)
         if ours and (error.__cause__ is None or folder is None or not folder.is_dir()):
             raise

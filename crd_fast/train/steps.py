@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from crd_fast.errors import UserError
+from crd_fast.errors import RaisedByAll
 
 IN_A_ROW = 5  # so many end the run: what is wrong then is not one batch
 
@@ -19,7 +19,7 @@ class FiniteSteps:
         self._say, self._in_a_row = say, 0
 
     def usable(self, metrics: dict[str, float], iteration: int) -> bool:
-        """metrics: of the step, on all ranks the same. Raises UserError for the last of `IN_A_ROW`."""
+        """metrics: of the step, on all ranks the same. Raises RaisedByAll for the last of `IN_A_ROW`."""
         bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
         if bad is None:
             self._in_a_row = 0
@@ -27,7 +27,7 @@ class FiniteSteps:
         self._in_a_row += 1
         what = f"{bad}: expected a finite number, got {metrics[bad]}"
         if self._in_a_row >= IN_A_ROW:
-            raise UserError(f"{what}, in {IN_A_ROW} optimizer steps in a row, which were left out")
+            raise RaisedByAll(f"{what}, in {IN_A_ROW} optimizer steps in a row, which were left out")
         if self._say:
             logger.warning(
                 "warning: iteration %d: %s: optimizer step left out, %d in a row (%d end the run)",

@@ -393,7 +393,7 @@ class Trainer:
         try:
             yield
         except UserError as error:
-            raise UserError(
+            raise type(error)(
                 f"iteration {self.iteration + 1}: {error}; checkpoints up to the last one are intact in "
                 f"{self._output_as_given / 'checkpoints'}"
             ) from error

@@ -17,6 +17,7 @@ from crd_fast.config import load_recipe
 from crd_fast.errors import UserError
 from crd_fast.ranks import check_ranks, own_prompts
 from crd_fast.run.metrics import MEASURED
+from crd_fast.train.update import Updater
 from tests.forked import main_of, two_ranks
 
 SETTINGS = ("--set", "rollout.prompts_per_iteration=4", "--set", "train.steps_per_iteration=2")
@@ -114,6 +115,38 @@ def test_what_is_said_fits_where_the_other_was_killed(tmp_path):
     assert second.returncode == -signal.SIGKILL and not second.stderr
     assert "where there is neither it was killed, as the system does" in first.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.glob("error*")] == ["error.txt"]
+
+
+def has_gradients_of_nan_on_the_second(arguments):
+    accumulate = Updater.accumulate
+
+    def broken(updater, *given):
+        metrics = accumulate(updater, *given)
+        for parameter in updater.model.transformer.parameters() if os.environ["RANK"] == "1" else ():
+            if parameter.grad is not None:
+                getattr(parameter.grad, "to_local", lambda own=parameter.grad: own)().fill_(float("nan"))
+        return metrics
+
+    Updater.accumulate = broken
+    main_of(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [[], ["model.method=full", "model.sharding=fsdp"]])
+def test_gradients_of_one_that_are_not_finite_end_all_in_one_line(small, tmp_path, model):
+    """Every process knows of the same steps that they are left out, and the first one says so."""
+    settings = ["rollout.prompts_per_iteration=4", "train.steps_per_iteration=2", "train.iterations=9"]
+    settings += ["evaluate.every=0", *model]
+    options = [item for setting in settings for item in ("--set", setting)]
+    arguments = ("train", small, *options, "--output", tmp_path / "run")
+    first, second = two_ranks(tmp_path / "ranks", has_gradients_of_nan_on_the_second, arguments)
+    assert (first.returncode, second.returncode) == (2, 2)
+    lines = first.stderr.splitlines()
+    assert len(lines) == 5
+    assert all(f"{i} in a row (5 end the run)" in line for i, line in enumerate(lines[:4], 1))
+    assert "iteration 3: grad_norm: expected a finite number, got nan, in 5 optimizer steps" in lines[-1]
+    assert second.stderr == ""
+    assert [path.name for path in (tmp_path / "run").glob("error*")] == ["error.txt"]
 
 
 def test_every_prompt_has_one_owner():
