@@ -64,10 +64,11 @@ def test_other_prompts_and_rows_compile_nothing(tiny, recipe, family):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_more_blocks_of_one_kind_compile_nothing(recipe, method):
     """Blocks share what is compiled: each with its own, large networks would run as written past a limit."""
-    model = load_model(recipe("builtin", f"model.method={method}"))
+    settings = recipe("builtin", f"model.method={method}")
+    model = load_model(settings)
     blocks = model.transformer.transformer_blocks
     del blocks[-1]  # of another kind
-    weights = make_weights(model, recipe("builtin", f"model.method={method}"))
+    weights = make_weights(model, settings)
     embeddings = model.encode_prompts(["a red circle", "two blue squares"])
     x, t = torch.randn(2, *model.latent_shape(32)), torch.full((2,), 0.5)
     torch._dynamo.reset()
