@@ -26,6 +26,9 @@ def study(
     results: Annotated[
         bool, typer.Option("--results", help="Run nothing, write the results of what is whole.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each in a process with its share of the cores.")
+    ] = 1,
 ) -> None:
     """Train the arms of a study over several seeds and compare what they reached for what they spent.
 
@@ -34,6 +37,7 @@ def study(
     alone and interrupted ones are resumed, so the command can be given again at any time.
 
     - `crd-fast study cost --task builtin --seed 42`
+    - `crd-fast study methods --seed 42 --jobs 2`
     """
     from crd_fast.study.study import STUDIES, Cell, load_study, study_names
 
@@ -48,8 +52,9 @@ def study(
     output = output or Path("studies") / (name if (STUDIES / f"{name}.yaml").exists() else Path(name).stem)
     place = output.absolute()  # a reward may change the working directory
     with console.status("loading torch"):
+        from crd_fast.study.jobs import run_in_processes
         from crd_fast.study.results import write_results
-        from crd_fast.study.run import run_study
+        from crd_fast.study.run import run_in_turn, runs_left
 
     def wanted(cell: Cell) -> bool:
         return (
@@ -58,7 +63,11 @@ def study(
             and (not seed or cell.seed in seed)
         )
 
-    finished = results or run_study(loaded, place, wanted, say)
+    left = [] if results else runs_left(loaded, place, wanted)
+    if jobs > 1 and len(left) > 1:
+        finished = run_in_processes(name, place, left, jobs, say)
+    else:
+        finished = run_in_turn(place, left, say)
     written = write_results(loaded, place, say)
     for file in written:
         say(f"written: {output / file.relative_to(place)}")

@@ -28,20 +28,24 @@ LOOKS_ON |= {f"evaluate.{name}" for name in BESIDE | ADDED}
 LOOKS_ON |= {"train.trackers", "train.profile", "model.prompt_cache", "model.prompt_cache_gb"}
 
 
-def run_study(study: Study, output: Path, wanted: Callable[[Cell], bool], say: Callable[[str], None]) -> bool:
-    """Every run that is wanted and not whole. False where Ctrl-C left some, for the next time."""
+def runs_left(study: Study, output: Path, wanted: Callable[[Cell], bool]) -> list[Cell]:
+    """Those that are wanted and not whole. Raises UserError where one was begun with other settings."""
     chosen = [cell for cell in cells(study) if wanted(cell)]
-    for number, cell in enumerate(chosen, start=1):
-        folder = output / cell.folder
-        if other := other_settings(folder, cell):
+    for cell in chosen:
+        if other := other_settings(output / cell.folder, cell):
             raise UserError(
-                f"{folder}: made with other settings: {other}; move it away, or name another --output"
+                f"{output / cell.folder}: made with other settings: {other}; "
+                "move it away, or name another --output"
             )
-        if is_whole(folder, cell):
-            continue
-        say(f"run {number} of {len(chosen)}: {cell.folder}")
-        if not run_cell(cell, folder):
-            return all(is_whole(output / cell.folder, cell) for cell in chosen)
+    return [cell for cell in chosen if not is_whole(output / cell.folder, cell)]
+
+
+def run_in_turn(output: Path, left: list[Cell], say: Callable[[str], None]) -> bool:
+    """Every run, one after the other. False where Ctrl-C left some, for the next time."""
+    for number, cell in enumerate(left, start=1):
+        say(f"run {number} of {len(left)}: {cell.folder}")
+        if not run_cell(cell, output / cell.folder):
+            return all(is_whole(output / each.folder, each) for each in left)
     return True
 
 
