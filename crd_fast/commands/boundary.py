@@ -29,8 +29,8 @@ OTHER_ENDED = (
     "memory runs out"
 )
 LESS_MEMORY = (
-    "smaller rollout.samples_per_prompt, rollout.prompts_per_iteration, rollout.resolution or micro-batches "
-    "need less, and crd-fast plan says how much"
+    "smaller rollout.samples_per_prompt, rollout.prompts_per_iteration, rollout.resolution or micro-batches, "
+    "or a command's --samples or --size, need less; crd-fast plan says how much a recipe needs"
 )
 PACKAGE = str(Path(__file__).parents[1])
 # what typer itself turns into an answer, and the end of a pipe that is read no further
