@@ -135,6 +135,8 @@ def yaml_text(name: str, size: str, plan: dict) -> str:
     long = "a day" if hours <= HOURS else f"about {hours:.0f} hours"
     where = f"on a card of {size} GB, for {long}" if size != PAPER else "in the published shape"
     lines = [f"# {MODELS[name][0]} {where}. The plan is in docs/cards.md."]
+    if size != PAPER:
+        lines.append("# What decided the settings: docs/evidence.md, What the defaults follow from.")
     for section, values in recipe.model_dump(exclude_defaults=True).items():
         text = dump_yaml(values, default_flow_style=True, width=1000).strip()
         lines.append(f"{section + ':':10} {text}")

@@ -11,15 +11,16 @@ import torch
 import yaml
 from scipy import stats
 
-from crd_fast.config import build_recipe
+from crd_fast.config import build_recipe, load_recipe
 from crd_fast.errors import UserError
 from crd_fast.plan.planner import Planner
 from crd_fast.run.metrics import read_metrics
 from crd_fast.run.observer import Observer
 from crd_fast.run.scores import read_scores, scores_path
 from crd_fast.study.results import _reached, plot, seeds_mean, table, with_error
-from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_cell, run_study
+from crd_fast.study.run import FLOPS, Ledger, flops_by_iteration, is_whole, run_cell, run_in_turn, runs_left
 from crd_fast.study.study import Study, cells, load_study, study_names
+from crd_fast.train.changes import differences
 from crd_fast.train.trainer import Trainer
 from tests.training.test_stopping import Signals
 from tools.study_tables import merged
@@ -68,6 +69,17 @@ def test_studies_that_ship_have_arms_that_can_run():
         assert {cell.seed for cell in found} == set(load_study(name).seeds) and len(
             load_study(name).seeds
         ) >= 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "study", "arm"),
+    [("builtin-long", "long", "both-to-0.9"), ("builtin-lora", "adapters", "cards")],
+)
+def test_recipes_train_as_the_arms_do_that_decided_them(recipe, study, arm):
+    of_arm = next(cell for cell in cells(load_study(study)) if cell.arm == arm).recipe
+    changed = {key for key, _ in differences(load_recipe(recipe).model_dump(), of_arm.model_dump())}
+    looks_on = {key for key in changed if key.startswith(("evaluate.", "eval_rewards", "checkpoint."))}
+    assert changed - looks_on <= {"train.iterations", "train.seed"}
 
 
 def test_a_study_runs_resumes_and_sums_up(study, inside, tmp_path):
@@ -237,9 +249,9 @@ def test_ctrl_c_in_the_last_iteration_of_a_run_ends_the_study(study, tmp_path, m
     monkeypatch.setattr("crd_fast.study.run.Trainer", functools.partial(Trainer, observer=once))
     found, first = load_study(str(study)), next(cells(load_study(str(study))))
     begun = []
-    assert not run_study(found, tmp_path, lambda cell: cell.seed == 1, begun.append)
+    assert not run_in_turn(tmp_path, runs_left(found, tmp_path, lambda cell: cell.seed == 1), begun.append)
     assert len(begun) == 1 and is_whole(tmp_path / first.folder, first)
-    assert run_study(found, tmp_path, lambda cell: cell == first, begun.append) and len(begun) == 1
+    assert not runs_left(found, tmp_path, lambda cell: cell == first)
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
