@@ -27,7 +27,7 @@ def study(
         bool, typer.Option("--results", help="Run nothing, write the results of what is whole.")
     ] = False,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at a time, each in a process with its share of the cores.")
+        int, typer.Option(min=1, help="Runs at a time, each a process that prints to seed-N.log.")
     ] = 1,
 ) -> None:
     """Train the arms of a study over several seeds and compare what they reached for what they spent.
