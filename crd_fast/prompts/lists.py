@@ -168,10 +168,9 @@ def _split(recipe: Recipe) -> dict[str, dict]:
 
 
 def notes(recipe: Recipe) -> Iterator[str]:
-    """What people should know of their files, a line each: what is held out, duplicates, and prompts that
-    are both trained on and evaluated."""
-    if not (files := own_files(recipe)):
-        return
+    """What people should know of their prompts, a line each: what is held out of files, duplicates in them,
+    and prompts that are both trained on and evaluated, of lists that ship too."""
+    files = own_files(recipe)
     if splits(recipe):
         held_out, there = len(_split(recipe)), len(_read(recipe))
         yield (
@@ -205,9 +204,9 @@ def notes(recipe: Recipe) -> Iterator[str]:
                 "rollout.guidance_scale, evaluate.guidance_scale)"
             )
     if recipe.evaluate.every:
-        left_out = _split(recipe) if splits(recipe) else {}
+        trained_on = {same_prompt(entry["prompt"]) for entry in training_prompts(recipe).entries()}
         evaluated = dict.fromkeys(same_prompt(entry["prompt"]) for entry in evaluation_prompts(recipe))
-        if both := [prompt for prompt in evaluated if prompt in seen and prompt not in left_out]:
+        if both := [prompt for prompt in evaluated if prompt in trained_on]:
             yield (
                 f"warning: of {len(evaluated)} evaluated prompts {len(both)} stand in rollout.prompts too: "
                 f"{_short(both[0])}"

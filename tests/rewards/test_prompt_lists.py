@@ -179,6 +179,16 @@ def test_what_is_held_out_and_what_stands_twice_is_said_once(written, caplog):
     assert not list(notes(own("geneval"))) and not list(notes(own(other, "evaluate.every=0")))
 
 
+def test_prompts_of_lists_that_ship_that_are_trained_on_and_evaluated_are_said(written):
+    benchmark = written("benchmark", 5, texts(PromptSource("geneval").entries())[:3])
+    (said,) = notes(own("geneval", f"evaluate.prompts={benchmark}"))
+    assert said.startswith("warning: of 8 evaluated prompts 3 stand in rollout.prompts too: ")
+    (said,) = notes(own({"geneval": 1, "geneval-heldout": 1}))
+    assert said.startswith("warning: of 313 evaluated prompts 313 stand in rollout.prompts too: ")
+    for world in ("builtin", "builtin-ocr"):
+        assert not list(notes(build_recipe({"model": {"path": world}, "rollout": {"prompts": world}})))
+
+
 @pytest.mark.parametrize("source", ["builtin", "geneval"])
 def test_categories_can_be_left_out_of_training(source):
     left_out = ["counting", "position"]
