@@ -99,7 +99,8 @@ def _check_categories(lists: Iterable[str], left_out: Sequence[str]) -> None:
 def evaluation_prompts(recipe: Recipe) -> list[dict]:
     """The prompts of `evaluate.prompts`, the same ones every time.
 
-    Raises UserError where it is `auto` and the files have too few prompts for some to be held out.
+    Raises UserError where it is `auto` and the files have too few prompts for some to be held out, or all
+    lists are themselves held out of others.
     """
     wanted, limit = recipe.evaluate.prompts, recipe.evaluate.max_prompts
     if wanted != AUTO:
@@ -114,6 +115,9 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
         raise UserError("evaluate.prompts: expected a file: with evaluate.every: 0 no prompts are held out")
     if splits(recipe):
         parts[""] = list(_split(recipe).values())
+    if not parts:
+        named = ", ".join(recipe.rollout.prompt_lists)
+        raise UserError(f"evaluate.prompts: expected a file or a list: nothing is held out of {named}")
     limit, total = limit or EVALUATED, sum(map(len, parts.values()))
     if total > limit:  # of each list its part
         parts = {name: found[: max(1, limit * len(found) // total)] for name, found in parts.items()}

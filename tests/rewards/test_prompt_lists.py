@@ -144,6 +144,14 @@ def test_lists_that_ship_have_held_out_parts_of_their_own(written):
     assert evaluation_prompts(signs) == PromptSource("builtin-ocr-heldout").all(None)
 
 
+@pytest.mark.parametrize("prompts", ["geneval-heldout", {"geneval-heldout": 1, "ocr-words-heldout": 2}])
+def test_training_on_held_out_parts_alone_leaves_nothing_to_evaluate(prompts):
+    recipe = own(prompts)
+    with pytest.raises(UserError, match=r"evaluate\.prompts: expected a file or a list: .* geneval-heldout"):
+        evaluation_prompts(recipe)
+    assert evaluation_prompts(own(prompts, "evaluate.prompts=geneval"))
+
+
 @pytest.mark.parametrize("name", ["ocr-words", "geneval"])
 def test_what_is_held_out_of_a_file_is_not_trained_on_from_a_list_that_ships(written, name):
     mine = written("mine", 20, texts(PromptSource(name).entries())[:100])
