@@ -286,6 +286,14 @@ def test_prompts_are_told_apart_by_the_weights_of_all_files():
         assert trained != lists_of(recipe(f"rollout.prompts={other}")), other
 
 
+def test_how_many_questions_a_model_is_asked_at_a_time_may_change(tmp_path):
+    """As its timeout and retries may: a server that is too busy for eight is no reason to train anew."""
+    asked = "rewards={vlm: {url: 'http://127.0.0.1:8000/v1', model: m, at_once: %d}}"
+    check_changes(recipe(asked % 8).model_dump(), recipe(asked % 2), tmp_path)
+    judges = (f"eval_{asked % count}" for count in (8, 2))
+    assert evaluated_alike(*map(recipe, judges))
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
