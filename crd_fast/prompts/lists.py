@@ -99,7 +99,8 @@ def _check_categories(lists: Iterable[str], left_out: Sequence[str]) -> None:
 def evaluation_prompts(recipe: Recipe) -> list[dict]:
     """The prompts of `evaluate.prompts`, the same ones every time.
 
-    Raises UserError where it is `auto` and the files have too few prompts for some to be held out.
+    Raises UserError where it is `auto` and the files have too few prompts for some to be held out, or all
+    lists are themselves held out of others.
     """
     wanted, limit = recipe.evaluate.prompts, recipe.evaluate.max_prompts
     if wanted != AUTO:
@@ -114,6 +115,9 @@ def evaluation_prompts(recipe: Recipe) -> list[dict]:
         raise UserError("evaluate.prompts: expected a file: with evaluate.every: 0 no prompts are held out")
     if splits(recipe):
         parts[""] = list(_split(recipe).values())
+    if not parts:
+        named = ", ".join(recipe.rollout.prompt_lists)
+        raise UserError(f"evaluate.prompts: expected a file or a list: nothing is held out of {named}")
     limit, total = limit or EVALUATED, sum(map(len, parts.values()))
     if total > limit:  # of each list its part
         parts = {name: found[: max(1, limit * len(found) // total)] for name, found in parts.items()}
@@ -168,10 +172,9 @@ def _split(recipe: Recipe) -> dict[str, dict]:
 
 
 def notes(recipe: Recipe) -> Iterator[str]:
-    """What people should know of their files, a line each: what is held out, duplicates, and prompts that
-    are both trained on and evaluated."""
-    if not (files := own_files(recipe)):
-        return
+    """What people should know of their prompts, a line each: what is held out of files, duplicates in them,
+    and prompts that are both trained on and evaluated, of lists that ship too."""
+    files = own_files(recipe)
     if splits(recipe):
         held_out, there = len(_split(recipe)), len(_read(recipe))
         yield (
@@ -205,9 +208,9 @@ def notes(recipe: Recipe) -> Iterator[str]:
                 "rollout.guidance_scale, evaluate.guidance_scale)"
             )
     if recipe.evaluate.every:
-        left_out = _split(recipe) if splits(recipe) else {}
+        trained_on = {same_prompt(entry["prompt"]) for entry in training_prompts(recipe).entries()}
         evaluated = dict.fromkeys(same_prompt(entry["prompt"]) for entry in evaluation_prompts(recipe))
-        if both := [prompt for prompt in evaluated if prompt in seen and prompt not in left_out]:
+        if both := [prompt for prompt in evaluated if prompt in trained_on]:
             yield (
                 f"warning: of {len(evaluated)} evaluated prompts {len(both)} stand in rollout.prompts too: "
                 f"{_short(both[0])}"

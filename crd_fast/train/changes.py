@@ -29,6 +29,7 @@ OF_REWARDS = (
     "retries",
     "workers",
     "batch",
+    "at_once",
 )  # where they are, how they are asked
 
 logger = logging.getLogger("crd_fast")

@@ -71,7 +71,7 @@ class Checkpoints:
         for line in self._seen.changes(seen) if self.ranks.main else ():
             logger.warning("warning: %s", line)
         alike = {
-            TRAINED_ALIKE: _prompts(before) == _prompts(self.recipe) and self._seen.trains_like(seen),
+            TRAINED_ALIKE: lists_of(before) == lists_of(self.recipe) and self._seen.trains_like(seen),
             EVALUATED_ALIKE: evaluated_alike(before, self.recipe) and self._seen.evaluates_like(seen),
         }
         if self.ranks.main and not alike[EVALUATED_ALIKE]:
@@ -194,9 +194,10 @@ def evaluated_alike(one: Recipe, other: Recipe) -> bool:
     )
 
 
-def _prompts(recipe: Recipe) -> dict[str, float]:
-    """The lists that are trained on, with their weights. A file may have moved."""
-    return {Path(name).name: weight for name, weight in recipe.rollout.prompt_lists.items()}
+def lists_of(recipe: Recipe) -> list[tuple[str, float]]:
+    """The names of the lists that are trained on, with their weights, in their order. A file may have moved,
+    and two in different folders may have one name."""
+    return [(Path(name).name, weight) for name, weight in recipe.rollout.prompt_lists.items()]
 
 
 def _pictures(recipe: Recipe) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def rollout_key(
 ) -> str:
     """A digest of all that latents depend on. model: its description; inputs: seeds and embeddings."""
     sampler = {name: of for name, of in weights.items() if name.startswith("sampler/")}
-    network = recipe.model.model_dump(exclude={"path"})  # a folder may have been moved
+    # what may be another one when a run goes on: folders may have been moved
+    network = recipe.model.model_dump(exclude={"path", "prompt_cache", "prompt_cache_gb"})
     rollout = recipe.rollout.model_dump(exclude={"prompts", "micro_batch"})
     return digest(sampler | prefixed("given", inputs), model, network, rollout, recipe.train.precision)
 

@@ -144,6 +144,14 @@ def test_lists_that_ship_have_held_out_parts_of_their_own(written):
     assert evaluation_prompts(signs) == PromptSource("builtin-ocr-heldout").all(None)
 
 
+@pytest.mark.parametrize("prompts", ["geneval-heldout", {"geneval-heldout": 1, "ocr-words-heldout": 2}])
+def test_training_on_held_out_parts_alone_leaves_nothing_to_evaluate(prompts):
+    recipe = own(prompts)
+    with pytest.raises(UserError, match=r"evaluate\.prompts: expected a file or a list: .* geneval-heldout"):
+        evaluation_prompts(recipe)
+    assert evaluation_prompts(own(prompts, "evaluate.prompts=geneval"))
+
+
 @pytest.mark.parametrize("name", ["ocr-words", "geneval"])
 def test_what_is_held_out_of_a_file_is_not_trained_on_from_a_list_that_ships(written, name):
     mine = written("mine", 20, texts(PromptSource(name).entries())[:100])
@@ -177,6 +185,16 @@ def test_what_is_held_out_and_what_stands_twice_is_said_once(written, caplog):
         "warning: of 101 evaluated prompts 1 stand in rollout.prompts too: 'a 7'"
     ]
     assert not list(notes(own("geneval"))) and not list(notes(own(other, "evaluate.every=0")))
+
+
+def test_prompts_of_lists_that_ship_that_are_trained_on_and_evaluated_are_said(written):
+    benchmark = written("benchmark", 5, texts(PromptSource("geneval").entries())[:3])
+    (said,) = notes(own("geneval", f"evaluate.prompts={benchmark}"))
+    assert said.startswith("warning: of 8 evaluated prompts 3 stand in rollout.prompts too: ")
+    (said,) = notes(own({"geneval": 1, "geneval-heldout": 1}))
+    assert said.startswith("warning: of 313 evaluated prompts 313 stand in rollout.prompts too: ")
+    for world in ("builtin", "builtin-ocr"):
+        assert not list(notes(build_recipe({"model": {"path": world}, "rollout": {"prompts": world}})))
 
 
 @pytest.mark.parametrize("source", ["builtin", "geneval"])

@@ -130,6 +130,15 @@ def of_somebody(path):
     save_file({"mine": torch.ones(2)}, path)
 
 
+def test_where_prompts_are_cached_says_nothing_of_latents(stopped, tmp_path, caplog):
+    """These settings may change when a run goes on."""
+    run, rows = shutil.copytree(stopped, tmp_path / "run"), Rows()
+    moved = (f"model.prompt_cache={tmp_path / 'cache'}", "model.prompt_cache_gb=3")
+    done, _ = finished(run, *moved, observer=rows, resume=True)
+    assert done and "going on with 4 samples of this iteration" in caplog.text
+    assert rows.sampler == 2 * (2 * 8 - 4)
+
+
 @pytest.mark.parametrize("damage", [cut, turned, empty, a_folder, of_somebody])
 def test_a_damaged_file_is_left_out_and_said(stopped, tmp_path, caplog, damage):
     run, rows = shutil.copytree(stopped, tmp_path / "run"), Rows()

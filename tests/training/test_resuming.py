@@ -19,7 +19,7 @@ from crd_fast.prompts.source import PromptSource
 from crd_fast.run.lock import LOCK, RunLock
 from crd_fast.run.metrics import EVALUATED_ALIKE, TRAINED_ALIKE, read_metrics
 from crd_fast.train.changes import check_changes
-from crd_fast.train.checkpoints import evaluated_alike
+from crd_fast.train.checkpoints import evaluated_alike, lists_of
 from crd_fast.train.inference import Source
 from crd_fast.train.steps import IN_A_ROW
 from crd_fast.train.trainer import Trainer
@@ -275,6 +275,23 @@ def test_other_prompts_for_training_are_marked(copied):
     since = [record.get(TRAINED_ALIKE) for record in read_metrics(copied)]
     assert since == [None, None, None, None, 4, 4]
     assert not any(EVALUATED_ALIKE in record for record in read_metrics(copied))
+
+
+def test_prompts_are_told_apart_by_the_weights_of_all_files():
+    """Two files in different folders may have one name."""
+    lists = {"/a/prompts.txt": 3.0, "/b/prompts.txt": 1.0}
+    trained = lists_of(recipe(f"rollout.prompts={lists}"))
+    assert trained == lists_of(recipe("rollout.prompts={/c/prompts.txt: 3, /b/prompts.txt: 1}"))
+    for other in ("{/a/prompts.txt: 5, /b/prompts.txt: 1}", "/b/prompts.txt", "/a/prompts.txt"):
+        assert trained != lists_of(recipe(f"rollout.prompts={other}")), other
+
+
+def test_how_many_questions_a_model_is_asked_at_a_time_may_change(tmp_path):
+    """As its timeout and retries may: a server that is too busy for eight is no reason to train anew."""
+    asked = "rewards={vlm: {url: 'http://127.0.0.1:8000/v1', model: m, at_once: %d}}"
+    check_changes(recipe(asked % 8).model_dump(), recipe(asked % 2), tmp_path)
+    judges = (f"eval_{asked % count}" for count in (8, 2))
+    assert evaluated_alike(*map(recipe, judges))
 
 
 HOLDER = """
