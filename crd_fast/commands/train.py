@@ -73,8 +73,8 @@ def train(
     Ctrl-C finishes the iteration, writes a checkpoint and stops; a second one, and SIGTERM, do so after the
     present micro-batch. `--resume` goes on as if it had not stopped; what may be changed by `--set` or in the
     run's `config.yaml` is where things are (`--model`, prompts, addresses of rewards), iterations,
-    micro-batches, checkpointing, evaluation, checkpoints and the learning rate. Rewards of your own in that
-    file run only with `--allow-code`: it may have come from somebody else.
+    micro-batches, checkpointing, evaluation, checkpoints, trackers and the learning rate. Rewards of your own
+    in that file run only with `--allow-code`: it may have come from somebody else.
     """
     from crd_fast.config import build_recipe, load_recipe, read_yaml
 

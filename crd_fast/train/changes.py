@@ -13,12 +13,12 @@ from crd_fast.prompts.lists import splits
 from crd_fast.reward_weights import weight_of
 from crd_fast.rewards.foreign import is_address
 
-# where things are, how much goes through the network at once or is kept of it, how long and how often
+# where things are and go, how much goes through the network at once or is kept of it, how long and how often
 HONOURED = (
     *("model.path", "model.prompt_cache", "model.prompt_cache_gb"),
     *("rollout.prompts", "rollout.micro_batch", "train.micro_batch"),
     *("train.checkpointing", "train.kept_graphs"),
-    *("train.iterations", "train.learning_rate", "train.profile"),
+    *("train.iterations", "train.learning_rate", "train.profile", "train.trackers"),
 )
 HONOURED_SECTIONS = ("evaluate", "eval_rewards", "checkpoint")
 OF_SPLIT = ("evaluate.every", "evaluate.prompts", "rollout.prompts")  # whether files have a part held out

@@ -23,10 +23,12 @@ def guided_twice(model: FlowModel, recipe: Recipe) -> Iterator[str]:
     found = FEW_STEPS.search(Path(recipe.model.path).name)
     if not (model.distilled or found):
         return
+    loss, evaluate = recipe.loss, recipe.evaluate
     scales = {
-        "loss.guidance_scale": recipe.loss.guidance_scale * recipe.loss.anchored,
+        "loss.guidance_scale": loss.guidance_scale * (loss.anchored or recipe.guided_base is not None),
         "rollout.guidance_scale": recipe.rollout.guidance_scale,
-        "evaluate.guidance_scale": recipe.evaluate.guidance_scale * bool(recipe.evaluate.every),
+        "evaluate.guidance_scale": evaluate.guidance_scale * bool(evaluate.every),
+        "evaluate.drift": (evaluate.drift or 0) * bool(evaluate.every),
     }
     guided = [f"{key} {scale:g}" for key, scale in scales.items() if scale > 1]
     if not guided:

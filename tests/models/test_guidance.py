@@ -9,7 +9,8 @@ from crd_fast.models import load_model
 from crd_fast.train.guidance import guided_twice
 from crd_fast.train.trainer import Trainer
 
-OFF = ("loss.guidance_scale=1",)
+OFF, NO_ANCHOR = ("loss.guidance_scale=1",), ("loss.kl_beta=0", "loss.kl_min=0")
+EVALUATED = ("evaluate.every=1",)
 
 
 @pytest.mark.parametrize(
@@ -17,8 +18,11 @@ OFF = ("loss.guidance_scale=1",)
     [
         ("flux", "flux", (), "loss.guidance_scale 4.5: this FLUX.1 has its guidance distilled into it"),
         ("flux", "flux", OFF, None),
-        ("flux", "flux", ("loss.kl_beta=0", "loss.kl_min=0"), None),
+        ("flux", "flux", NO_ANCHOR, None),
         ("flux", "flux", (*OFF, "rollout.guidance_scale=2"), "rollout.guidance_scale 2: this FLUX.1"),
+        ("flux", "flux", (*OFF, *EVALUATED, "evaluate.drift=2"), "evaluate.drift 2: this FLUX.1"),
+        ("flux", "flux", (*EVALUATED, *NO_ANCHOR), "loss.guidance_scale 4.5: this FLUX.1"),
+        ("flux", "flux", (*EVALUATED, *NO_ANCHOR, "evaluate.guided_base=false"), None),
         ("sd3", "sd3", (), None),
         (
             "sd3",

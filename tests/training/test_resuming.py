@@ -217,7 +217,7 @@ def test_prompts_that_are_held_out_stay_so(tmp_path):
 
 def test_changes_that_are_honoured_are_named(copied, caplog):
     changes = ("train.learning_rate=1e-5", "train.micro_batch=2", "evaluate.every=1", "checkpoint.keep=1")
-    changes += ("train.checkpointing=0.5", "train.kept_graphs=device")
+    changes += ("train.checkpointing=0.5", "train.kept_graphs=device", "train.trackers=[]")
     trainer = Trainer(recipe("train.iterations=4", *changes), copied, resume=True)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5]
     assert "-> 1e-05" in caplog.text
@@ -226,6 +226,7 @@ def test_changes_that_are_honoured_are_named(copied, caplog):
         "train.micro_batch",
         "train.checkpointing",
         "train.kept_graphs",
+        "train.trackers ['tensorboard'] -> []",
         "evaluate.every 2 -> 1",
         "checkpoint.keep",
     ):
