@@ -21,6 +21,7 @@ from crd_fast.weights import checkpoint
 SCORE = "eval/reward_mean"  # by which one is the best
 BESIDE = {"every", "guided_base"}  # settings of evaluations that change no score
 ADDED = {"drift", "features"}  # nor these; but what one of them measured is no measure for another
+MEASURED = "measured"  # in a checkpoint's state: what judges were like when they last were there
 
 logger = logging.getLogger("crd_fast")
 
@@ -52,6 +53,7 @@ class Checkpoints:
         self._seen = SeenPrompts.of(recipe)
         self.saved: int = self.state["iteration"] if self.state else -1
         self._saved_at = time.monotonic()
+        self._measured = measured(recipe)
         self._alike_since = self._found_alike_since()
         self._best = max(self._scored(), default=None)
         self._marked = self._found_marked() if self.newest and ranks.main else None
@@ -70,10 +72,13 @@ class Checkpoints:
         seen = SeenPrompts(**self.state["prompts"]) if "prompts" in self.state else self._seen
         for line in self._seen.changes(seen) if self.ranks.main else ():
             logger.warning("warning: %s", line)
+        known = self.state.get(MEASURED, {}) | measured(before)
         alike = {
             TRAINED_ALIKE: lists_of(before) == lists_of(self.recipe) and self._seen.trains_like(seen),
-            EVALUATED_ALIKE: evaluated_alike(before, self.recipe) and self._seen.evaluates_like(seen),
+            EVALUATED_ALIKE: evaluated_alike(before, self.recipe, known) and self._seen.evaluates_like(seen),
         }
+        if alike[EVALUATED_ALIKE]:
+            self._measured = known | self._measured
         if self.ranks.main and not alike[EVALUATED_ALIKE]:
             logger.warning("evaluations are not as before: the best checkpoint is found anew")
         return {key: self.state.get(key, 0) if same else self.saved + 1 for key, same in alike.items()}
@@ -149,6 +154,7 @@ class Checkpoints:
                 optimizer,
                 state
                 | {"recipe": self.recipe.model_dump(), "prompts": self._seen.state, "served": self._served}
+                | {MEASURED: self._measured}
                 | self._alike_since,
                 self.recipe.checkpoint.keep,
                 best=self._marked,
@@ -180,18 +186,21 @@ class Checkpoints:
         return self.folder / f"iteration-{iteration:06d}"
 
 
-def evaluated_alike(one: Recipe, other: Recipe) -> bool:
+def evaluated_alike(one: Recipe, other: Recipe, known: dict[str, Any] | None = None) -> bool:
     """Whether evaluations by the two can be compared: of the same pictures, by judges with the same settings.
 
-    One may have judges that the other has not, or measure drift, or compare features.
+    One may have judges that the other has not, or measure drift, or compare features. known: what these were
+    like when they last were there, as of `measured`; by default as `one` has them.
     """
-    both = one.eval_rewards.keys() & other.eval_rewards.keys()
-    added = [(getattr(one.evaluate, key), getattr(other.evaluate, key)) for key in ADDED]
-    return (
-        _pictures(one) == _pictures(other)
-        and all(_settings(one.eval_rewards[name]) == _settings(other.eval_rewards[name]) for name in both)
-        and all(None in values or values[0] == values[1] for values in added)
-    )
+    known, now = measured(one) if known is None else known, measured(other)
+    return _pictures(one) == _pictures(other) and all(known[key] == now[key] for key in known.keys() & now)
+
+
+def measured(recipe: Recipe) -> dict[str, Any]:
+    """What evaluations measure beside the reward, each with its settings."""
+    judges = {f"eval_rewards.{name}": _settings(judge) for name, judge in recipe.eval_rewards.items()}
+    added = {key: getattr(recipe.evaluate, key) for key in sorted(ADDED)}
+    return judges | {key: value for key, value in added.items() if value is not None}
 
 
 def lists_of(recipe: Recipe) -> list[tuple[str, float]]:

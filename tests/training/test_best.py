@@ -77,3 +77,13 @@ def test_the_best_is_found_anew_where_evaluations_are_others(copied, caplog):
     assert since == {0: None, 1: None, 2: None, 3: None, 4: None, 5: 5}
     assert base_scores(Source.of(str(copied / "checkpoints" / "iteration-000003"))) is not None
     assert base_scores(Source.of(str(copied))) is None  # of other pictures than its own
+
+
+def test_what_was_left_out_meanwhile_is_compared_with_what_it_was(copied, caplog):
+    for iterations, drift in ((4, 2), (5, None)):
+        settings = (f"train.iterations={iterations}", f"evaluate.drift={drift or 'null'}", "evaluate.every=1")
+        assert Trainer(recipe(*settings), copied, resume=True).run()
+    for drift, others in ((2, 0), (8, 1)):
+        settings = ("train.iterations=6", f"evaluate.drift={drift}", "evaluate.every=1")
+        Trainer(recipe(*settings), copied, resume=True).checkpoints.close()
+        assert caplog.text.count("evaluations are not as before") == others
