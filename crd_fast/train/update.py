@@ -8,6 +8,7 @@ one policy forward. Once all is measured, a part of the pairs can be drawn that 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import torch
 
 from crd_fast.config import Recipe
 from crd_fast.models.streaming import Pinned
-from crd_fast.out_of_memory import as_out_of_memory
+from crd_fast.out_of_memory import ON_THE_HOST, as_out_of_memory
 from crd_fast.run.observer import NOBODY, Observer, observed
 from crd_fast.schema import LossConfig
 from crd_fast.seeds import seeded_noise
@@ -30,6 +31,8 @@ from crd_fast.train.objectives import make_objective
 from crd_fast.train.pairs import Pairs
 from crd_fast.train.signal import Signal
 from crd_fast.train.velocities import Velocities
+
+logger = logging.getLogger("crd_fast")
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Updater:
         """Adds d loss / d parameters of the policy to `.grad`. Returns the step's losses and statistics.
 
         The observer advances by pairs. Where memory runs out, `.grad` is cleared and the step starts again
-        with half the micro-batch.
+        with half the micro-batch, or without keeping graphs.
         """
         # found from the weights each time, never remembered: a resumed run decides as the one before did
         old_is_policy = not self.objective.needs_old or self.weights.is_policy("old")
@@ -132,10 +135,26 @@ class Updater:
             try:
                 return self._accumulate(_Step(latents, velocities, denominator), pairs)
             except torch.OutOfMemoryError as error:
-                self.micro_batch.halve(error)
+                self._take_less(pairs, error)
             for parameter in self.weights.trained():
                 parameter.grad = None
             release_memory()
+
+    def _take_less(self, pairs: Pairs, error: torch.OutOfMemoryError) -> None:
+        """Keeps no graphs from now on, if they may be what there is no memory for; else half the micro-batch.
+
+        Graphs on the device are as large in smaller micro-batches. Raises UserError as `MicroBatch.halve`.
+        """
+        size, sizes = self.micro_batch.size, torch.unique_consecutive(pairs.together, return_counts=True)[1]
+        keeps = self.kept_graphs != "none" and self.objective.coupled and self.backward_fraction == 1
+        suspected = self.kept_graphs == "device" or size == 1 or ON_THE_HOST in str(error)
+        if keeps and suspected and int(sizes.max()) > size and not self.micro_batch.fixed:
+            logger.warning(
+                "warning: out of memory with train.kept_graphs %s, going on without", self.kept_graphs
+            )
+            self.kept_graphs = "none"
+        else:
+            self.micro_batch.halve(error)
 
     @as_out_of_memory()
     def _accumulate(self, step: _Step, pairs: Pairs) -> dict[str, float]:

@@ -146,6 +146,32 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(setting, mon
         gradients(setting, 2)
 
 
+@pytest.mark.parametrize("kept", ["device", "host"])
+@pytest.mark.parametrize("error", [NO_MEMORY[0], NO_MEMORY[1]], ids=["device", "host"])
+def test_graphs_that_there_is_no_memory_for_are_kept_no_more(setting, monkeypatch, caplog, kept, error):
+    """They are as large in smaller micro-batches; those that are on the host take nothing of the device."""
+    _, wanted = gradients(setting, 4)
+    model, alive = setting[0], []
+    velocity = model.velocity
+
+    def small_memory(x, *arguments):
+        result = velocity(x, *arguments)
+        if torch.is_grad_enabled():
+            alive[:] = [each for each in alive if each() is not None]
+            alive.append(weakref.ref(result))
+            if len(alive) > 1:
+                raise type(error)(*error.args)  # a new one: its traceback holds tensors
+        return result
+
+    monkeypatch.setattr(model, "velocity", small_memory)
+    _, gradient = gradients(setting, 4, updater={"kept_graphs": kept})
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-10)
+    assert caplog.text.count(f"out of memory with train.kept_graphs {kept}, going on without") == 1
+    halved = kept == "host" and isinstance(error, torch.OutOfMemoryError)
+    assert ("going on with 2" in caplog.text and "going on with 1" in caplog.text) == halved
+    assert ("micro-batch" in caplog.text) == halved
+
+
 def test_a_signal_sees_a_step_that_is_begun_anew_once(setting, monkeypatch):
     pairs = Pairs(**vars(setting[2]) | {"step": (setting[2].sigma < 0.5).long()})
     model, calls = setting[0], Counter()
